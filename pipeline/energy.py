@@ -1,0 +1,91 @@
+"""Energy of a model from its configuration alone: `python -m pipeline.energy model=llama3-8b`.
+
+Takes the overrides of `python -m pipeline`. Nothing is loaded but the dimensions in the model's yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONF = Path(__file__).parents[1] / "conf"
+COSTS = ("macs_G", "acs_G", "energy_J")
+
+
+def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
+    """Prints the tables; returns the exit status, 1 for bad input, which is told in one line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        energy, dims = _configured(list(sys.argv[1:] if overrides is None else overrides), conf)
+        _report(energy, dims)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any]:
+    """The energy stage and the dimensions of the model that a configuration names."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        config = compose("config", overrides)
+    energy = instantiate(config.energy)
+    if energy.tokens is None:
+        raise InputError("energy.tokens=null: give the length of the prompt, energy.tokens=512")
+    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    return energy, model["dims"] or {}
+
+
+def _report(energy: Any, dims: Any) -> None:
+    from stages.energy import account, by_kind
+    from stages.llm.loading import meta_model
+    from stages.llm.operations import ELEMENTWISE, operations
+    from stages.llm.sites import find_sites
+
+    model = meta_model(dims)
+    table = by_kind(account(operations(model, find_sites(model)), energy, energy.tokens))
+    for (convention, phase), rows in table.groupby(["convention", "phase"], sort=False):
+        queries = f"{energy.tokens} tokens" if phase == "prefill" else "1 token"
+        context = f"context {energy.tokens}, {energy.profile.name}"
+        print(f"{convention} convention, {phase}: {queries}, {context}")
+        _print_table(rows.drop(columns=["convention", "phase"]))
+    paper = table[(table["convention"] == "paper") & (table["phase"] == "prefill")]
+    if paper.empty:
+        return
+    macs = paper.set_index("kind")["macs_G"]
+    print("paper convention, prefill")
+    print(f"linear_G {macs['linear']:.3f}")
+    print(f"attention_G {macs['qk'] + macs['pv']:.3f}")
+    print(f"elementwise_G {macs[list(ELEMENTWISE)].sum():.3f}")
+    for cost in COSTS:
+        print(f"{cost} {paper[cost].sum():.2f}")
+
+
+def _print_table(rows: pd.DataFrame) -> None:
+    import pandas as pd
+
+    total = rows.drop(columns="kind").sum().to_frame().T.assign(kind="total")
+    table = pd.concat([rows, total]).astype({"count": int})
+    cells = table.assign(**{cost: table[cost].map("{:.6f}".format) for cost in COSTS})
+    align = ["left", "right", *["right" for _ in COSTS]]
+    print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

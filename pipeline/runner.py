@@ -1,0 +1,289 @@
+"""Runs the six stages of one configuration, each from the store if it is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipeline import inputs
+from pipeline.settings import Settings
+from pipeline.stage import Step
+from pipeline.store import Artifact, Store
+from stages import evaluation as evaluating
+from stages.codings.coding import Coding
+from stages.codings.dense import Dense
+from stages.distribution import Densities
+from stages.energy import account, saving, summary
+from stages.fitting import FittedNeurons
+from stages.llm import corpus as text
+from stages.llm.kernels import compiled, use_compiler
+from stages.llm.operations import operations
+from stages.llm.sites import find_sites, select
+from stages.patching import Conversion
+from stages.sketch import SketchSet
+
+log = logging.getLogger(__name__)
+CONVERSION = ("capture", "distribution", "fitting", "patching")
+# What a stage's result may depend on beyond its own fields: the modules that compute it.
+MODULES = {
+    "capture": ("stages.capture", "stages.llm.loading"),
+    "distribution": ("stages.distribution",),
+    "fitting": ("stages.fitting",),
+    "patching": ("stages.patching", "stages.llm.loading"),
+    "perplexity": ("stages.evaluation", "stages.llm.loading"),
+    "accuracy": ("stages.evaluation", "stages.llm.loading"),
+    "energy": ("stages.energy", "stages.llm.operations"),
+}
+
+
+@dataclass
+class Run:
+    """The artifacts of one run, by stage in the order they were needed."""
+
+    settings: Settings
+    store: Store
+    model: inputs.ModelSource
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+
+    def build(
+        self, stage: str, name: str, spec: Any, keys: dict[str, str], make: Callable[[Path], None]
+    ) -> Artifact:
+        """The artifact of a stage, logged with its seconds or as a hit; `name` tells twins apart."""
+        module = stage if stage in MODULES else name
+        artifact = self.store.build(Step(stage, spec, keys, MODULES[module]), make)
+        label = stage if name == stage else f"{stage} {name}"
+        state = "cached" if artifact.hit else "built"
+        log.info("%-24s %s %s (%.1f s)", label, state, artifact.key[:8], artifact.seconds)
+        self.artifacts[label] = artifact
+        return artifact
+
+
+def start(settings: Settings) -> Run:
+    """Resolves the model; nothing is loaded before a stage needs it."""
+    runtime = settings.runtime
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    root = Path(settings.store.path)
+    use_compiler(runtime.compile, (root / ".compiled").absolute())
+    store = Store(root, runtime={**asdict(runtime), "device": device})
+    return Run(settings, store, inputs.model_source(settings.model, store, device))
+
+
+def execute(settings: Settings) -> tuple[dict[str, Any], pd.DataFrame, Run]:
+    """All stages of one run: the result, the per-site table, and the artifacts behind them."""
+    run = start(settings)
+    calibration = None if isinstance(settings.coding, Dense) else _calibration(run)
+    conversion = None if calibration is None else convert(run, calibration)
+    perplexities = _perplexities(run, conversion, calibration)
+    accuracies = _accuracies(run, conversion)
+    energy = _energy(run, conversion, perplexities)
+    sites = per_site(run, perplexities)
+    return _result(run, perplexities, accuracies, energy, sites), sites, run
+
+
+def _calibration(run: Run) -> Artifact:
+    corpus = run.settings.corpus[run.settings.calibration.corpus]
+    return inputs.tokens(corpus, "calibration", run.model, run.store)
+
+
+def convert(run: Run, calibration: Artifact) -> Conversion:
+    """Stages 1 to 4: capture, distribution, fitting, patching."""
+    s, spec = run.settings, run.settings.calibration
+    windows = {"windows": spec.windows, "length": spec.length}
+    keys = {"model": run.model.key, "tokens": calibration.key}
+
+    def sketch(out: Path) -> None:
+        ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+        model, _ = run.model.load()
+        sites = select(find_sites(model), s.sites)
+        s.capture.run(model, ids, sites, s.runtime.batch).save(out)
+
+    sketches = run.build(
+        "capture", "capture", {"capture": s.capture, "sites": s.sites} | windows, keys, sketch
+    )
+    densities = run.build(
+        "distribution",
+        "distribution",
+        s.distribution,
+        {"capture": sketches.key},
+        lambda out: s.distribution.run(SketchSet.load(sketches.path)).save(out),
+    )
+    coding: Coding = s.coding  # type: ignore[assignment]
+    fitting = s.fitting.for_coding(coding)
+    fitted = run.build(
+        "fitting",
+        "fitting",
+        {"fitting": fitting, "coding": coding},
+        {"distribution": densities.key},
+        lambda out: fitting.run(Densities.load(densities.path), coding).save(out),
+    )
+    conversion = Conversion(coding, FittedNeurons.load(fitted.path))
+
+    def measure(out: Path) -> None:
+        ids = inputs.load_tokens(calibration)
+        skip = spec.windows * spec.length
+        held_out = text.windows(ids, s.patching.windows, spec.length, skip, name=spec.corpus)
+        model, _ = run.model.load()
+        frame = s.patching.run(model, held_out, conversion, s.runtime.batch)
+        frame.to_parquet(out / "sites.parquet")
+        log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
+
+    spec_patching = {"patching": s.patching, "coding": coding} | windows
+    run.build("patching", "patching", spec_patching, keys | {"fitting": fitted.key}, measure)
+    return conversion
+
+
+def _shape(spec: Any) -> dict[str, int]:
+    return {"count": spec.windows, "length": spec.length}
+
+
+def _perplexities(
+    run: Run, conversion: Conversion | None, calibration: Artifact | None
+) -> dict[str, evaluating.Perplexity]:
+    s = run.settings
+    found = {}
+    for name in s.evaluation.corpora:
+        tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
+        if calibration is not None:
+            inputs.refuse_overlap(calibration, tokens)
+
+        def make(out: Path, name: str = name, tokens: Artifact = tokens) -> None:
+            ids = text.windows(inputs.load_tokens(tokens), **_shape(s.evaluation), name=name)
+            model, _ = run.model.load()
+            batch = s.runtime.evaluation_batch
+            evaluating.perplexity(model, ids, conversion, batch, name).save(out)
+
+        spec = {"perplexity": name, "coding": s.coding} | _shape(s.evaluation)
+        keys = {"model": run.model.key, "tokens": tokens.key} | _fitted(run)
+        artifact = run.build("evaluation", "perplexity", spec, keys, make)
+        run.artifacts[f"evaluation ppl {name}"] = run.artifacts.pop("evaluation perplexity")
+        found[name] = evaluating.Perplexity.load(artifact.path)
+    return found
+
+
+def _accuracies(run: Run, conversion: Conversion | None) -> dict[str, dict[str, Any]]:
+    s = run.settings
+    found = {}
+    for spec, path, identity in inputs.questions(
+        [s.tasks[n] for n in s.evaluation.tasks], run.store
+    ):
+
+        def make(out: Path, spec: Any = spec, path: Path | None = path) -> None:
+            model, tokenizer = run.model.load()
+            scores = evaluating.accuracy(
+                model,
+                tokenizer,
+                conversion,
+                [(spec, path)],
+                s.evaluation.items,
+                s.runtime.task_batch,
+            )
+            (out / "metrics.json").write_text(json.dumps(scores[spec.name], indent=1))
+
+        fields = {"task": replace(spec, path=None), "coding": s.coding, "items": s.evaluation.items}
+        keys = {"model": run.model.key, "data": identity} | _fitted(run)
+        artifact = run.build("evaluation", "accuracy", fields, keys, make)
+        run.artifacts[f"evaluation acc {spec.name}"] = run.artifacts.pop("evaluation accuracy")
+        found[spec.name] = json.loads((artifact.path / "metrics.json").read_text())
+    return found
+
+
+def _fitted(run: Run) -> dict[str, str]:
+    fitted = run.artifacts.get("fitting")
+    return {} if fitted is None else {"fitting": fitted.key}
+
+
+def _energy(
+    run: Run, conversion: Conversion | None, perplexities: dict[str, evaluating.Perplexity]
+) -> dict[str, Any]:
+    """Summary by convention and phase, on the counters of the first corpus."""
+    s = run.settings
+    corpus = s.evaluation.corpora[0]
+    tokens = s.energy.tokens or s.evaluation.length
+
+    def make(out: Path) -> None:
+        model, _ = run.model.load()
+        plan = operations(model, find_sites(model))
+        dense = account(plan, s.energy, tokens)
+        spiking = dense
+        if conversion is not None:
+            counters = perplexities[corpus].counters
+            spiking = account(plan, s.energy, tokens, counters, conversion.coding)
+        spiking.to_parquet(out / "operations.parquet")
+        totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
+        (out / "summary.json").write_text(json.dumps(totals, indent=1))
+
+    spec = {"energy": replace(s.energy, tokens=tokens), "coding": s.coding}
+    source = run.artifacts[f"evaluation ppl {corpus}"]
+    artifact = run.build("energy", "energy", spec, {"evaluation": source.key}, make)
+    return dict(json.loads((artifact.path / "summary.json").read_text()))
+
+
+def per_site(run: Run, perplexities: dict[str, evaluating.Perplexity]) -> pd.DataFrame:
+    """Counters of the first corpus and the error on held-out values, one row a site."""
+    frame = perplexities[run.settings.evaluation.corpora[0]].counters
+    frame = frame.drop(columns=["error", "power"])
+    frame["spikes_per_value"] = frame["spikes"] / frame["values"]
+    frame["nmse"] = np.nan
+    if "patching" in run.artifacts:
+        measured = pd.read_parquet(run.artifacts["patching"].path / "sites.parquet")
+        frame["nmse"] = frame["site"].map(measured.set_index("site")["nmse"])
+    return frame
+
+
+def _result(
+    run: Run,
+    perplexities: dict[str, evaluating.Perplexity],
+    accuracies: dict[str, dict[str, Any]],
+    energy: dict[str, Any],
+    sites: pd.DataFrame,
+) -> dict[str, Any]:
+    result = {k: run.settings.axes[k] for k in ("model", "coding", "grains", "timesteps")}
+    result |= {f"ppl_{name}": p.metrics["perplexity"] for name, p in perplexities.items()}
+    for name, score in accuracies.items():
+        result[f"acc_{name}"] = score["value"]
+        result |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
+    coded = sites.dropna(subset=["acs"])
+    fanout = float(coded["macs"].sum())
+    result["nmse"] = _geometric_mean(sites["nmse"])
+    result["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
+    totals, savings = energy["total"], energy["saving"]
+    flat = {
+        convention: {
+            phase: {**totals[convention][phase], "saving": savings[convention][phase]}
+            for phase in totals[convention]
+        }
+        for convention in totals
+    }
+    result |= flat["causal"]["prefill"]
+    seconds = {stage: artifact.seconds for stage, artifact in run.artifacts.items()}
+    converted = [seconds[stage] for stage in CONVERSION if stage in seconds]
+    result["conversion_s"] = round(sum(converted), 3) if converted else None
+    return result | {
+        "label": run.settings.name,
+        "axes": run.settings.axes,
+        "paper": flat["paper"]["prefill"],
+        "decode": flat["causal"]["decode"],
+        "paper_decode": flat["paper"]["decode"],
+        "evaluation": {name: p.metrics for name, p in perplexities.items()},
+        "seconds": seconds,
+        "hits": {stage: artifact.hit for stage, artifact in run.artifacts.items()},
+        "keys": {stage: artifact.key for stage, artifact in run.artifacts.items()},
+        "compiled": compiled(),
+    }
+
+
+def _geometric_mean(values: pd.Series) -> float | None:
+    known = values.dropna()
+    if known.empty:
+        return None
+    return float(np.exp(np.log(known.clip(lower=1e-30)).mean()))

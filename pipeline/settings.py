@@ -1,0 +1,117 @@
+"""The root of a configuration as frozen dataclasses; nothing behind it sees a DictConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.tracking import TrackingSpec
+from stages.capture import Capture
+from stages.codings.coding import Coding
+from stages.codings.dense import Dense
+from stages.distribution import Distribution
+from stages.energy import Energy
+from stages.errors import InputError
+from stages.evaluation import Evaluation
+from stages.fitting import Fitting
+from stages.llm.corpus import Corpus
+from stages.llm.harness import TaskSpec
+from stages.llm.loading import ModelSpec
+from stages.llm.sites import SiteSelection
+from stages.patching import Patching
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """The folder of the artifacts."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`windows` windows of `length` tokens of a corpus' calibration part."""
+
+    corpus: str
+    windows: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.length < 2:
+            raise InputError(
+                f"calibration: got windows={self.windows}, length={self.length}; needs 1 window of "
+                "2 tokens at least"
+            )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out: never part of a key, recorded in every manifest."""
+
+    device: str
+    batch: int
+    evaluation_batch: int
+    task_batch: int
+    compile: bool
+    figures: bool
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
+            raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Raises InputError where a name is chosen that the mappings lack."""
+
+    model: ModelSpec
+    corpus: Mapping[str, Corpus]
+    tasks: Mapping[str, TaskSpec]
+    calibration: Calibration
+    sites: SiteSelection
+    capture: Capture
+    distribution: Distribution
+    coding: Coding | Dense
+    fitting: Fitting
+    patching: Patching
+    evaluation: Evaluation
+    energy: Energy
+    store: StoreSpec
+    runtime: Runtime
+    tracking: TrackingSpec
+    label: str | None
+
+    def __post_init__(self) -> None:
+        corpora = {"calibration.corpus": [self.calibration.corpus]}
+        corpora["evaluation.corpora"] = list(self.evaluation.corpora)
+        for option, names in corpora.items():
+            _known(option, names, self.corpus)
+        _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
+
+    @property
+    def name(self) -> str:
+        """What the run is called in logs and in the dashboard."""
+        if isinstance(self.coding, Dense):
+            return self.label or "dense"
+        coding = self.coding
+        return f"{self.label or coding.name} T={coding.timesteps} n={coding.grains}"
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What a sweep varies, by the names that tables and the dashboard use."""
+        dense = isinstance(self.coding, Dense)
+        return {
+            "model": self.model.name,
+            "coding": self.coding.name,
+            "grains": None if dense else self.coding.grains,  # type: ignore[union-attr]
+            "timesteps": None if dense else self.coding.timesteps,  # type: ignore[union-attr]
+            "corpus": self.calibration.corpus,
+            "seed": self.fitting.seed,
+        }
+
+
+def _known(option: str, names: Any, mapping: Mapping[str, Any]) -> None:
+    unknown = [name for name in names if name not in mapping]
+    if unknown:
+        raise InputError(f"{option}: got {', '.join(unknown)}; choose among {', '.join(mapping)}")

@@ -1,0 +1,159 @@
+"""The commands of `python -m pipeline.store`: see, check and clean an artifact store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pipeline import manifest
+from pipeline.manifest import Damaged
+from pipeline.store import Store
+from stages.errors import InputError
+
+
+def main() -> int:
+    """Run one command; returns the exit status: 1 if an artifact is damaged, 2 for bad input."""
+    arguments = _parser().parse_args()
+    try:
+        if not arguments.store.is_dir():
+            raise InputError(f"no store at {arguments.store}; give its folder with --store")
+        return int(arguments.command(Store(arguments.store), arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--store", type=Path, default=Path("outputs/store"), metavar="PATH")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.store")
+    commands = parser.add_subparsers(required=True)
+    for command in (ls, show, verify, gc):
+        sub = commands.add_parser(command.__name__, parents=[common], help=command.__doc__)
+        sub.set_defaults(command=command)
+        if command is show:
+            sub.add_argument("key", metavar="KEY", help="a key or its first digits")
+        if command is gc:
+            sub.add_argument("--older-than", type=float, metavar="DAYS")
+            sub.add_argument("--keep-file", type=Path, metavar="FILE", help="one key a line")
+            sub.add_argument("--yes", action="store_true", help="delete, not only preview")
+    return parser
+
+
+def ls(store: Store, arguments: argparse.Namespace) -> int:
+    """List all artifacts: stage, key, size, age and the seconds that the build took."""
+    print(f"{'stage':<16} {'key':<32} {'MB':>10} {'age':>18} {'seconds':>9}")
+    for path in store.folders():
+        print(_line(path))
+    return 0
+
+
+def show(store: Store, arguments: argparse.Namespace) -> int:
+    """Print the manifest of one artifact."""
+    found = [path for path in store.folders() if path.name.startswith(arguments.key)]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} artifacts in {store.root} have a key that starts with "
+            f"{arguments.key}; give one that `ls` prints"
+        )
+    try:
+        print(json.dumps(manifest.read(found[0]), indent=2))
+    except Damaged as fault:
+        raise InputError(f"artifact {found[0]} is damaged: {fault}") from None
+    return 0
+
+
+def verify(store: Store, arguments: argparse.Namespace) -> int:
+    """Read every file of every artifact and compare its sha256 with the manifest."""
+    damaged = 0
+    for path in store.folders():
+        try:
+            manifest.verified(path, full=True)
+        except Damaged as fault:
+            damaged += 1
+            print(f"damaged  {path.parent.name}/{path.name}: {fault}")
+        else:
+            print(f"whole    {path.parent.name}/{path.name}")
+    print(f"{len(store.folders())} artifacts, {damaged} damaged")
+    return 1 if damaged else 0
+
+
+def gc(store: Store, arguments: argparse.Namespace) -> int:
+    """Preview or delete what is neither young enough, nor named, nor an input of what is."""
+    doomed = store.orphans()
+    if arguments.older_than is not None or arguments.keep_file is not None:
+        doomed += _unneeded(store, arguments.older_than, arguments.keep_file)
+    for path in doomed:
+        done = "would delete"
+        if arguments.yes:
+            done = "deleted" if store.remove(path) else "in use, kept"
+        print(f"{done:<13} {_line(path)}")
+    print(f"{len(doomed)} folders" + ("" if arguments.yes else "; --yes deletes them"))
+    return 0
+
+
+def _unneeded(store: Store, days: float | None, keep_file: Path | None) -> list[Path]:
+    """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
+    known = {path: _read(path) for path in store.folders()}
+    roots = set() if keep_file is None else _named(keep_file)
+    if keep_file is not None and not roots & {path.name for path in known}:
+        raise InputError(f"no key in {keep_file} is in {store.root}; this would delete everything")
+    if days is not None:
+        roots |= {path.name for path, record in known.items() if record and _age(record) < days}
+    inputs = {path.name: record["inputs"].values() for path, record in known.items() if record}
+    needed = _closure(roots, inputs)
+    return [path for path, record in known.items() if record is None or path.name not in needed]
+
+
+def _named(keep_file: Path) -> set[str]:
+    """The keys in a file, one a line; empty lines and what follows a # do not count."""
+    try:
+        lines = keep_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {keep_file}: {error}; give a text file of keys") from None
+    keys = {key for line in lines if (key := line.partition("#")[0].strip())}
+    for key in keys:
+        if len(key) != 32 or not set(key) <= set("0123456789abcdef"):
+            raise InputError(f"{keep_file} holds {key!r}; a key is 32 hexadecimal digits")
+    return keys
+
+
+def _closure(roots: Iterable[str], inputs: Mapping[str, Iterable[str]]) -> set[str]:
+    """Keys and, transitively, those of their inputs."""
+    reached: set[str] = set()
+    todo = list(roots)
+    while todo:
+        key = todo.pop()
+        if key not in reached:
+            reached.add(key)
+            todo.extend(inputs.get(key, ()))
+    return reached
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read(folder)
+    except Damaged:
+        return None
+
+
+def _age(record: Mapping[str, Any]) -> float:
+    """Days since the build."""
+    passed = datetime.now(UTC) - datetime.fromisoformat(record["created"])
+    return passed / timedelta(days=1)
+
+
+def _line(path: Path) -> str:
+    record = _read(path)
+    if record is None:
+        state = "leftover" if path.name.startswith(".") else "damaged"
+        return f"{path.parent.name:<16} {path.name:<32} {state:>10}"
+    size = sum(entry["bytes"] for entry in record["files"].values()) / 1e6
+    age = timedelta(seconds=round(86400 * _age(record)))
+    row = f"{path.parent.name:<16} {path.name:<32} {size:>10.3f} {age!s:>18}"
+    return f"{row} {record['seconds']:>9.2f}"

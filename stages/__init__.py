@@ -1,0 +1,1 @@
+"""The science: six stages, the codings, and what touches transformers."""

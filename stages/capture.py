@@ -1,0 +1,78 @@
+"""Stage 1: streams calibration tokens through the dense model into one sketch per site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages.llm.attention import View
+from stages.llm.kernels import masked_softmax
+from stages.llm.ports import attached
+from stages.llm.sites import Site
+from stages.sketch import Accumulator, Grid, SketchSet
+
+
+@dataclass(frozen=True)
+class Capture:
+    """`mantissa_bits` leading mantissa bits tell bins apart; 7 is exact for a bfloat16 model."""
+
+    mantissa_bits: int = 7
+
+    def __post_init__(self) -> None:
+        Grid(self.mantissa_bits)
+
+    def run(
+        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+    ) -> SketchSet:
+        """Sketches `sites` over full windows ids [windows, length].
+
+        Raises InputError where a site holds values that are not finite.
+        """
+        grid = Grid(self.mantissa_bits)
+        exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
+        ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
+        with torch.inference_mode(), attached(model, sites, ports):
+            batches = ids.to(model.device).split(batch)
+            for tokens in tqdm(batches, desc="capture", unit="batch", disable=None):
+                model(tokens, use_cache=False, logits_to_keep=0)
+        named = [(site.name, site.role, site.layer) for site in sites]
+        sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in sites])
+        sketches.check_finite()
+        return sketches
+
+
+class SketchPort:
+    """Adds what passes to the site's sketch, and passes it on."""
+
+    def __init__(self, grid: Grid, exact: bool, channels: bool) -> None:
+        self._grid, self._exact, self._channels = grid, exact, channels
+        self._accumulator: Accumulator | None = None
+
+    @property
+    def accumulator(self) -> Accumulator:
+        if self._accumulator is None:
+            raise RuntimeError("a site was never reached by the forward pass")
+        return self._accumulator
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        # [B, H, S, D] of an attention port: a channel is a head's dimension.
+        flat = x.transpose(1, 2).flatten(2) if x.dim() == 4 else x
+        self._add(flat if real is None else flat[real.view(flat.shape[:-1])])
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        # Masked entries are exact zeros; the sketch counts the unmasked ones.
+        self._add(probs, probs.numel() - view.seen.sum() * probs.shape[1])
+        return probs
+
+    def _add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
+        if self._accumulator is None:
+            channels = x.shape[-1] if self._channels else 0
+            self._accumulator = Accumulator(self._grid, channels, self._exact, x.device)
+        self._accumulator.add(x, surplus_zeros)

@@ -1,0 +1,177 @@
+"""Algorithm 1 of the paper: alternating fits of {h, theta} and d, all sites and allocations at once.
+
+Step t of grain g weighs B_g^-(t+1) with t counting all steps (Distribution-Aware Multi-Granularity
+Phase Coding, ICLR 2026). Adam works element-wise, so one optimiser over the stacked problems is the
+same as one a problem.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+SMALLEST_BASE = 1.05
+PROBLEMS_AT_ONCE = 1 << 21  # values held by one batch of problems
+
+
+def allocations(timesteps: int, grains: int) -> Tensor:
+    """Every division of T steps into n consecutive grains, as the grain of each step [A, T].
+
+    Parts have two steps at least where T allows it, else one (the paper's search space).
+    """
+    smallest = 2 if timesteps >= 2 * grains else 1
+    rows = [
+        torch.repeat_interleave(torch.arange(grains), torch.tensor(parts))
+        for parts in itertools.product(range(smallest, timesteps + 1), repeat=grains)
+        if sum(parts) == timesteps
+    ]
+    if not rows:
+        raise InputError(
+            f"coding.grains={grains} with coding.timesteps={timesteps}: a grain needs a step of its "
+            "own; give at most as many grains as timesteps"
+        )
+    return torch.stack(rows)
+
+
+@dataclass
+class Bases:
+    """The learnable bases of P problems with n grains: output d, reset h, threshold theta [P, n].
+
+    Tied bases are one tensor. v0 is half of the last output weight, or zero.
+    """
+
+    d: Tensor
+    h: Tensor
+    theta: Tensor
+    half_step: bool
+    grain: Tensor = field(repr=False)  # [P, T]
+
+    @classmethod
+    def start(cls, grain: Tensor, grains: int, tied: bool, half_step: bool) -> Bases:
+        """All bases 2, which is plain binary phase coding."""
+        parts = [torch.full((len(grain), grains), 2.0) for _ in range(1 if tied else 3)]
+        d, h, theta = parts * 3 if tied else parts
+        return cls(d, h, theta, half_step, grain)
+
+    def steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """d(t), h(t), theta(t), each [P, T], and v0 [P]."""
+        exponent = -torch.arange(1.0, self.grain.shape[1] + 1)
+        d, h, theta = (
+            base.gather(-1, self.grain) ** exponent for base in (self.d, self.h, self.theta)
+        )
+        return d, h, theta, d[:, -1] / 2 if self.half_step else torch.zeros(len(d))
+
+
+class _Fire(torch.autograd.Function):
+    """Heaviside step forward, derivative of sigmoid(slope x) backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        soft = torch.sigmoid(ctx.slope * x)
+        return grad * ctx.slope * soft * (1 - soft), None
+
+
+def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
+    """Mean squared error of every problem on normalised magnitudes u [P, K], [P]."""
+    d, h, theta, v0 = bases.steps()
+    v = u + v0[:, None]
+    y = torch.zeros_like(u)
+    for t in range(d.shape[1]):
+        spike = _Fire.apply(v - theta[:, t, None], slope)
+        v = v - spike * h[:, t, None]
+        y = y + spike * d[:, t, None]
+    return ((y - u) ** 2 * weight).sum(-1)
+
+
+def fit_bases(
+    atoms: Atoms, grain: Tensor, *, grains: int, tied: bool, half_step: bool, algorithm: Algorithm1
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Fits every allocation grain [A, T] to every site and keeps the best parameters ever seen.
+
+    Returns scale, v0 [sites], d, h, theta [sites, T] (what the neuron runs with), the bases
+    base_d, base_h, base_theta [sites, n], the chosen allocation grain [sites, T], and the loss curve
+    of that allocation [sites, iterations].
+    """
+    u = (atoms.value / atoms.maximum[:, None]).float()
+    weight = atoms.weight.float()
+    sites, problems = len(u), len(u) * len(grain)
+    grain = grain.repeat_interleave(sites, 0)  # [A * sites, T]
+    size = max(1, PROBLEMS_AT_ONCE // u.shape[1])
+    results = []
+    chunks = torch.arange(problems).split(size)
+    iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
+    with tqdm(total=len(chunks) * iterations, desc="fitting", disable=None) as progress:
+        for chunk in chunks:
+            bases = Bases.start(grain[chunk], grains, tied, half_step)
+            site = chunk % sites
+            results.append(_descend(bases, u[site], weight[site], algorithm, progress))
+    losses, kept, curve = (torch.cat(parts) for parts in zip(*results, strict=True))
+    choice = losses.view(-1, sites).argmin(0) * sites + torch.arange(sites)
+    d, h, theta = kept[choice].unbind(1)
+    best = Bases(d, h, theta, half_step, grain[choice])
+    steps = dict(zip(("d", "h", "theta", "v0"), best.steps(), strict=True))
+    bases_kept = {"base_d": d, "base_h": h, "base_theta": theta, "grain": best.grain.float()}
+    return steps | bases_kept | {"scale": atoms.scale()}, curve[choice]
+
+
+def _descend(
+    bases: Bases, u: Tensor, weight: Tensor, algorithm: Algorithm1, progress: tqdm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the alternation: best loss [P], its bases [P, 3, n], and the loss curve [P, iterations + 1]."""
+    groups: Sequence[tuple[list[Tensor], float, int]] = (
+        ([bases.h, bases.theta], algorithm.neuron_lr, algorithm.neuron_steps),
+        ([bases.d], algorithm.base_lr, algorithm.base_steps),
+    )
+    optimisers = [torch.optim.Adam(_unique(tensors), lr=rate) for tensors, rate, _ in groups]
+    best = torch.full((len(u),), torch.inf)
+    kept = torch.stack([bases.d, bases.h, bases.theta], 1)
+    curve = []
+
+    def note(value: Tensor) -> None:
+        nonlocal best, kept
+        curve.append(value)
+        better = value < best
+        best = torch.where(better, value, best)
+        now = torch.stack([bases.d, bases.h, bases.theta], 1).detach()
+        kept = torch.where(better[:, None, None], now, kept)
+
+    for _ in range(algorithm.rounds):
+        for optimiser, (tensors, _, steps) in zip(optimisers, groups, strict=True):
+            for tensor in (bases.d, bases.h, bases.theta):
+                tensor.requires_grad_(any(tensor is t for t in tensors))
+            for _ in range(steps):
+                value = loss(bases, u, weight, algorithm.slope)
+                note(value.detach())
+                optimiser.zero_grad()
+                value.sum().backward()
+                optimiser.step()
+                with torch.no_grad():
+                    for tensor in tensors:
+                        tensor.clamp_(min=SMALLEST_BASE)
+                progress.update()
+    with torch.no_grad():
+        note(loss(bases, u, weight, algorithm.slope))
+    return best, kept, torch.stack(curve, -1)
+
+
+def _unique(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())

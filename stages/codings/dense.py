@@ -1,0 +1,12 @@
+"""No coding: the row of the ANN, through the same code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model as it is; nothing is captured, fitted or patched."""
+
+    name: str = "dense"

@@ -1,0 +1,72 @@
+"""Multi-granularity phase coding: n grains of steps, decoupled bases, fitted by Algorithm 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stages.codings import neurons
+from stages.codings.algorithm1 import allocations, fit_bases
+from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+
+@dataclass(frozen=True)
+class Multigrain:
+    """d(t) = B_g^-t with one output, reset and threshold base per grain g(t) (the paper's coding).
+
+    Every allocation of steps to grains is fitted and the best one of each site taken. `v0` is zero or
+    half of the last output weight, in fitting and evaluation alike. `tied` makes d = h = theta.
+    """
+
+    name: str
+    timesteps: int
+    grains: int
+    v0: str
+    tied: bool
+
+    trained = True
+    neuron = True
+    gate_comparisons = 0
+
+    def __post_init__(self) -> None:
+        check_timesteps(self.name, self.timesteps)
+        half_step(self.timesteps, self.v0, self.name)
+        if not isinstance(self.grains, int) or self.grains < 1:
+            raise InputError(
+                f"coding.grains={self.grains!r} for {self.name}: give a whole number of at least 1"
+            )
+        allocations(self.timesteps, self.grains)
+
+    @property
+    def decode_macs(self) -> int:
+        """Step weights are no powers of two, so every step's sum is multiplied by its own."""
+        return self.timesteps
+
+    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+        if algorithm is None:
+            raise InputError(f"{self.name} is trained: fitting.algorithm1 must be given")
+        params, curve = fit_bases(
+            atoms,
+            allocations(self.timesteps, self.grains),
+            grains=self.grains,
+            tied=self.tied,
+            half_step=self.v0 == "half_step",
+            algorithm=algorithm,
+        )
+        return Fit(params, curve)
+
+    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
+        return neurons.step_encode(x, p)
+
+    def table(self, p: neurons.Params) -> Tensor:
+        return neurons.step_table(p)
+
+    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+        return neurons.step_quantise(x, p)

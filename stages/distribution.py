@@ -1,0 +1,203 @@
+"""Stage 2: from a sketch to weighted atoms, a density, the optimal level density and a sampler."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages.errors import InputError
+from stages.sketch import SketchSet
+
+CELLS_PER_OCTAVE = 8
+EXTREME_BINS = 16
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """Weighted magnitudes of every site: value, spread (standard deviation inside the atom) and
+    weight (sums to one), each [sites, K] float64 and ascending; maximum [sites].
+
+    Unused places at the end have weight 0 and repeat the maximum.
+    """
+
+    value: Tensor
+    spread: Tensor
+    weight: Tensor
+    maximum: Tensor
+
+    def scale(self) -> Tensor:
+        """The largest magnitude of every site in float32, [sites]."""
+        return self.maximum.float()
+
+    def points(self, inside: int = 3) -> tuple[Tensor, Tensor]:
+        """Each atom as `inside` equal points with its mean and variance, [sites, K * inside]."""
+        steps = torch.arange(inside, dtype=torch.float64) * 2 - (inside - 1)
+        steps = steps / steps.square().mean().sqrt() if inside > 1 else steps
+        x = (self.value[..., None] + self.spread[..., None] * steps).clamp(min=0)
+        weight = (self.weight[..., None] / inside).expand_as(x)
+        return x.flatten(1), weight.flatten(1)
+
+    def power(self) -> Tensor:
+        """Mean square of every site, [sites]."""
+        return ((self.value**2 + self.spread**2) * self.weight).sum(-1)
+
+
+@dataclass(frozen=True)
+class Densities:
+    """What is known of every site's values.
+
+    atoms: as above; bins: the sketch's own magnitude bins as atoms, for exact search;
+    edges [C + 1]: cells of equal width in log2; density, optimal [sites, C]: p(|x|) and lambda*(|x|),
+    each integrating to one over the cells (zeros apart); bennett [sites]: (integral p^(1/3))^3, so
+    that L optimal magnitude levels cost bennett / (12 L^2); moments [sites, 4]: count, mean, variance
+    and kurtosis of x; extremes [sites, 2]: smallest and largest x.
+    """
+
+    sites: tuple[str, ...]
+    roles: tuple[str, ...]
+    layers: tuple[int, ...]
+    atoms: Atoms
+    tensors: dict[str, Tensor]
+
+    def sample(self, size: int, generator: torch.Generator) -> Tensor:
+        """Draws `size` magnitudes of every site from its estimated distribution, [sites, size]."""
+        count, mean, spread = (self.tensors[f"bin_{n}"] for n in ("count", "mean", "spread"))
+        cumulative = count.cumsum(-1)
+        uniform = torch.rand(len(count), size, generator=generator, dtype=torch.float64)
+        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        index = index.clamp(max=count.shape[1] - 1)
+        inside = torch.rand(len(count), size, generator=generator, dtype=torch.float64) * 2 - 1
+        x = mean.gather(-1, index) + 3**0.5 * inside * spread.gather(-1, index)
+        return torch.minimum(x.clamp(min=0), self.atoms.maximum[:, None])
+
+    def save(self, folder: Path) -> None:
+        atoms = {f"atom_{k}": v.contiguous() for k, v in vars(self.atoms).items()}
+        save_file(atoms | self.tensors, folder / "densities.safetensors")
+        meta = {"sites": self.sites, "roles": self.roles, "layers": self.layers}
+        (folder / "densities.json").write_text(json.dumps(meta))
+
+    @classmethod
+    def load(cls, folder: Path) -> Densities:
+        meta = json.loads((folder / "densities.json").read_text())
+        tensors = load_file(folder / "densities.safetensors")
+        atoms = Atoms(*(tensors.pop(f"atom_{n}") for n in Atoms.__annotations__))
+        names = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
+        return cls(*names, atoms, tensors)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """`atoms` weighted points stand for a site: its extremes exactly, the rest at equal p^(1/3) mass."""
+
+    atoms: int = 1024
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.atoms, int) or self.atoms < 4 * EXTREME_BINS:
+            raise InputError(
+                f"distribution.atoms={self.atoms!r}: give a whole number of at least "
+                f"{4 * EXTREME_BINS}"
+            )
+
+    def run(self, sketches: SketchSet) -> Densities:
+        """Estimates the distribution of every site; raises InputError for a site of one value."""
+        _refuse_constant(sketches)
+        count, mean, variance = sketches.magnitudes()
+        maximum = sketches.tensors["range"].abs().amax(-1).double()
+        edges = sketches.grid.edges()
+        atoms = merge(count, mean, variance, edges, maximum, self.atoms)
+        used = count.sum(0).nonzero().squeeze(-1)
+        bins = {
+            "bin_count": count[:, used].contiguous(),
+            "bin_mean": mean[:, used].contiguous(),
+            "bin_spread": variance[:, used].sqrt().contiguous(),
+        }
+        tensors = bins | _densities(sketches, count)
+        return Densities(sketches.sites, sketches.roles, sketches.layers, atoms, tensors)
+
+
+def merge(
+    count: Tensor, mean: Tensor, variance: Tensor, edges: Tensor, maximum: Tensor, size: int
+) -> Atoms:
+    """Merges neighbouring bins [sites, M] into at most `size` atoms, keeping mean and variance.
+
+    The highest bins stay single and the maximum is an atom of its own weight. Merging bins of equal
+    p^(1/3) mass keeps the atoms' width where the optimal quantiser keeps its cells' (Bennett 1948).
+    """
+    width = edges.diff()
+    mass = (count / width) ** (1 / 3) * width
+    mass[:, 0] = 0
+    high = count.gt(0).flip(-1).cumsum(-1).flip(-1) <= EXTREME_BINS  # the last filled bins
+    mass = torch.where(high, 0.0, mass)
+    total = mass.sum(-1, keepdim=True).clamp(min=1e-300)
+    body = size - EXTREME_BINS - 3
+    place = 1 + ((mass.cumsum(-1) - mass / 2) / total * body).long().clamp(max=body - 1)
+    place[:, 0] = 0  # zeros are an atom of their own
+    tail = (count.gt(0) & high).cumsum(-1)
+    place = torch.where(high, body + tail, place)
+    merged = torch.zeros(3, len(count), size, dtype=torch.float64)
+    for row, term in zip(merged, (count, count * mean, count * (variance + mean**2)), strict=True):
+        row.scatter_add_(-1, place, term)
+    weight, first, second = merged
+    # One of the values in the highest bin is the maximum itself.
+    top = place.gather(-1, _last(count)[:, None])
+    for row, term in zip((weight, first, second), (1.0, maximum, maximum**2), strict=True):
+        row.scatter_add_(-1, top, -torch.as_tensor(term).expand(len(count))[:, None].double())
+        row[:, -1] += term
+    some = weight.clamp(min=0.5)
+    value = torch.where(weight > 0.5, first / some, maximum[:, None])
+    spread = (second / some - value**2).clamp(min=0).sqrt() * (weight > 0.5)
+    spread[:, -1] = 0
+    weight = torch.where(weight > 0.5, weight, 0.0)
+    order = value.sort(-1)
+    value, spread, weight = (
+        order.values,
+        spread.gather(-1, order.indices),
+        weight.gather(-1, order.indices),
+    )
+    return Atoms(value, spread, weight / weight.sum(-1, keepdim=True), maximum)
+
+
+def _last(count: Tensor) -> Tensor:
+    """Index of the last non-empty bin of every site."""
+    bins = torch.arange(count.shape[-1])
+    return (count.gt(0) * bins).amax(-1)
+
+
+def _densities(sketches: SketchSet, count: Tensor) -> dict[str, Tensor]:
+    """p, lambda* and the Bennett value on cells an eighth of an octave wide, and the moments."""
+    group = max(1, 2**sketches.grid.mantissa_bits // CELLS_PER_OCTAVE)
+    edges = sketches.grid.edges()[1:-1:group]
+    cells = count[:, 1:-1].unflatten(-1, (-1, group)).sum(-1)
+    filled = cells.sum(0).nonzero()
+    low, high = int(filled.min()), int(filled.max()) + 1
+    cells, edges = cells[:, low:high], edges[low : high + 1]
+    width = edges.diff()
+    density = cells / count.sum(-1, keepdim=True) / width
+    cube = density ** (1 / 3)
+    norm = (cube * width).sum(-1, keepdim=True)
+    total, mean, second, fourth = sketches.signed_moments().unbind(-1)
+    kurtosis = fourth / second.clamp(min=1e-300) ** 2
+    return {
+        "edges": edges.contiguous(),
+        "density": density.contiguous(),
+        "optimal": (cube / norm).contiguous(),
+        "bennett": norm.squeeze(-1) ** 3,
+        "moments": torch.stack([total, mean, second, kurtosis], -1),
+        "extremes": sketches.tensors["range"].double(),
+    }
+
+
+def _refuse_constant(sketches: SketchSet) -> None:
+    low, high = sketches.tensors["range"].unbind(-1)
+    same = (low == high).nonzero()
+    if len(same):
+        site = int(same[0])
+        raise InputError(
+            f"site {sketches.sites[site]} holds the one constant value {float(low[site])}: nothing "
+            "to fit; leave its role out with sites.roles=[…] or give more calibration text"
+        )

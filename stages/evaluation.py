@@ -1,0 +1,119 @@
+"""Stage 5: perplexity with counters per site, and zero-shot accuracy, of a dense or spiking model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.errors import InputError
+from stages.llm.counters import Counters
+from stages.llm.harness import TaskSpec, zero_shot
+from stages.llm.sites import find_sites
+from stages.patching import Conversion, patched
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The first `windows` non-overlapping windows of `length` tokens of every corpus, and the first
+    `items` questions of every task."""
+
+    corpora: tuple[str, ...]
+    windows: int
+    length: int
+    tasks: tuple[str, ...]
+    items: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "corpora", tuple(self.corpora))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if self.windows < 1 or self.length < 2 or self.items < 1 or not self.corpora:
+            raise InputError(
+                f"evaluation: got corpora={list(self.corpora)}, windows={self.windows}, "
+                f"length={self.length}, items={self.items}; needs a corpus, 1 window of 2 tokens "
+                "and 1 item at least"
+            )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of every token but the first of each window.
+
+    Source: the protocol of GPTQ (Frantar et al. 2023) and its followers.
+    """
+
+    metrics: dict[str, Any]
+    counters: pd.DataFrame
+
+    def save(self, folder: Path) -> None:
+        (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=1))
+        self.counters.to_parquet(folder / "counters.parquet")
+
+    @classmethod
+    def load(cls, folder: Path) -> Perplexity:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return cls(metrics, pd.read_parquet(folder / "counters.parquet"))
+
+
+def perplexity(
+    model: PreTrainedModel, ids: Tensor, conversion: Conversion | None, batch: int, corpus: str
+) -> Perplexity:
+    """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error."""
+    sites = find_sites(model)
+    counters = Counters(sites, model.device)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    with torch.inference_mode(), patched(model, conversion, counters):
+        batches = ids.to(model.device).split(batch)
+        for tokens in tqdm(batches, desc=f"perplexity {corpus}", unit="batch", disable=None):
+            total += negative_log_likelihood(model(tokens, use_cache=False).logits, tokens)
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+    mean = float(total) / predicted
+    converted = set() if conversion is None else set(conversion.neurons.sites)
+    if conversion is not None and not conversion.coding.neuron:
+        converted = set()  # a bound quantises but does not spike
+    metrics = {
+        "corpus": corpus,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "nll": mean if math.isfinite(mean) else math.inf,
+        "windows": ids.shape[0],
+        "length": ids.shape[1],
+        "tokens": ids.numel(),
+        "ids_sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+    }
+    return Perplexity(metrics, counters.frame(converted))
+
+
+def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Summed over the next tokens of every window: logits [B, S, V], tokens [B, S] -> float64."""
+    rows = logits[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    losses = [
+        F.cross_entropy(part.float(), want, reduction="sum").double()
+        for part, want in zip(rows.split(512), targets.split(512), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion | None,
+    tasks: Sequence[tuple[TaskSpec, Path | None]],
+    items: int,
+    batch: int,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
+    pads on the right without a mask, and pads must not enter spike counts."""
+    with patched(model, conversion):
+        return zero_shot(model, tokenizer, tasks, items, batch)

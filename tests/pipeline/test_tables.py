@@ -1,0 +1,200 @@
+"""Tables: order of columns, what a reader sees, and files that are the same every time."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline import tables
+from stages.errors import InputError
+
+DENSE = {
+    "model": "smol_lm&2",
+    "coding": "dense",
+    "grains": None,
+    "timesteps": None,
+    "ppl_wikipedia": 20.1264,
+    "acc_piqa": 0.4567,
+    "acc_piqa_stderr": 0.0498,
+    "acc_piqa_n": 100,
+    "nmse": None,
+    "spikes_per_value": None,
+    "macs_G": 3842.385,
+    "acs_G": 0.0,
+    "energy_J": 17.675,
+    "saving": 0.0,
+    "conversion_s": None,
+    "seconds": {"evaluation": 3.0},
+    "axes": {"coding": "dense"},
+}
+LAS = DENSE | {
+    "coding": "las",
+    "grains": 1,
+    "timesteps": 6,
+    "ppl_wikipedia": 4.51e7,
+    "ppl_c4": float("inf"),
+    "nmse": 3.14e-4,
+    "spikes_per_value": 0.8161,
+    "acs_G": 1234.56,
+    "energy_J": 8.1,
+    "saving": 0.5432,
+    "conversion_s": 12.34,
+}
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    return tables.result_frame([DENSE, LAS])
+
+
+def shown(path: Path) -> list[dict[str, str]]:
+    """Read a Markdown table back as one dict a row."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_columns_are_in_the_promised_order(frame):
+    assert list(frame.columns) == [
+        "model",
+        "coding",
+        "grains",
+        "timesteps",
+        "ppl_wikipedia",
+        "ppl_c4",
+        "acc_piqa",
+        "nmse",
+        "spikes_per_value",
+        "macs_G",
+        "acs_G",
+        "energy_J",
+        "saving",
+        "conversion_s",
+        "acc_piqa_stderr",
+        "acc_piqa_n",
+    ]
+
+
+def test_markdown_shows_each_column_in_its_own_way(frame, tmp_path):
+    dense, las = shown(tables.write(frame, tmp_path / "t", "Caption.")[0])
+    assert dense["ppl_wikipedia"] == "20.126"
+    assert dense["acc_piqa"] == "0.46 ± 0.05"
+    assert dense["macs_G"] == "3842"
+    assert dense["energy_J"] == "17.7"
+    assert {dense[name] for name in ("grains", "timesteps", "nmse", "ppl_c4")} == {"–"}
+    assert (las["ppl_wikipedia"], las["ppl_c4"]) == ("4.5e7", "inf")
+    assert (las["grains"], las["timesteps"]) == ("1", "6")
+    assert (las["nmse"], las["spikes_per_value"]) == ("3.1e-4", "0.816")
+    assert las["energy_J"] == "8.10"
+    assert (las["acs_G"], las["saving"], las["conversion_s"]) == ("1235", "54.3 %", "12.3")
+    assert not any(name.endswith(("_stderr", "_n")) for name in dense)
+
+
+def test_number_of_items_is_told_below_every_table(frame, tmp_path, capsys):
+    markdown = tables.write(frame, tmp_path / "t", "Caption.")[0].read_text(encoding="utf-8")
+    tables.print_table(frame)
+    for text in (markdown, capsys.readouterr().out):
+        assert "items: piqa 100" in text
+    different = tables.result_frame([DENSE, LAS | {"acc_piqa_n": 50}])
+    tables.print_table(different)
+    assert "items: piqa 50/100" in capsys.readouterr().out
+
+
+def test_small_standard_errors_get_another_decimal(tmp_path):
+    frame = tables.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_stderr": 0.0041}])
+    assert shown(tables.write(frame, tmp_path / "t", "")[0])[0]["acc_piqa"] == "0.457 ± 0.004"
+
+
+def test_csv_keeps_the_numbers(frame, tmp_path):
+    read = pd.read_csv(tables.write(frame, tmp_path / "t", "Caption.")[1])
+    assert list(read.columns) == list(frame.columns)
+    assert read["nmse"][1] == LAS["nmse"] and read["saving"][1] == LAS["saving"]
+    assert read["ppl_c4"][1] == float("inf") and pd.isna(read["ppl_c4"][0])
+    assert read["acc_piqa_stderr"][0] == 0.0498 and read["acc_piqa_n"][0] == 100
+    assert "1,6," in (tmp_path / "t.csv").read_text().splitlines()[2]
+
+
+def test_same_results_give_the_same_bytes(tmp_path):
+    texts = [
+        [path.read_bytes() for path in tables.write(made, tmp_path / folder / "t", "Caption.")]
+        for folder, made in (
+            ("a", tables.result_frame([DENSE, LAS])),
+            ("b", tables.result_frame(json.loads(json.dumps([DENSE, LAS])))),
+        )
+    ]
+    assert texts[0] == texts[1]
+    assert not any(b"\r" in text for text in texts[0])
+
+
+def test_latex_is_sound(frame, tmp_path):
+    frame.loc[0, "coding"] = r"a_b & 50% #1 $x^{2}$ ~ \c"
+    tex = tables.write(frame, tmp_path / "quick_start", "100 % of a_b & c.")[2]
+    text = tex.read_text(encoding="utf-8")
+    assert r"smol\_lm\&2" in text and r"100 \% of a\_b \& c." in text
+    assert r"$4.5\times10^{7}$" in text and r"$\infty$" in text and r"$0.46$" not in text
+    assert r"0.46 $\pm$ 0.05" in text
+    check_structure(tex)
+    if engine := shutil.which("pdflatex"):
+        compile_latex(engine, tex)
+
+
+def compile_latex(engine: str, path: Path) -> None:
+    main = path.with_name("main.tex")
+    main.write_text(
+        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}"
+        f"\\input{{{path.stem}}}\\end{{document}}"
+    )
+    command = [engine, "-interaction=nonstopmode", "-halt-on-error", main.name]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def check_structure(path: Path) -> None:
+    """Check environments, rules, cells per row, braces and special characters."""
+    text = path.read_text(encoding="utf-8")
+    opened = re.findall(r"\\begin\{(\w+)\}", text)
+    assert opened == re.findall(r"\\end\{(\w+)\}", text)[::-1] == ["table", "tabular"]
+    assert [text.count(f"\\{rule}") for rule in ("toprule", "midrule", "bottomrule")] == [1, 1, 1]
+    bare = re.sub(r"\\[\\&%$#_{}]", lambda found: "\n" if found[0] == r"\\" else "", text)
+    body = bare.split("\\begin{tabular}")[1].split("\\end{tabular}")[0]
+    columns = len(re.findall(r"[lr]", body.split("}")[0]))
+    rows = [line for line in body.splitlines() if "&" in line]
+    assert len(rows) == 3 and {row.count("&") + 1 for row in rows} == {columns}
+    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    assert "%" not in body and "_" not in bare.split("\\caption")[1].split("\\label")[0]
+
+
+@pytest.mark.parametrize("broken", ["\\end{tabular}", "\\bottomrule", "\\_", " & ", "}"])
+def test_the_structure_check_notices_a_broken_table(frame, tmp_path, broken):
+    tex = tables.write(frame, tmp_path / "t", "a_b.")[2]
+    text = tex.read_text(encoding="utf-8")
+    tex.write_text(text.replace(broken, "_" if broken == "\\_" else "", 1), encoding="utf-8")
+    with pytest.raises((AssertionError, IndexError)):
+        check_structure(tex)
+
+
+def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
+    for number in (10, 2, 0):
+        folder = tmp_path / "sweep" / str(number)
+        folder.mkdir(parents=True)
+        result = LAS | {"coding": f"job{number}"}
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "sweep" / "1").mkdir()  # a job that failed
+    frame = tables.sweep_table(tmp_path / "sweep", "quickstart", tmp_path / "tables")
+    assert list(frame["coding"]) == ["job0", "job2", "job10"]
+    printed = capsys.readouterr().out
+    assert printed.index("job0") < printed.index("job2") < printed.index("job10")
+    written = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert written == {"quickstart.md", "quickstart.csv", "quickstart.tex"}
+
+
+def test_a_sweep_without_results_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"no job below .* result\.json"):
+        tables.sweep_table(tmp_path, "quickstart", tmp_path / "tables")
