@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.settings import Settings
 
 log = logging.getLogger("pipeline")
+CONF = Path(__file__).parents[1] / "conf"
 RUN_ID = "PIPELINE_RUN_ID"
 RUNS = Path("outputs/runs")
 TABLES = Path("outputs/tables")
@@ -34,6 +35,9 @@ TABLES = Path("outputs/tables")
 
 def main() -> int:
     """Runs Hydra, then prints the table of the jobs that finished and lists those that failed."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folder = RUNS / os.environ[RUN_ID]
     # Hydra has no null for a config group; the empty choice is called none.
@@ -49,7 +53,7 @@ def main() -> int:
     return _finish(folder)
 
 
-@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
     """One job. An error of the user is a line in failed.json and the log, never a lost sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -82,7 +86,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return {
         "id": os.environ[RUN_ID],
         "folder": str(folder),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": _overrides(),
         "git": provenance.git_state(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
@@ -98,8 +102,8 @@ def _parent(settings: Settings, folder: Path) -> str | None:
     record = folder.parent / "parent.json"
     with FileLock(record.with_suffix(".lock")):
         if not record.exists():
-            name = HydraConfig.get().runtime.choices.get("experiment") or "sweep"
-            tags = {"sweep": os.environ[RUN_ID], "experiment": str(name)}
+            name = _experiment(HydraConfig.get()) or "sweep"
+            tags = {"sweep": os.environ[RUN_ID], "experiment": name}
             run_id = tracking.start_sweep(settings.tracking, f"{name} {os.environ[RUN_ID]}", tags)
             record.write_text(json.dumps({"run_id": run_id, "tracking": vars(settings.tracking)}))
     parent = json.loads(record.read_text())["run_id"]
@@ -108,8 +112,13 @@ def _parent(settings: Settings, folder: Path) -> str | None:
 
 def _failed(folder: Path, line: str) -> None:
     log.error("%s", line)
-    overrides = list(HydraConfig.get().overrides.task)
-    (folder / "failed.json").write_text(json.dumps({"overrides": overrides, "error": line}))
+    record = {"overrides": _overrides(), "error": line}
+    (folder / "failed.json").write_text(json.dumps(record))
+
+
+def _overrides() -> list[str]:
+    """The job's overrides as they were given: an interpolation in one has no value in Hydra's node."""
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
 
 
 def _finish(folder: Path) -> int:
@@ -121,9 +130,8 @@ def _finish(folder: Path) -> int:
     if finished:
         print()
         tables.sweep_table(folder, _table_name(folder), TABLES)
-        print(
-            f"\nresults: {folder}/*/result.json   table: {TABLES}/{_table_name(folder)}.{{md,csv,tex}}"
-        )
+        print(f"\nresults: {folder}/*/result.json")
+        print(f"table: {TABLES / _table_name(folder)}.md, .csv, .tex")
     record = folder / "parent.json"
     if record.exists():
         parent = json.loads(record.read_text())
@@ -137,11 +145,14 @@ def _finish(folder: Path) -> int:
 def _table_name(folder: Path) -> str:
     """An experiment's table by its name; any other run's by its id."""
     choice = folder / "multirun.yaml"
-    if choice.exists():
-        name = OmegaConf.load(choice).hydra.runtime.choices.get("experiment")
-        if name:
-            return str(name)
-    return folder.name
+    name = _experiment(OmegaConf.load(choice).hydra) if choice.exists() else None
+    return name or folder.name
+
+
+def _experiment(hydra_config: Any) -> str | None:
+    """The experiment that was chosen, if one was."""
+    name = hydra_config.runtime.choices.experiment
+    return None if name in (None, "none") else str(name)
 
 
 if __name__ == "__main__":

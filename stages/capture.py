@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from stages.llm.attention import View
 from stages.llm.kernels import masked_softmax
 from stages.llm.ports import attached
-from stages.llm.sites import Site
+from stages.llm.sites import Site, find_sites
 from stages.sketch import Accumulator, Grid, SketchSet
 
 
@@ -36,7 +36,7 @@ class Capture:
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
-        with torch.inference_mode(), attached(model, sites, ports):
+        with torch.inference_mode(), attached(model, find_sites(model), ports):
             batches = ids.to(model.device).split(batch)
             for tokens in tqdm(batches, desc="capture", unit="batch", disable=None):
                 model(tokens, use_cache=False, logits_to_keep=0)
@@ -68,11 +68,14 @@ class SketchPort:
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
-        self._add(probs, probs.numel() - view.seen.sum() * probs.shape[1])
+        lowest = torch.where(view.mask, probs, torch.inf).amin()
+        self._add(probs, probs.numel() - view.seen.sum() * probs.shape[1], lowest)
         return probs
 
-    def _add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
+    def _add(
+        self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None
+    ) -> None:
         if self._accumulator is None:
             channels = x.shape[-1] if self._channels else 0
             self._accumulator = Accumulator(self._grid, channels, self._exact, x.device)
-        self._accumulator.add(x, surplus_zeros)
+        self._accumulator.add(x, surplus_zeros, lowest)

@@ -86,8 +86,8 @@ class Densities:
         meta = json.loads((folder / "densities.json").read_text())
         tensors = load_file(folder / "densities.safetensors")
         atoms = Atoms(*(tensors.pop(f"atom_{n}") for n in Atoms.__annotations__))
-        names = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
-        return cls(*names, atoms, tensors)
+        sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
+        return cls(sites, roles, layers, atoms, tensors)
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ def merge(
     weight, first, second = merged
     # One of the values in the highest bin is the maximum itself.
     top = place.gather(-1, _last(count)[:, None])
-    for row, term in zip((weight, first, second), (1.0, maximum, maximum**2), strict=True):
-        row.scatter_add_(-1, top, -torch.as_tensor(term).expand(len(count))[:, None].double())
+    for row, power in zip((weight, first, second), range(3), strict=True):
+        term = maximum**power
+        row.scatter_add_(-1, top, -term[:, None])
         row[:, -1] += term
     some = weight.clamp(min=0.5)
     value = torch.where(weight > 0.5, first / some, maximum[:, None])

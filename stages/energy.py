@@ -79,6 +79,9 @@ class Energy:
             _check_tokens(self.tokens)
         if not self.conventions:
             raise InputError("energy.conventions is empty: give at least one")
+        for name, convention in self.conventions.items():
+            if not isinstance(convention, Convention):
+                raise InputError(f"energy.conventions.{name}={convention!r} is no Convention")
 
 
 class CodingCosts(Protocol):

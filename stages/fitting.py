@@ -113,5 +113,6 @@ class FittedNeurons:
         meta = json.loads((folder / "neurons.json").read_text())
         tensors = load_file(folder / "neurons.safetensors")
         params = {k[6:]: v for k, v in tensors.items() if k.startswith("param_")}
-        names = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
-        return cls(*names, Fit(params, tensors.get("curve")), tensors["nmse"], tensors["spikes"])
+        sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
+        fit = Fit(params, tensors.get("curve"))
+        return cls(sites, roles, layers, fit, tensors["nmse"], tensors["spikes"])

@@ -84,6 +84,8 @@ class Patching:
                 model(tokens, use_cache=False)
         frame = counters.frame(set(converted))
         frame["nmse"] = frame["error"] / frame["power"]
+        if not conversion.coding.neuron:
+            frame["spikes"] = float("nan")  # a bound quantises but does not spike
         atoms = dict(zip(conversion.neurons.sites, conversion.neurons.nmse.tolist(), strict=True))
         frame["nmse_atoms"] = frame["site"].map(atoms)
         return frame.drop(columns=["macs", "acs", "error", "power"])

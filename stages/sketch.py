@@ -78,8 +78,9 @@ class Accumulator:
         self.absmax = torch.zeros(channels, device=device)
         self.square = torch.zeros(channels, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
-        """Adds x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again."""
+    def add(self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None) -> None:
+        """Adds x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
+        `lowest` is then the smallest of the other values."""
         x = x.float()
         if len(self.absmax):
             absmax, square = _channels(x.reshape(-1, x.shape[-1]))
@@ -87,7 +88,7 @@ class Accumulator:
             self.square += square
         flat = x.reshape(-1)
         low, high = flat.aminmax()
-        self.range[0] = torch.minimum(self.range[0], low)
+        self.range[0] = torch.minimum(self.range[0], low if lowest is None else lowest)
         self.range[1] = torch.maximum(self.range[1], high)
         code, inside, square = _codes(self.grid, flat)
         self.count += bincount(code, None, len(self.count))

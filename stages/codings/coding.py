@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +28,7 @@ class Fit:
     curve: Tensor | None = None
 
 
-class Coding(Protocol):
+class Coding(Hashable, Protocol):
     """A coding: how a site's neuron is fitted, and what it does to a value."""
 
     name: str

@@ -58,11 +58,11 @@ class Gated:
         return self.grains - 1
 
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        parts = zip(
-            *(t.split(SITES_AT_ONCE) for t in (atoms.value, atoms.spread, atoms.weight)),
-            strict=True,
-        )
-        scales = [best_scales(*part, self.grains, self.timesteps) for part in parts]
+        parts = (t.split(SITES_AT_ONCE) for t in (atoms.value, atoms.spread, atoms.weight))
+        scales = [
+            best_scales(value, spread, weight, self.grains, self.timesteps)
+            for value, spread, weight in zip(*parts, strict=True)
+        ]
         return Fit({"scale": torch.cat(scales)})
 
     def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:

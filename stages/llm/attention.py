@@ -32,16 +32,22 @@ class Port(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Who sees whom in a block of queries: mask [B, 1, Q, K] bool, seen [B, Q] keys seen by each
-    query, real [B, Q] or None."""
+    """Who sees whom in a block of queries.
+
+    mask [B, 1, Q, K] bool, seen [B, Q]: keys seen by each query, real [B, Q] bool or None (all).
+    """
 
     mask: Tensor
     seen: Tensor
     real: Tensor | None
 
-    def block(self, start: int, stop: int, keys: int) -> View:
+    def block(self, start: int, keys: int) -> View:
+        """The block of queries from `start` on, which reads `keys` keys."""
+        stop = start + QUERY_BLOCK
         real = None if self.real is None else self.real[:, start:stop]
-        return View(self.mask[:, :, start:stop, :keys], self.seen[:, start:stop], real)
+        # Contiguous, so that compiled kernels see one layout only.
+        mask = self.mask[:, :, start:stop, :keys].contiguous()
+        return View(mask, self.seen[:, start:stop], real)
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,13 @@ class Visibility:
     """A view with what is derived from it once per forward pass.
 
     watched [B, K]: real queries that see each key; fresh [B, K]: keys of this pass that are real;
-    reach: for every query block the number of leading keys that some query of it may see.
+    blocks: the view of every query block, over the leading keys that some query of it may see.
     """
 
     view: View
     watched: Tensor
     fresh: Tensor | None
-    reach: tuple[int, ...]
+    blocks: tuple[View, ...]
 
 
 class ForwardState:
@@ -93,7 +99,8 @@ def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:
     # (left pads) get their uniform softmax over those keys, and nobody reads them.
     reach = tuple(max(1, max(last[q : q + QUERY_BLOCK])) for q in range(0, queries, QUERY_BLOCK))
     view = View(mask, mask[:, 0].sum(-1), real)
-    return Visibility(view, seeing.sum(-2), fresh, reach)
+    blocks = (view.block(i * QUERY_BLOCK, size) for i, size in enumerate(reach))
+    return Visibility(view, seeing.sum(-2), fresh, tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -132,22 +139,23 @@ def ported_attention(
     seen = ports.state.visibility(attention_mask)
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    real = None if seen.view.real is None else seen.view.real[:, None]
+    rows = seen.view.real
+    real = None if rows is None else rows[:, None]
     fresh = None if seen.fresh is None else seen.fresh[:, None]
-    reads = seen.view.seen if real is None else seen.view.seen * seen.view.real
+    reads = seen.view.seen if rows is None else seen.view.seen * rows
     query = ports.q(query, real, reads[:, None])
     key = ports.k(key, fresh, seen.watched[:, None] * groups).transpose(2, 3)
     value = ports.v(value, fresh, seen.watched[:, None] * groups)
     grouped = query.view(batch, key.shape[1], groups, queries, width)
     output = query.new_empty(batch, queries, heads, width)
-    for index, keys in enumerate(seen.reach):
-        start, stop = index * QUERY_BLOCK, min(queries, (index + 1) * QUERY_BLOCK)
-        rows = grouped[:, :, :, start:stop].reshape(batch, key.shape[1], -1, width)
-        scores = torch.matmul(rows, key[..., :keys]).view(batch, heads, stop - start, keys)
-        view = seen.view.block(start, stop, keys)
+    for index, view in enumerate(seen.blocks):
+        size, keys = view.mask.shape[-2:]
+        start, stop = index * QUERY_BLOCK, index * QUERY_BLOCK + size
+        block = grouped[:, :, :, start:stop].reshape(batch, key.shape[1], -1, width)
+        scores = torch.matmul(block, key[..., :keys]).view(batch, heads, size, keys)
         probs = ports.probs.softmax(scores, scaling, view, width)
-        rows = torch.matmul(probs.view(batch, key.shape[1], -1, keys), value[:, :, :keys])
-        output[:, start:stop] = rows.view(batch, heads, stop - start, width).transpose(1, 2)
+        block = torch.matmul(probs.view(batch, key.shape[1], -1, keys), value[:, :, :keys])
+        output[:, start:stop] = block.view(batch, heads, size, width).transpose(1, 2)
     return output, None
 
 
@@ -160,9 +168,9 @@ def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None
         )
 
 
-def ported_mask(*args: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> Tensor | None:
+def ported_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A boolean mask [B, 1, Q, K] that is always built, never left to a kernel's causal flag."""
-    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 AttentionInterface.register(NAME, ported_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,14 +104,19 @@ def _column(path: Path, field: str) -> list[str]:
     ]
 
 
+def fingerprints(documents: Sequence[str]) -> list[str]:
+    """sha256 of every document of 200 characters or more."""
+    long = (text.strip() for text in documents if len(text.strip()) >= _SAME_TEXT)
+    return [hashlib.sha256(text.encode()).hexdigest() for text in long]
+
+
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    """Raises InputError if a document of 200 characters or more is in both texts."""
-    seen = {text for text in calibration if len(text) >= _SAME_TEXT}
-    shared = [text for text in evaluation if text in seen]
+    """Raises InputError if two texts, given by their fingerprints, have a document in common."""
+    shared = set(calibration) & set(evaluation)
     if shared:
         raise InputError(
-            f"{len(shared)} documents are in the calibration and in the evaluation text, the first"
-            f" begins {shared[0].strip()[:60]!r}; choose another calibration.corpus or other files"
+            f"{len(shared)} documents are in the calibration and in the evaluation text; choose"
+            " another calibration.corpus or other files"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
 
     def kernel(scores: Tensor, scaling: float, mask: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         value, spikes = coding.quantise(masked_softmax(scores, scaling, mask), p)
-        return value.to(scores.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
+        # A fitted threshold may lie below v0, and such a neuron would fire at masked zeros.
+        seen = (spikes * mask).sum(-1) if counted else spikes.new_empty(0)
+        return value.to(scores.dtype), seen
 
     fast = fused(kernel)
 
@@ -94,7 +97,12 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
 
 def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` compiled for all shapes, or itself once the compiler has failed."""
-    fast = torch.compile(kernel, dynamic=True)
+    # Compilations are counted per code object, and all codings share the code of one closure; a
+    # code object of its own keeps one coding from using up the others'.
+    own = types.FunctionType(
+        kernel.__code__.replace(), kernel.__globals__, kernel.__name__, None, kernel.__closure__
+    )
+    fast = torch.compile(own, dynamic=True)
 
     def call(*args: Any) -> Any:
         if not _Compiler.enabled:

@@ -151,8 +151,8 @@ def _attention_ports(
 
 def _fanout(site: Site, modules: Mapping[str, nn.Module]) -> int:
     """Output features of the linear modules a site feeds; 0 for an element-wise product."""
-    widths = [modules[name].out_features for name in site.consumers]
-    return sum(int(width) for width in widths)  # type: ignore[arg-type]
+    linears = [modules[name] for name in site.consumers]
+    return sum(linear.out_features for linear in linears if isinstance(linear, nn.Linear))
 
 
 def _begin(state: ForwardState) -> Callable[..., None]:

@@ -10,7 +10,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from stages.errors import InputError
-from stages.llm.corpus import Corpus, check_disjoint, read_documents, tokenise, windows
+from stages.llm.corpus import (
+    Corpus,
+    check_disjoint,
+    fingerprints,
+    read_documents,
+    tokenise,
+    windows,
+)
 from stages.llm.hub import read_hub
 from stages.llm.sources import HubText, PackageFile
 from stages.llm.wikipedia import clean, extract_wikipedia
@@ -85,9 +92,10 @@ def test_one_file_serves_one_purpose(source):
 
 def test_shared_documents_are_refused_and_short_ones_are_not():
     long = "w" * 200
-    check_disjoint(["== A ==", long], ["== A ==", long + "!"])
+    seen = fingerprints(["== A ==", long])
+    check_disjoint(seen, fingerprints(["== A ==", long + "!"]))
     with pytest.raises(InputError, match="1 documents"):
-        check_disjoint(["== A ==", long], ["b", long])
+        check_disjoint(seen, fingerprints(["b", f" {long}\n"]))
 
 
 def test_documents_become_one_text(byte_tokenizer):

@@ -169,7 +169,7 @@ def test_dense_counters_agree_with_the_plan(energy, window):
         for site in counted.index
     }
     assert entered == counted["macs"].to_dict()
-    coded = counters_of({site: (1, 1, 1, 1) for site in counted.index})
+    coded = counters_of(dict.fromkeys(counted.index, (1, 1, 1, 1)))
     gated = account(plan, energy, TOKENS, coded, Costs(gate_comparisons=1))
     gates = part(gated, "causal").query("kind == 'gate'").set_index("op")["acs"]
     assert gates.to_dict() == counted["values"].to_dict()

@@ -1,0 +1,206 @@
+"""Every neuron once more, one value and one step at a time in float32, written from its equations.
+
+A new coding that is a neuron needs a line in `REFERENCES`; the tests fail without it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from stages.codings import neurons
+from stages.codings.coding import Coding
+from stages.codings.gated import Gated
+from stages.codings.las import Las
+from stages.codings.multigrain import Multigrain
+from stages.codings.phase import Phase
+from stages.distribution import Atoms
+from stages.errors import InputError
+from stages.fitting import Algorithm1
+
+CONF = Path(__file__).parents[2] / "conf" / "coding"
+ONE = np.float32(1)
+TIMESTEPS = (1, 2, 4, 6, 8, 10)
+OPTIONS = {"v0": ("zero", "half_step"), "tied": (True, False), "max_spikes": (None, 1, 2)}
+
+# |x| -> code, magnitude of the decoded value, spikes
+Neuron = Callable[[np.float32], tuple[int, np.float32, int]]
+
+
+def bank(scales: np.ndarray, timesteps: int, v0: float) -> Neuron:
+    """n base-2 neurons: the first whose range holds |x| integrates |x| / tau + v0."""
+
+    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+        k = 0
+        while k < len(scales) - 1 and not x < scales[k] * (ONE - np.float32(v0)):
+            k += 1
+        v, theta = x / scales[k] + np.float32(v0), ONE
+        code = count = 0
+        for _ in range(timesteps):
+            theta = theta / np.float32(2)
+            code *= 2
+            if v >= theta:
+                v = v - theta
+                code += 1
+                count += 1
+        return (k << timesteps) + code, np.float32(code * 2.0**-timesteps) * scales[k], count
+
+    return neuron
+
+
+def steps(p: dict[str, np.ndarray], max_spikes: int | None) -> Neuron:
+    """v(1) = |x| / tau + v0; s(t) = [v >= theta(t)]; v -= h(t) s(t); y += d(t) s(t)."""
+    triples = list(zip(p["d"], p["h"], p["theta"], strict=True))
+    scale, v0 = p["scale"][()], p["v0"][()]
+
+    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+        v, y = x / scale + v0, np.float32(0)
+        code = count = 0
+        for d, h, theta in triples:
+            code *= 2
+            if v >= theta and (max_spikes is None or count < max_spikes):
+                v = v - h
+                y = y + d
+                code += 1
+                count += 1
+        return code, y * scale, count
+
+    return neuron
+
+
+def half(timesteps: int) -> float:
+    """Half of the last step of a base-2 neuron."""
+    return 1 / (2 * 2**timesteps)
+
+
+REFERENCES: dict[type, Callable[..., Neuron]] = {
+    Las: lambda c, p: bank(
+        p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
+    ),
+    Gated: lambda c, p: bank(p["scale"], c.timesteps, half(c.timesteps)),
+    Multigrain: lambda c, p: steps(p, None),
+    Phase: lambda c, p: steps(p, c.max_spikes),
+}
+
+
+def reference(coding: Coding, p: dict[str, Tensor]) -> Neuron:
+    """The scalar neuron of one site; fails for a coding that has none."""
+    if type(coding) not in REFERENCES:
+        pytest.fail(f"{type(coding).__name__} is a neuron: add its scalar loop to {__file__}")
+    return REFERENCES[type(coding)](coding, {name: value.numpy() for name, value in p.items()})
+
+
+# --- which codings --------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Coding]:
+    """Every coding of conf/coding that is a neuron, by the name of its file."""
+    codings = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted(CONF.glob("*.yaml"))}
+    return {name: c for name, c in codings.items() if getattr(c, "neuron", False)}
+
+
+def variants(coding: Coding, timesteps: Iterable[int] = TIMESTEPS) -> Iterator[Coding]:
+    """The coding with every T and 1 to 3 grains that it allows, and at its own T each option."""
+    named = {field.name for field in fields(coding)}
+    changes = [{"timesteps": t, "grains": n} for t in timesteps for n in (1, 2, 3)]
+    changes += [{name: value} for name, values in OPTIONS.items() for value in values]
+    seen = set()
+    for change in changes:
+        try:
+            variant = replace(coding, **{k: v for k, v in change.items() if k in named})
+        except InputError:
+            continue  # such as more grains than steps
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
+
+
+def label(coding: Coding) -> str:
+    """A readable test id of everything that makes the coding."""
+    return "-".join(str(getattr(coding, field.name)) for field in fields(coding))
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def heavy_tailed(sites: int, size: int, seed: int = 0) -> Tensor:
+    """Signed values of every site, kurtosis in the hundreds, scales a factor 3 apart, [sites, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sites, size, generator=generator)
+    x = x * torch.exp(1.2 * torch.randn(sites, size, generator=generator))
+    return x * 3.0 ** torch.arange(sites)[:, None]
+
+
+def atoms_of(x: Tensor, maximum: Tensor | None = None) -> Atoms:
+    """Every value [sites, K] as an atom of its own magnitude."""
+    value = x.abs().double().sort(-1).values
+    maximum = value[:, -1] if maximum is None else maximum
+    return Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / x.shape[1]), maximum)
+
+
+def fitted(coding: Coding, sites: int = 2) -> dict[str, Tensor]:
+    """Float32 parameters of the coding, fitted fast enough to leave their starting values."""
+    quick = Algorithm1(
+        rounds=2, neuron_steps=8, base_steps=8, neuron_lr=0.003, base_lr=0.003, slope=200
+    )
+    fit = coding.fit(atoms_of(heavy_tailed(sites, 200)), quick)
+    return {name: value.float() for name, value in fit.params.items()}
+
+
+def bfloat16_patterns() -> Tensor:
+    """All finite bfloat16 values, both zeros and the subnormal ones among them."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return x[x.isfinite()]
+
+
+def around_breakpoints(neuron: Neuron, levels: Tensor) -> Tensor:
+    """Two float32 below and two from every place on where the neuron's code changes, both signs.
+
+    Found by bisecting the bit patterns between neighbours of a grid that has two points a level.
+    """
+    levels = levels.double().unique()
+    grid = torch.cat([levels, (levels[1:] + levels[:-1]) / 2, bfloat16_patterns().double().abs()])
+    bits = grid.float().unique().view(torch.int32).numpy()
+    codes = _codes(neuron, bits)
+    change = codes[1:] != codes[:-1]
+    low, high, below = bits[:-1][change], bits[1:][change], codes[:-1][change]
+    while (high - low).max(initial=0) > 1:
+        middle = low + (high - low) // 2
+        same = _codes(neuron, middle) == below
+        low, high = np.where(same, middle, low), np.where(same, high, middle)
+    near = np.concatenate([low - 1, low, high, high + 1])
+    x = torch.from_numpy(near[near >= 0]).view(torch.float32)
+    return torch.cat([x, -x])
+
+
+def _codes(neuron: Neuron, bits: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.array([neuron(x)[0] for x in bits.view(np.float32)], dtype=np.int64)
+
+
+# --- the check ------------------------------------------------------------------------------------
+
+
+def check_equal(coding: Coding, p: dict[str, Tensor], x: Tensor) -> None:
+    """Asserts that `encode`, `decode` and `quantise` give the scalar loop's code, value and count."""
+    neuron = reference(coding, p)
+    with np.errstate(over="ignore"):
+        rows = [neuron(v) for v in x.float().abs().numpy()]
+    columns = zip(*rows, strict=True)
+    code, magnitude, count = (torch.from_numpy(np.array(column)) for column in columns)
+    value = x.float().sign() * magnitude
+    spikes = coding.encode(x, p)
+    fast_value, fast_count = coding.quantise(x, p)
+    table = coding.table(p)
+    assert fast_value.dtype == table.dtype == torch.float32
+    assert torch.equal(spikes.code, code)
+    assert torch.equal(spikes.count, count)
+    assert torch.equal(neurons.decode(spikes, table), value)
+    assert torch.equal(fast_value, value)
+    assert torch.equal(fast_count.long(), count)

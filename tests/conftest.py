@@ -1,0 +1,133 @@
+"""Models small enough to compute by hand with, a tokenizer, and neurons fitted to them.
+
+Kernels run eagerly: compiling takes longer than everything that the tests compute.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from stages.capture import Capture
+from stages.codings.coding import Coding
+from stages.distribution import Distribution
+from stages.fitting import Algorithm1, Fitting
+from stages.llm.kernels import compiled, use_compiler
+from stages.llm.sites import ROLES, SiteSelection, find_sites, select
+from stages.patching import Conversion
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 48,
+    "eos_token_id": 49,
+    "pad_token_id": 49,
+}
+SLIDING_WINDOW = 5
+
+
+@pytest.fixture(autouse=True)
+def eager_kernels() -> Iterator[None]:
+    before = compiled()
+    use_compiler(False)
+    yield
+    use_compiler(before)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, 0 to 255, and <s> 256, </s> 257; it adds neither by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: number for number, symbol in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers of grouped-query attention with random weights, head and embedding tied."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        bos_token_id=256,
+        eos_token_id=257,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _tiny(kind: str = "llama", seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+    torch.manual_seed(seed)
+    extra = {"sliding_window": SLIDING_WINDOW} if kind == "mistral" else {}
+    config = AutoConfig.for_model(kind, **TINY, **extra)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # norms and biases start as ones and zeros, which hides mistakes
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """Makes a random model of `llama`, `mistral` (sliding window) or `qwen2` (biases)."""
+    return _tiny
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return _tiny()
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., Tensor]:
+    """Makes random ids [rows, length] without special tokens."""
+
+    def draw(rows: int, length: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 48, (rows, length), generator=generator)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def convert(tokens: Callable[..., Tensor]) -> Callable[..., Conversion]:
+    """Fits a coding to a tiny model on 4 windows of 16 random tokens, as the pipeline does."""
+
+    def fit(model: PreTrainedModel, coding: Coding, roles: tuple[str, ...] = ROLES) -> Conversion:
+        sites = select(find_sites(model), SiteSelection(roles))
+        sketches = Capture().run(model, tokens(4, 16, seed=1), sites, batch=4)
+        fitting = Fitting("atoms", 1, 0, Algorithm1(rounds=1, neuron_steps=3, base_steps=3))
+        densities = Distribution(atoms=64).run(sketches)
+        return Conversion(coding, fitting.run(densities, coding))
+
+    return fit

@@ -1,0 +1,182 @@
+"""A pipeline small enough to run end to end in a second: its model, its texts, its questions."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pipeline.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+CONF = REPOSITORY / "conf"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder with a model of random weights, disjoint texts and a file of questions."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes a run tiny: 4 + 2 calibration and 3 evaluation windows of 48 tokens."""
+        return [
+            f"model.path={self.model}",
+            "model.name=tiny",
+            f"corpus.wikipedia.path={self.folder}/evaluation.jsonl",
+            f"corpus.wikipedia.calibration_path={self.folder}/calibration.jsonl",
+            *("calibration.windows=4", "calibration.length=48"),
+            *("evaluation.windows=3", "evaluation.length=48"),
+            *("evaluation.tasks=[]", f"tasks.piqa.path={self.folder}/piqa.jsonl"),
+            *("evaluation.items=6", "distribution.atoms=64", "fitting.algorithm1.rounds=1"),
+            *("runtime.compile=false", "runtime.figures=false", "tracking.enabled=false"),
+        ]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind: its exit status, its output, and its run folder's files."""
+
+    code: int
+    out: str
+    err: str
+    cwd: Path
+
+    @property
+    def runs(self) -> Path:
+        (folder,) = re.findall(r"^results: (\S+)/\*/", self.out, re.MULTILINE)
+        return self.cwd / folder
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The results of a sweep in the order of its jobs."""
+        paths = sorted(self.runs.glob("*/result.json"), key=lambda p: int(p.parent.name))
+        return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast
+) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    byte_tokenizer.save_pretrained(folder / "model")
+    _save_model(folder / "model")
+    _write_text(folder / "calibration.jsonl", seed=1)
+    _write_text(folder / "evaluation.jsonl", seed=2)
+    rows = [
+        {"goal": f"to {a}", "sol1": f"{a} then {b}", "sol2": f"{b} or {a}", "label": i % 2}
+        for i, (a, b) in enumerate(zip(_words(3), _words(4), strict=True))
+    ]
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Tiny(folder)
+
+
+def _write_text(path: Path, seed: int) -> None:
+    """Six documents of pseudo-words, about 300 characters each."""
+    draw, words = random.Random(seed), _words(seed)
+    rows = ({"text": " ".join(draw.choices(words, k=60))} for _ in range(6))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _words(seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(40)]
+
+
+def _save_model(folder: Path) -> None:
+    """Two layers of grouped-query attention with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_run: Tiny) -> Callable[..., Settings]:
+    """Makes the settings of a tiny run with its store in a folder, as the command line would."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    def make(store: Path, *overrides: str) -> Settings:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            where = ["experiment=none", f"store.path={store}"]
+            return instantiate(compose("config", [*where, *tiny_run.overrides, *overrides]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def command(tiny_run: Tiny) -> Callable[..., Finished]:
+    """Runs `python -m pipeline` in this process, which has imported everything already."""
+
+    def run(cwd: Path, *overrides: str) -> Finished:
+        flags = [override for override in overrides if override.startswith("-")]
+        return main_in(cwd, [*flags, *tiny_run.overrides, *overrides[len(flags) :]])
+
+    return run
+
+
+def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
+    """`python -m pipeline` in a folder; leaves environment, logging and compiler as they were."""
+    from pipeline.__main__ import RUN_ID, main
+    from stages.llm.kernels import compiled, use_compiler
+
+    compiles, root = compiled(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", ["pipeline", *arguments]):
+        os.environ.pop(RUN_ID, None)
+        try:
+            with chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+                code = main()
+        finally:
+            root.handlers[:], root.level = handlers, level
+            use_compiler(compiles)
+    return Finished(code, out.getvalue(), err.getvalue(), cwd)
+
+
+def half_written(store: Path) -> list[str]:
+    """What an interrupted or failed build must not leave: temporary folders, no or bad manifests."""
+    from pipeline import manifest
+
+    found = [str(path) for path in store.glob("*/.tmp-*")]
+    for folder in store.glob("[!.]*/[!.]*"):
+        try:
+            manifest.verified(folder, full=True)
+        except manifest.Damaged as fault:
+            found.append(f"{folder}: {fault}")
+    return found

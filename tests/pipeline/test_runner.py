@@ -1,0 +1,157 @@
+"""The runner: what is stored is never computed again, and what is asked for is computed once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline import inputs, runner
+from pipeline.settings import Settings
+from stages.errors import InputError
+
+Make = Callable[..., Settings]
+
+
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("nothing may be loaded")
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The sources of the models that are loaded from now on."""
+    found: list[str] = []
+    load = inputs.load
+
+    def counted(source: str, **options: Any) -> Any:
+        found.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(inputs, "load", counted)
+    inputs._loaded.cache_clear()
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(settings: Make, tmp_path_factory) -> Path:
+    """A store that holds a whole run."""
+    store = tmp_path_factory.mktemp("built")
+    runner.execute(settings(store))
+    return store
+
+
+@pytest.mark.parametrize("coding", ["gated", "multigrain", "lloyd_max", "dense"])
+def test_a_run_loads_its_model_once_and_none_the_second_time(coding, settings, tmp_path, loads):
+    chosen = settings(tmp_path, f"coding={coding}")
+    first, *_ = runner.execute(chosen)
+    assert loads == [chosen.model.path] and not any(first["hits"].values())
+    inputs._loaded.cache_clear()
+    second, *_ = runner.execute(chosen)
+    assert len(loads) == 1 and all(second["hits"].values())
+    assert second | {"hits": first["hits"]} == first
+
+
+def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkeypatch):
+    chosen = settings(built)
+    for module, name in (
+        (inputs, "load"),
+        (inputs, "read_documents"),
+        (inputs, "tokenise"),
+        (type(chosen.capture), "run"),
+        (type(chosen.distribution), "run"),
+        (type(chosen.fitting), "run"),
+        (type(chosen.patching), "run"),
+        (runner.evaluating, "perplexity"),
+        (runner, "account"),
+    ):
+        monkeypatch.setattr(module, name, forbidden)
+    inputs._loaded.cache_clear()
+    result, sites, _ = runner.execute(chosen)
+    assert all(result["hits"].values()) and len(sites) == 21
+
+
+def test_codings_share_what_comes_before_fitting(settings, built, loads):
+    result, *_ = runner.execute(settings(built, "coding=las"))
+    assert result["hits"]["capture"] and result["hits"]["distribution"]
+    assert not result["hits"]["fitting"]
+    assert len(loads) == 1
+
+
+def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
+    plain = runner.execute(settings(built))[0]["keys"]
+    other = ("fitting.seed=7", "fitting.algorithm1.rounds=3", "tasks.piqa.metric=acc")
+    assert runner.execute(settings(built, *other))[0]["keys"] == plain
+    assert runner.execute(settings(built, "label=other"))[0]["keys"] == plain
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ("calibration.windows=3", set()),
+        ("capture.mantissa_bits=6", set()),
+        ("sites=paper", set()),
+        ("distribution.atoms=65", {"capture"}),
+        ("coding.grains=3", {"capture", "distribution"}),
+        ("patching.windows=1", {"capture", "distribution", "fitting", "evaluation", "energy"}),
+        ("evaluation.windows=2", {"capture", "distribution", "fitting", "patching"}),
+        (
+            "energy.profile.ac_pj=0.5",
+            {"capture", "distribution", "fitting", "patching", "evaluation"},
+        ),
+    ],
+)
+def test_a_field_changes_its_stage_and_what_is_made_of_it(change, kept, settings, built):
+    before = runner.execute(settings(built))[0]["keys"]
+    after = runner.execute(settings(built, change))[0]["keys"]
+    assert {stage.split()[0] for stage, key in after.items() if key == before[stage]} == kept
+
+
+def test_another_file_under_the_same_name_is_another_text(settings, built, tmp_path):
+    file = tmp_path / "evaluation.jsonl"
+    own = settings(built, f"corpus.wikipedia.path={file}")
+    source = Path(settings(built).corpus["wikipedia"].path)
+    file.write_bytes(source.read_bytes())
+    plain = runner.execute(settings(built))[0]
+    assert runner.execute(own)[0]["keys"] == plain["keys"]  # by content, not by name
+    file.write_text(source.read_text().replace("a", "z"))
+    changed = runner.execute(own)[0]
+    assert not changed["hits"]["evaluation ppl_wikipedia"] and changed["hits"]["patching"]
+    assert changed["ppl_wikipedia"] != plain["ppl_wikipedia"]
+
+
+def test_changed_weights_in_the_same_folder_are_another_model(settings, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.model, tmp_path / "model")
+    chosen = settings(tmp_path / "store", f"model.path={folder}", "coding=dense")
+    before = runner.execute(chosen)[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    after = runner.execute(chosen)[0]
+    assert not any(after["hits"].values())
+    assert after["ppl_wikipedia"] != before["ppl_wikipedia"]
+
+
+def test_the_numbers_of_a_row_are_those_of_its_artifacts(settings, built):
+    result, sites, run = runner.execute(settings(built))
+    coded = sites.dropna(subset=["acs"])
+    assert result["spikes_per_value"] == pytest.approx(coded["acs"].sum() / coded["macs"].sum())
+    product = 1.0
+    for nmse in sites["nmse"]:
+        product *= nmse ** (1 / len(sites))
+    assert result["nmse"] == pytest.approx(product)
+    assert result["saving"] == pytest.approx(
+        1 - result["energy_J"] / runner.execute(settings(built, "coding=dense"))[0]["energy_J"]
+    )
+    built_in = [run.artifacts[stage].manifest["seconds"] for stage in runner.CONVERSION]
+    assert result["conversion_s"] == pytest.approx(sum(built_in), abs=1e-3)
+
+
+def test_a_failed_stage_keeps_what_was_built_before_it(settings, tmp_path):
+    with pytest.raises(InputError, match="500 windows"):
+        runner.execute(settings(tmp_path, "evaluation.windows=500"))
+    result, *_ = runner.execute(settings(tmp_path))
+    assert {stage for stage, hit in result["hits"].items() if hit} == set(runner.CONVERSION)
