@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from stages.errors import InputError
 from stages.llm.attention import View
-from stages.llm.kernels import masked_softmax
+from stages.llm.kernels import fused, masked_softmax
 from stages.llm.ports import attached
 from stages.llm.sites import Site, find_sites
-from stages.sketch import Accumulator, Grid, SketchSet
+from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Capture:
     mantissa_bits: int = 7
 
     def __post_init__(self) -> None:
-        Grid(self.mantissa_bits)
+        most = MOST_BITS - SUB_BITS
+        if not isinstance(self.mantissa_bits, int) or not 1 <= self.mantissa_bits <= most:
+            raise InputError(
+                f"capture.mantissa_bits={self.mantissa_bits!r}: give a whole number from 1 to {most}"
+            )
 
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
@@ -44,6 +49,13 @@ class Capture:
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in sites])
         sketches.check_finite()
         return sketches
+
+
+def _lowest_allowed(probs: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, probs, torch.inf).amin()
+
+
+_lowest = fused(_lowest_allowed)
 
 
 class SketchPort:
@@ -68,8 +80,8 @@ class SketchPort:
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
-        lowest = torch.where(view.mask, probs, torch.inf).amin()
-        self._add(probs, probs.numel() - view.seen.sum() * probs.shape[1], lowest)
+        masked = probs.numel() - view.seen.sum() * probs.shape[1]
+        self._add(probs, masked, _lowest(probs, view.mask))
         return probs
 
     def _add(

@@ -144,14 +144,16 @@ def merge(
         row.scatter_add_(-1, place, term)
     weight, first, second = merged
     # One of the values in the highest bin is the maximum itself.
-    top = place.gather(-1, _last(count)[:, None])
-    for row, power in zip((weight, first, second), range(3), strict=True):
-        term = maximum**power
-        row.scatter_add_(-1, top, -term[:, None])
-        row[:, -1] += term
+    last = _last(count)[:, None]
+    top = place.gather(-1, last)
+    mu, sigma2 = mean.gather(-1, last), variance.gather(-1, last)
+    for row, average, power in zip(merged, (mu**0, mu, mu**2 + sigma2), range(3), strict=True):
+        row.scatter_add_(-1, top, -average)
+        row[:, -1] += maximum**power
     some = weight.clamp(min=0.5)
     value = torch.where(weight > 0.5, first / some, maximum[:, None])
     spread = (second / some - value**2).clamp(min=0).sqrt() * (weight > 0.5)
+    value = torch.minimum(value, maximum[:, None])  # the mean of a bin may lie beyond its maximum
     spread[:, -1] = 0
     weight = torch.where(weight > 0.5, weight, 0.0)
     order = value.sort(-1)

@@ -2,15 +2,13 @@
 
 A bin is one sign, one binade and one value of the leading mantissa bits, so it needs no range, merges
 by addition and holds every outlier. Beside the integer count a bin keeps the first two moments of the
-position r in [0, 1) inside the bin, which are exact mantissa remainders and cancel nothing.
+position r in [0, 1) inside the bin, to an eighth of it, from counts of finer bins.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,8 @@ from stages.llm.kernels import fused
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24
 CHUNK = 1 << 20
+SUB_BITS = 3
+MOST_BITS = 13
 _MANTISSA = 23
 _BIAS = 127
 
@@ -35,9 +35,9 @@ class Grid:
     mantissa_bits: int = 7
 
     def __post_init__(self) -> None:
-        if not 1 <= self.mantissa_bits <= 12:
+        if not 1 <= self.mantissa_bits <= MOST_BITS:
             raise InputError(
-                f"capture.mantissa_bits={self.mantissa_bits}: give a whole number from 1 to 12"
+                f"a grid of {self.mantissa_bits} mantissa bits: give a whole number from 1 to {MOST_BITS}"
             )
 
     @property
@@ -45,15 +45,14 @@ class Grid:
         """Number of magnitude bins, underflow and overflow included."""
         return ((HIGHEST_EXPONENT - LOWEST_EXPONENT) << self.mantissa_bits) + 2
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bin (int32, negative values shifted by `magnitudes`), r and r^2 of flat float32 x."""
+    def codes(self, x: Tensor) -> Tensor:
+        """Bin of every value of flat float32 x (int32), negative ones shifted by `magnitudes`."""
         shift = _MANTISSA - self.mantissa_bits
         base = ((LOWEST_EXPONENT + _BIAS) << self.mantissa_bits) - 1
         bits = x.view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
         code = torch.clamp((magnitude >> shift) - base, 0, self.magnitudes - 1)
-        inside = (magnitude & ((1 << shift) - 1)).to(torch.float32) * 2.0**-shift
-        return code + ((bits >> 31) & self.magnitudes), inside, inside * inside
+        return code + ((bits >> 31) & self.magnitudes)
 
     def edges(self) -> Tensor:
         """Lower edges of the magnitude bins and the end of the last, [magnitudes + 1] float64."""
@@ -66,14 +65,17 @@ class Grid:
 class Accumulator:
     """Grows the sketch of one site on its device.
 
-    `exact` says that values carry no mantissa beyond the grid (bfloat16), so r is always 0.
+    It counts in sub-bins, 2^SUB_BITS a bin, and nothing else: one pass of integer counting is all a
+    value costs, and where a value lies inside its bin is known to a sub-bin. `exact` says that values
+    carry no mantissa beyond the grid (bfloat16), so that there is nothing inside a bin.
     """
 
     def __init__(self, grid: Grid, channels: int, exact: bool, device: torch.device) -> None:
-        self.grid, self.exact = grid, exact
-        size = 2 * grid.magnitudes
+        self.grid = grid
+        self.sub_bits = 0 if exact else SUB_BITS
+        self.fine = Grid(grid.mantissa_bits + self.sub_bits)
+        size = 2 * self.fine.magnitudes
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
-        self.moments = torch.zeros(2, size, dtype=torch.float64, device=device)
         self.range = torch.tensor([float("inf"), float("-inf")], device=device)
         self.absmax = torch.zeros(channels, device=device)
         self.square = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -90,12 +92,30 @@ class Accumulator:
         low, high = flat.aminmax()
         self.range[0] = torch.minimum(self.range[0], low if lowest is None else lowest)
         self.range[1] = torch.maximum(self.range[1], high)
-        code, inside, square = _codes(self.grid, flat)
-        self.count += bincount(code, None, len(self.count))
-        if not self.exact:
-            self.moments[0] += bincount(code, inside, len(self.count))
-            self.moments[1] += bincount(code, square, len(self.count))
+        for chunk in flat.split(CHUNK):
+            code = _codes(self.fine, chunk)
+            self.count += torch.bincount(code, minlength=len(self.count))
         self.count[0] -= surplus_zeros
+
+    def bins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The filled bins: code int32, count int64, sums of r and r^2 float64.
+
+        A sub-bin's values stand evenly inside it.
+        """
+        filled = self.count.nonzero().squeeze(-1)
+        count = self.count[filled]
+        sign, index = filled // self.fine.magnitudes, filled % self.fine.magnitudes
+        inner = (index - 1) % 2**self.sub_bits
+        last = self.grid.magnitudes - 1
+        coarse = torch.where(index > 0, 1 + ((index - 1) >> self.sub_bits), 0).clamp(max=last)
+        codes, place = (sign * self.grid.magnitudes + coarse).unique(return_inverse=True)
+        half = 0.5 if self.sub_bits else 0.0
+        position = (inner + half).double() * 2.0**-self.sub_bits
+        spread = 4.0**-self.sub_bits / 12 if self.sub_bits else 0.0
+        terms = (count, count * position, count * (position**2 + spread))
+        sums = (t.new_zeros(len(codes)).index_add_(0, place, t) for t in terms)
+        total, first, second = sums
+        return codes.int(), total, first, second
 
 
 def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,25 +124,6 @@ def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 _channels = fused(_channel_sums)
 _codes = fused(Grid.codes)
-
-
-def bincount(code: Tensor, weights: Tensor | None, size: int) -> Tensor:
-    """torch.bincount in chunks of a million, which on a CPU is several times faster than in one
-    piece and is spread over the cores."""
-    if code.device.type != "cpu":
-        return torch.bincount(code, weights, minlength=size)
-    codes = code.split(CHUNK)
-    parts = [None] * len(codes) if weights is None else weights.split(CHUNK)
-    if len(codes) == 1:
-        return torch.bincount(code, weights, minlength=size)
-    counts = _pool().map(lambda c, w: torch.bincount(c, w, minlength=size), codes, parts)
-    return torch.stack(list(counts)).sum(0, dtype=torch.float64 if weights is not None else None)
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    # bincount is single-threaded and releases the interpreter lock.
-    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -144,17 +145,13 @@ class SketchSet:
         cls, named: Sequence[tuple[str, str, int]], grid: Grid, accumulators: Sequence[Accumulator]
     ) -> SketchSet:
         """Gathers the non-empty bins of every accumulator; named holds (site, role, layer)."""
-        filled = [a.count.nonzero().squeeze(-1) for a in accumulators]
+        code, count, first, second = zip(*(a.bins() for a in accumulators), strict=True)
         tensors = {
-            "offsets": _offsets([len(f) for f in filled]),
-            "code": torch.cat(filled).int().cpu(),
-            "count": torch.cat([a.count[f] for a, f in zip(accumulators, filled, strict=True)]),
-            "first": torch.cat(
-                [a.moments[0, f] for a, f in zip(accumulators, filled, strict=True)]
-            ),
-            "second": torch.cat(
-                [a.moments[1, f] for a, f in zip(accumulators, filled, strict=True)]
-            ),
+            "offsets": _offsets([len(c) for c in code]),
+            "code": torch.cat(code),
+            "count": torch.cat(count),
+            "first": torch.cat(first),
+            "second": torch.cat(second),
             "range": torch.stack([a.range for a in accumulators]),
             "channel_offsets": _offsets([len(a.absmax) for a in accumulators]),
             "absmax": torch.cat([a.absmax for a in accumulators]),

@@ -73,13 +73,13 @@ def test_atoms_keep_mean_and_power_of_their_sketch(atoms: int) -> None:
     count, mean, variance = sketch.magnitudes()
     total = count.sum(-1)
     maximum = sketch.tensors["range"].abs().amax(-1).double()
-    # The highest bin's mean and the exact maximum are both kept: its remaining values make up for it.
+    # The maximum is kept exactly, its bin's mean to an eighth of the bin.
     expected_mean = (count * mean).sum(-1) / total
     expected_power = (count * (mean**2 + variance)).sum(-1) / total
     torch.testing.assert_close(
-        (found.value * found.weight).sum(-1), expected_mean, rtol=1e-9, atol=0
+        (found.value * found.weight).sum(-1), expected_mean, rtol=1e-5, atol=0
     )
-    torch.testing.assert_close(found.power(), expected_power, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.power(), expected_power, rtol=1e-4, atol=0)
     torch.testing.assert_close(found.weight.sum(-1), torch.ones_like(total), rtol=1e-12, atol=0)
     assert found.value.shape == (len(NAMES), atoms)
     assert bool((found.value.diff(dim=-1) >= 0).all())
@@ -150,9 +150,11 @@ def test_few_values_are_atoms_as_they_are() -> None:
     for value, share in zip(
         atoms.value[0][used].tolist(), atoms.weight[0][used].tolist(), strict=True
     ):
-        weight[value] = weight.get(value, 0) + share
+        near = round(value, 2)
+        assert abs(value - near) <= near * 2**-10  # known to an eighth of a bin
+        weight[near] = weight.get(near, 0) + share
     assert weight == {0.0: 2 / 8, 1.5: 3 / 8, 2.0: 1 / 8, 3.0: 2 / 8}
-    assert atoms.spread[0][used].abs().max() == 0
+    assert (atoms.spread[0][used] <= atoms.value[0][used] * 2**-10).all()
 
 
 def test_merging_needs_the_p_to_the_third_mass() -> None:
@@ -227,7 +229,7 @@ def test_moments_are_those_of_the_values(densities: Densities) -> None:
         x = samples(name).double().flatten()
         count, mean, variance, kurtosis = densities.tensors["moments"][k].tolist()
         assert count == SIZE
-        assert mean == pytest.approx(float(x.mean()), rel=1e-4, abs=1e-6)
+        assert mean == pytest.approx(float(x.mean()), rel=1e-4, abs=1e-5)
         assert variance == pytest.approx(float(x.var(correction=0)), rel=1e-3)
         expected = stats.kurtosis(x.numpy(), fisher=False)
         assert kurtosis == pytest.approx(float(expected), rel=5e-3), name

@@ -11,7 +11,7 @@ from torch import Tensor
 from stages import sketch
 from stages.errors import InputError
 from stages.llm.kernels import use_compiler
-from stages.sketch import CHUNK, Accumulator, Grid, SketchSet, bincount
+from stages.sketch import CHUNK, Accumulator, Grid, SketchSet
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def bins_of(x: Tensor, mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:
     return index, steps - np.floor(steps)
 
 
-@pytest.mark.parametrize("mantissa_bits", [1, 4, 7, 12])
+@pytest.mark.parametrize("mantissa_bits", [1, 4, 7, 10])
 def test_every_value_falls_into_its_bin(mantissa_bits: int) -> None:
     grid, x = Grid(mantissa_bits), values(20_000)
     found = collected(grid, x[:, None]).tensors
@@ -64,10 +64,10 @@ def test_every_value_falls_into_its_bin(mantissa_bits: int) -> None:
 def test_the_bin_check_fails_on_a_shifted_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     x = values(2_000)
     index, _ = bins_of(x, 7)
-    right = Grid(7).codes(x)[0]
+    right = Grid(7).codes(x)
     assert torch.equal(right % Grid(7).magnitudes, torch.from_numpy(index).int())
     monkeypatch.setattr(sketch, "LOWEST_EXPONENT", -39)
-    wrong = Grid(7).codes(x)[0]
+    wrong = Grid(7).codes(x)
     assert not torch.equal(wrong % Grid(7).magnitudes, torch.from_numpy(index).int())
 
 
@@ -85,12 +85,18 @@ def test_means_and_variances_inside_the_bins(mantissa_bits: int) -> None:
     assert (count == total).all() and count.sum() == len(x)
     filled = total > 0
     expected = np.bincount(index, magnitude, grid.magnitudes)[filled] / total[filled]
-    assert (np.abs(mean[filled] - expected) < 1e-4 * width[filled]).all()
+    # A value is known to a sub-bin, an eighth of a bin; bins of many values are known far better.
+    eighth = width[filled] / 8
+    assert (np.abs(mean[filled] - expected) <= eighth / 2 * (1 + 1e-6)).all()
+    crowded = total[filled] > 30
+    assert crowded.any()
+    assert (np.abs(mean[filled] - expected) < 0.25 * eighth)[crowded].all()
     centred = np.zeros(grid.magnitudes)
     centred[filled] = expected
     second = np.bincount(index, (magnitude - centred[index]) ** 2, grid.magnitudes)
     off = np.abs(variance[filled] - second[filled] / total[filled])
-    assert (off < 1e-4 * width[filled] ** 2).all()
+    assert (off <= width[filled] ** 2 / 8).all()
+    assert (off < 2e-2 * width[filled] ** 2)[crowded].all()
 
 
 def test_a_crowded_bin_keeps_its_moments() -> None:
@@ -113,7 +119,7 @@ def test_signed_moments_are_those_of_the_values() -> None:
     assert mean == pytest.approx(float(v.mean()), rel=1e-6)
     # Central moments are taken at the bin means: a bin is 2^-7 of its value wide.
     assert second == pytest.approx(float((v - v.mean()).pow(2).mean()), rel=1e-4)
-    assert fourth == pytest.approx(float((v - v.mean()).pow(4).mean()), rel=1e-4)
+    assert fourth == pytest.approx(float((v - v.mean()).pow(4).mean()), rel=1e-3)
 
 
 def test_bfloat16_is_exact_with_seven_mantissa_bits() -> None:
@@ -121,8 +127,9 @@ def test_bfloat16_is_exact_with_seven_mantissa_bits() -> None:
     x = x[x.float().abs() < 2**24]
     rounded = collected(Grid(7), x[:, None], exact=True)
     measured = collected(Grid(7), x[:, None], exact=False)
-    for name, tensor in rounded.tensors.items():
-        assert torch.equal(tensor, measured.tensors[name]), name  # no remainder to record
+    for name in rounded.tensors.keys() - {"first", "second"}:
+        assert torch.equal(rounded.tensors[name], measured.tensors[name]), name
+    assert not rounded.tensors["first"].any()  # no remainder to record
     count, mean, variance = (t[0] for t in rounded.magnitudes())
     magnitude = x.double().abs()
     magnitude[magnitude < 2.0**-40] = 0  # they share bin 0
@@ -145,7 +152,7 @@ def test_chunks_add_up() -> None:
         parts.add(rows)
     assert torch.equal(parts.count, whole.count)
     assert torch.equal(parts.range, whole.range) and torch.equal(parts.absmax, whole.absmax)
-    torch.testing.assert_close(parts.moments, whole.moments, rtol=1e-5, atol=0)
+    torch.testing.assert_close(parts.bins()[3], whole.bins()[3], rtol=1e-12, atol=0)
     torch.testing.assert_close(parts.square, whole.square, rtol=1e-5, atol=0)
 
 
@@ -176,7 +183,7 @@ def test_surplus_zeros_are_taken_off() -> None:
     counted = Accumulator(Grid(7), 0, False, CPU)
     counted.add(x * masked, surplus_zeros=int((~masked).sum()))
     assert torch.equal(counted.count, kept.count)
-    assert torch.equal(counted.moments, kept.moments)
+    assert torch.equal(counted.bins()[2], kept.bins()[2])
     assert 0 < counted.count[0] <= zeros
     as_tensor = Accumulator(Grid(7), 0, False, CPU)
     as_tensor.add(x * masked, surplus_zeros=(~masked).sum())
@@ -212,24 +219,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("size", [10, CHUNK, 2 * CHUNK + 3])
-def test_bincount_in_chunks(size: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    code = torch.randint(0, 50, (size,), generator=generator, dtype=torch.int32)
-    weight = torch.rand(size, generator=generator)
-    assert bincount(code, None, 60).tolist() == np.bincount(code.numpy(), minlength=60).tolist()
-    expected = np.bincount(code.numpy(), weight.double().numpy(), 60)
-    np.testing.assert_allclose(bincount(code, weight, 60).numpy(), expected, rtol=1e-4)
-
-
 def test_the_compiled_codes_are_the_eager_ones() -> None:
     x = values(5_000)
     use_compiler(True)
-    for found, expected in zip(sketch._codes(Grid(7), x), Grid(7).codes(x), strict=True):
+    for found, expected in [(sketch._codes(Grid(7), x), Grid(7).codes(x))]:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("mantissa_bits", [0, 13, -1])
+@pytest.mark.parametrize("mantissa_bits", [0, 14, -1])
 def test_a_grid_that_cannot_be_is_refused(mantissa_bits: int) -> None:
-    with pytest.raises(InputError, match=r"capture\.mantissa_bits=.*from 1 to 12"):
+    with pytest.raises(InputError, match="mantissa bits: .*from 1 to 13"):
         Grid(mantissa_bits)

@@ -1,0 +1,110 @@
+"""The real 135M model: what the README's table shows, on a small budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from pipeline import inputs, runner
+from pipeline.settings import Settings
+from pipeline.store import Store
+from stages.codings.dense import Dense
+from stages.distribution import Densities
+from stages.evaluation import perplexity
+from stages.fitting import FittedNeurons, Fitting
+from stages.llm import corpus
+from stages.llm.kernels import use_compiler
+from stages.patching import Conversion
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[1]
+SMALL = ["experiment=none", "calibration.windows=4", "patching.windows=1", "tracking.enabled=false"]
+
+
+def configured(*overrides: str) -> Settings:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        # The store of the checkout, so that the model is downloaded and dequantised once.
+        store = f"store.path={ROOT / 'outputs/store'}"
+        return instantiate(compose("config", [*SMALL, store, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def run() -> runner.Run:
+    return runner.start(configured("coding=gated", "runtime.compile=true"))
+
+
+@pytest.fixture(scope="module")
+def densities(run: runner.Run) -> Densities:
+    use_compiler(True)
+    found = inputs.tokens(run.settings.corpus["wikipedia"], "calibration", run.model, run.store)
+    runner.convert(run, found)
+    return Densities.load(run.artifacts["distribution"].path)
+
+
+def fitted(densities: Densities, *overrides: str) -> Conversion:
+    settings = configured(*overrides)
+    assert not isinstance(settings.coding, Dense)
+    spec: Fitting = settings.fitting.for_coding(settings.coding)
+    return Conversion(settings.coding, spec.run(densities, settings.coding))
+
+
+def mean_error(neurons: FittedNeurons) -> float:
+    return float(neurons.nmse.log().mean().exp())
+
+
+def test_all_301_sites_are_fitted_and_gating_cuts_the_error_fifteenfold(
+    densities: Densities,
+) -> None:
+    rounded = fitted(densities, "coding=las_rounded", "coding.timesteps=6")
+    gated = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
+    assert len(gated.neurons.sites) == 301
+    assert mean_error(gated.neurons) <= mean_error(rounded.neurons) / 15
+
+
+@pytest.mark.parametrize("timesteps", [6, 8])
+def test_no_ungated_code_beats_the_optimal_quantiser(densities: Densities, timesteps: int) -> None:
+    time = f"coding.timesteps={timesteps}"
+    bound = fitted(densities, "coding=lloyd_max", time).neurons.nmse
+    for coding in (
+        ["las"],
+        ["las_rounded"],
+        ["phase"],
+        ["multigrain"],
+        ["gated", "coding.grains=1"],
+    ):
+        found = fitted(densities, f"coding={coding[0]}", time, *coding[1:]).neurons.nmse
+        assert bool((bound <= found * (1 + 1e-6)).all()), coding
+
+
+def test_perplexity_of_gated_neurons_is_near_the_dense_one(
+    run: runner.Run, densities: Densities
+) -> None:
+    use_compiler(True)
+    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
+    ids = corpus.windows(inputs.load_tokens(found), 2, 512)
+    model, _ = run.model.load()
+
+    def measured(conversion: Conversion | None) -> float:
+        return float(perplexity(model, ids, conversion, 1, "wikipedia").metrics["perplexity"])
+
+    dense = measured(None)
+    assert 5 < dense < 40
+    two = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
+    three = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=3")
+    eight = fitted(densities, "coding=gated", "coding.timesteps=8", "coding.grains=2")
+    base2 = fitted(densities, "coding=las_rounded", "coding.timesteps=6")
+    ratios = {n: measured(c) / dense for n, c in {"2": two, "3": three, "8": eight}.items()}
+    assert ratios["2"] <= 1.06 and ratios["3"] <= 1.03 and ratios["8"] <= 1.01, ratios
+    assert measured(base2) > 5 * dense  # one range is not enough: the ranges are what does it
+
+
+def test_the_model_is_plain_safetensors_after_the_first_time(run: runner.Run) -> None:
+    """A copy that was dequantised once is plain safetensors: no GGUF code runs any more."""
+    assert (Path(run.model.source) / "model.safetensors").is_file()
+    assert Store(ROOT / "outputs/store").open("model", Path(run.model.source).name).hit
+    model, tokenizer = run.model.load()
+    assert model.dtype == torch.float32 and tokenizer("Hello world")["input_ids"]
