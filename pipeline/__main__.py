@@ -75,6 +75,7 @@ def _run(settings: Settings, cfg: DictConfig, folder: Path) -> None:
     result["run"] = _provenance(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=True))
     sites.to_parquet(folder / "per_site.parquet")
+    runner.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
     if settings.tracking.enabled:
         config = OmegaConf.to_yaml(cfg, resolve=True)
         report.track(settings, result, sites, run, config, _parent(settings, folder))

@@ -21,7 +21,7 @@ from stages import evaluation as evaluating
 from stages.codings.coding import Coding
 from stages.codings.dense import Dense
 from stages.distribution import Densities
-from stages.energy import account, saving, summary
+from stages.energy import account, by_kind, saving, summary
 from stages.fitting import FittedNeurons
 from stages.llm import corpus as text
 from stages.llm.kernels import compiled, use_compiler
@@ -225,6 +225,11 @@ def _energy(
     source = run.artifacts[f"evaluation ppl_{corpus}"]
     artifact = run.build("energy", spec, {"evaluation": source.key}, make)
     return dict(json.loads((artifact.path / "summary.json").read_text()))
+
+
+def energy_by_kind(run: Run) -> pd.DataFrame:
+    """Cost of every kind of operation by convention and phase: what became additions, what stays."""
+    return by_kind(pd.read_parquet(run.artifacts["energy"].path / "operations.parquet"))
 
 
 def per_site(run: Run, perplexities: dict[str, evaluating.Perplexity]) -> pd.DataFrame:

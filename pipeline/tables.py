@@ -16,11 +16,25 @@ UNDEFINED = "–"
 DIVERGED = 1e4  # a perplexity above this says only that the model is broken
 COUNTS = ("grains", "timesteps")
 TEXT = ("model", "coding")
+LEFT = (*TEXT, "run", "convention", "phase")  # columns of words
 CAPTION = (
     "nmse: geometric mean over the sites, on held-out activations; spikes_per_value: weighted by "
     "fan-out; macs_G to saving: the causal convention, saving against the dense model; "
     "conversion_s: capture to patching, when they were computed."
 )
+ENERGY_CAPTION = (
+    "Energy by convention (paper: full attention square, one spiking operand a product; causal: "
+    "unmasked positions, both operands, gates and decode scaling) and phase (prefill of a window; "
+    "one decoded token at its end); saving against the dense model in the same convention."
+)
+# Where a result keeps the totals of a convention and phase; the empty name is its top level.
+ENERGIES = {
+    ("paper", "prefill"): "paper",
+    ("causal", "prefill"): "",
+    ("paper", "decode"): "paper_decode",
+    ("causal", "decode"): "decode",
+}
+COSTS = ("macs_G", "acs_G", "energy_J", "saving")
 _LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -56,6 +70,17 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.astype(types)
 
 
+def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Collect the energy of every result in both conventions and phases, one row each."""
+    rows = []
+    for result in results:
+        for (convention, phase), place in ENERGIES.items():
+            totals = result[place] if place else result
+            names = {"run": result["label"], "convention": convention, "phase": phase}
+            rows.append(names | {name: totals[name] for name in COSTS})
+    return pd.DataFrame(rows).astype(dict.fromkeys(COSTS, "float64"))
+
+
 def _dtype(column: str) -> str:
     return "Int64" if column in COUNTS or column.endswith("_n") else "float64"
 
@@ -89,7 +114,9 @@ def print_table(frame: pd.DataFrame) -> None:
 
 
 def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
-    """Read every job's result.json below a sweep folder, print the table and write it by `name`.
+    """Read every job's result.json below a sweep folder; print and write its two tables.
+
+    They are the comparison by `name`, printed last, and the energy by `name`_energy.
 
     Rows are in the order of the job numbers that begin the folders' names. Raises InputError
     where no job has left a result.
@@ -97,7 +124,12 @@ def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
     paths = sorted(sweep_dir.glob("*/result.json"), key=_job_number)
     if not paths:
         raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
-    frame = result_frame(json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    energy = energy_frame(results)
+    write(energy, tables_dir / f"{name}_energy", ENERGY_CAPTION)
+    print_table(energy)
+    print()
+    frame = result_frame(results)
     write(frame, tables_dir / name, CAPTION)
     print_table(frame)
     return frame
@@ -186,7 +218,7 @@ def _note(frame: pd.DataFrame) -> str:
 
 def _markdown(cells: pd.DataFrame, style: str) -> str:
     # tabulate would read the text as numbers again and undo the format of each column
-    align = ["left" if name in TEXT else "right" for name in cells.columns]
+    align = ["left" if name in LEFT else "right" for name in cells.columns]
     if style == "pipe":
         cells = cells.map(lambda text: text.replace("|", r"\|"))
     return cells.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
@@ -194,7 +226,7 @@ def _markdown(cells: pd.DataFrame, style: str) -> str:
 
 def _latex(cells: pd.DataFrame, label: str, caption: str) -> str:
     """Typeset the cells as a booktabs table that fits the width of the line."""
-    columns = "".join("l" if name in TEXT else "r" for name in cells.columns)
+    columns = "".join("l" if name in LEFT else "r" for name in cells.columns)
     table = (
         cells.map(_latex_text)
         .rename(columns=_latex_text)

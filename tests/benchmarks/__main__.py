@@ -7,6 +7,7 @@ machine whose speed drifts moves both. Nothing is asserted here.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from stages.codings import neurons
 from stages.codings.coding import site_params
 from stages.distribution import Densities, Distribution
 from stages.llm import corpus
-from stages.llm.kernels import compiled, row_kernel, use_compiler
+from stages.llm.kernels import compiled, row_kernel
 from stages.llm.sites import find_sites, select
 from stages.patching import Conversion, patched
 
@@ -36,6 +37,8 @@ REPEATS = 3
 
 def main() -> None:
     """Prints one line a figure, and all of them as json at the end."""
+    # An empty cache, so that compilation is measured and not read from disk.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     settings = configured(["coding=gated", *sys.argv[1:]])
     run = runner.start(settings)
     model, _ = run.model.load()
@@ -43,15 +46,12 @@ def main() -> None:
     tokens = inputs.tokens(settings.corpus[spec.corpus], "calibration", run.model, run.store)
     ids = corpus.windows(inputs.load_tokens(tokens), spec.windows, spec.length)
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}
-    with tempfile.TemporaryDirectory() as empty:
-        # An empty cache, so that compilation is measured and not read from disk.
-        use_compiler(settings.runtime.compile, Path(empty))
-        with torch.inference_mode():
-            densities = capture(figures, settings, model, ids)
-        fitted = fitting(figures, densities)
-        with torch.inference_mode():
-            fast_path(figures, densities, fitted["gated"])
-            forward(figures, model, inputs.load_tokens(tokens), fitted["gated"])
+    with torch.inference_mode():
+        densities = capture(figures, settings, model, ids)
+    fitted = fitting(figures, densities)
+    with torch.inference_mode():
+        forward(figures, model, inputs.load_tokens(tokens), fitted["gated"])
+        fast_path(figures, densities, fitted["gated"])
     print(json.dumps(figures, indent=1))
 
 

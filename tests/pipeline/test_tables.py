@@ -184,7 +184,9 @@ def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
     for number in (10, 2, 0):
         folder = tmp_path / "sweep" / str(number)
         folder.mkdir(parents=True)
-        result = LAS | {"coding": f"job{number}"}
+        costs = {name: LAS[name] for name in tables.COSTS}
+        energies = dict.fromkeys(("paper", "decode", "paper_decode"), costs)
+        result = LAS | energies | {"coding": f"job{number}", "label": "las T=6"}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     (tmp_path / "sweep" / "1").mkdir()  # a job that failed
     frame = tables.sweep_table(tmp_path / "sweep", "quickstart", tmp_path / "tables")
@@ -192,9 +194,24 @@ def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.index("job0") < printed.index("job2") < printed.index("job10")
     written = {path.name for path in (tmp_path / "tables").iterdir()}
-    assert written == {"quickstart.md", "quickstart.csv", "quickstart.tex"}
+    names = ("quickstart", "quickstart_energy")
+    assert written == {f"{name}.{kind}" for name in names for kind in ("md", "csv", "tex")}
 
 
 def test_a_sweep_without_results_says_so(tmp_path):
     with pytest.raises(InputError, match=r"no job below .* result\.json"):
         tables.sweep_table(tmp_path, "quickstart", tmp_path / "tables")
+
+
+def test_energy_stands_in_both_conventions_and_phases() -> None:
+    costs = {"macs_G": 1.0, "acs_G": 2.0, "energy_J": 3.0, "saving": 0.5}
+    places = {"paper": 10, "decode": 100, "paper_decode": 1000}
+    nested = {p: {k: v * f for k, v in costs.items()} for p, f in places.items()}
+    frame = tables.energy_frame([{"label": "las T=6 n=1", **costs, **nested}])
+    found = frame.set_index(["convention", "phase"])["energy_J"].to_dict()
+    assert found == {
+        ("paper", "prefill"): 30.0,
+        ("causal", "prefill"): 3.0,
+        ("paper", "decode"): 3000.0,
+        ("causal", "decode"): 300.0,
+    }
