@@ -21,7 +21,8 @@ class Algorithm1:
     N2 = `base_steps` on the output bases d.
 
     eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
-    normalised magnitude.
+    normalised magnitude. Every grain starts at each base of `starts` in turn and the best fit is
+    kept; the paper starts at 2 alone.
     """
 
     rounds: int = 4
@@ -30,8 +31,14 @@ class Algorithm1:
     neuron_lr: float = 1e-3
     base_lr: float = 1e-3
     slope: float = 10.0
+    starts: tuple[float, ...] = (2.0,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", tuple(self.starts))
+        if not self.starts or min(self.starts) <= 1:
+            raise InputError(
+                f"fitting.algorithm1.starts={list(self.starts)}: give one base above 1 at least"
+            )
         steps = (self.rounds, self.neuron_steps, self.base_steps)
         rates = (self.neuron_lr, self.base_lr, self.slope)
         if min(steps) < 0 or sum(steps[1:]) * steps[0] < 1 or min(rates) <= 0:

@@ -59,9 +59,9 @@ class Bases:
     grain: Tensor = field(repr=False)  # [P, T]
 
     @classmethod
-    def start(cls, grain: Tensor, grains: int, tied: bool, half_step: bool) -> Bases:
-        """All bases 2, which is plain binary phase coding."""
-        parts = [torch.full((len(grain), grains), 2.0) for _ in range(1 if tied else 3)]
+    def start(cls, grain: Tensor, initial: Tensor, tied: bool, half_step: bool) -> Bases:
+        """Output, reset and threshold base alike: initial [P, n]; 2 is plain binary phase coding."""
+        parts = [initial.clone() for _ in range(1 if tied else 3)]
         d, h, theta = parts * 3 if tied else parts
         return cls(d, h, theta, half_step, grain)
 
@@ -105,7 +105,8 @@ def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
 def fit_bases(
     atoms: Atoms, grain: Tensor, *, grains: int, tied: bool, half_step: bool, algorithm: Algorithm1
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Fits every allocation grain [A, T] to every site and keeps the best parameters ever seen.
+    """Fits every allocation grain [A, T] from every start to every site and keeps the best
+    parameters ever seen.
 
     Returns scale, v0 [sites], d, h, theta [sites, T] (what the neuron runs with), the bases
     base_d, base_h, base_theta [sites, n], the chosen allocation grain [sites, T], and the loss curve
@@ -113,15 +114,17 @@ def fit_bases(
     """
     u = (atoms.value / atoms.maximum[:, None]).float()
     weight = atoms.weight.float()
-    sites, problems = len(u), len(u) * len(grain)
-    grain = grain.repeat_interleave(sites, 0)  # [A * sites, T]
+    starts = torch.tensor(list(itertools.product(algorithm.starts, repeat=grains)))  # [K, n]
+    sites, problems = len(u), len(u) * len(grain) * len(starts)
+    initial = starts.repeat(len(grain), 1).repeat_interleave(sites, 0)
+    grain = grain.repeat_interleave(len(starts) * sites, 0)  # [A * K * sites, T]
     size = max(1, PROBLEMS_AT_ONCE // u.shape[1])
     results = []
     chunks = torch.arange(problems).split(size)
     iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
     with tqdm(total=len(chunks) * iterations, desc="fitting", disable=None) as progress:
         for chunk in chunks:
-            bases = Bases.start(grain[chunk], grains, tied, half_step)
+            bases = Bases.start(grain[chunk], initial[chunk], tied, half_step)
             site = chunk % sites
             results.append(_descend(bases, u[site], weight[site], algorithm, progress))
     losses, kept, curve = (torch.cat(parts) for parts in zip(*results, strict=True))

@@ -13,7 +13,7 @@ from stages.codings import algorithm1
 from stages.codings.algorithm1 import Bases, allocations, fit_bases, loss
 from stages.codings.coding import Fit, site_params, squared_error
 from stages.codings.multigrain import Multigrain
-from stages.codings.neurons import step_encode, step_quantise
+from stages.codings.neurons import step_quantise
 from stages.codings.phase import Phase
 from stages.distribution import Atoms
 from stages.errors import InputError
@@ -24,41 +24,31 @@ SHORT = Algorithm1(rounds=3, neuron_steps=4, base_steps=5, neuron_lr=3e-3, base_
 
 # --- planted recovery -----------------------------------------------------------------------------
 # The loss is zero at the planted bases and full of local minima around them: a step weight that is off
-# by more than half of the last step gives other codes. At T=4 that is 5 % of a base, at T=6 1 %. So the
-# learning rates are large enough to leave such minima (the best bases seen are kept, not the last), the
-# surrogate is about as narrow as the last step (slope * 2^-T of a few units), the turns are short, and
-# of a few settings the fit of least loss is taken.
+# by more than half of the last step gives other codes. At T=4 that is 5 % of a base, at T=6 1 %. So
+# every grain starts from several bases, 1.5 % apart, and the surrogate is about as narrow as the last
+# step (slope * 2^-T of a few units).
 
 SCALE = 3.7
-PLANTED = {
-    4: [
-        ((1.90, 2.10), (2, 2)),
-        ((2.10, 1.93), (2, 2)),
-        ((1.93, 2.06), (2, 2)),
-        ((2.07, 2.03), (2, 2)),
-        ((1.93, 1.95), (2, 2)),
-    ],
-    6: [
-        ((1.93, 2.06), (3, 3)),
-        ((1.942, 1.957), (3, 3)),
-        ((2.054, 2.069), (2, 4)),
-        ((2.031, 2.052), (2, 4)),
-        ((2.032, 1.938), (2, 4)),
-        ((2.064, 2.066), (4, 2)),
-        ((1.932, 2.058), (3, 3)),
-        ((1.936, 2.078), (2, 4)),
-        ((2.072, 1.961), (4, 2)),
-        ((2.036, 2.075), (4, 2)),
-    ],
-}
-SETTINGS = {
-    4: [Algorithm1(40, 10, 10, 0.03, 0.03, 50), Algorithm1(40, 10, 10, 0.01, 0.01, 50)],
-    6: [
-        Algorithm1(200, 5, 5, 0.04, 0.02, 300),
-        Algorithm1(100, 10, 10, 0.05, 0.02, 500),
-        Algorithm1(200, 5, 5, 0.03, 0.01, 300),
-    ],
-}
+PARTS = {4: [(2, 2)], 6: [(2, 4), (3, 3), (4, 2)]}
+STARTS = (1.93, 1.96, 1.99, 2.02, 2.05, 2.08)
+
+
+def _plantings(timesteps: int, count: int = 20) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+    """Two bases drawn evenly from [1.92, 2.08] and an allocation, for every site."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        bases = (1.92 + 0.16 * torch.rand(2, generator=generator)).tolist()
+        which = int(torch.randint(len(PARTS[timesteps]), (1,), generator=generator))
+        found.append((tuple(bases), PARTS[timesteps][which]))
+    return found
+
+
+PLANTED = {timesteps: _plantings(timesteps) for timesteps in PARTS}
+
+
+def _setting(timesteps: int, starts: tuple[float, ...] = STARTS) -> Algorithm1:
+    return Algorithm1(10, 10, 10, 3e-3, 3e-3, slope=50.0 * 2 ** (timesteps - 4), starts=starts)
 
 
 def planted_neuron(bases: tuple[float, ...], parts: tuple[int, ...]) -> dict[str, Tensor]:
@@ -81,41 +71,42 @@ def generated(timesteps: int) -> Tensor:
 
 
 @functools.cache
-def recovered(timesteps: int) -> list[Fit]:
-    """The fit of every planted site: that of least loss among the settings."""
+def recovered(timesteps: int, starts: tuple[float, ...] = STARTS) -> list[Fit]:
+    """The fit of every planted site."""
     x = generated(timesteps)
     atoms = atoms_of(x, torch.full((len(x),), SCALE, dtype=torch.float64))
     coding = Multigrain("multigrain", timesteps, 2, "half_step", False)
-    fits = [coding.fit(atoms, setting) for setting in SETTINGS[timesteps]]
-    best = torch.stack([fit.curve.amin(-1) for fit in fits]).argmin(0).tolist()
-    return [
-        Fit(site_params(fits[which].params, k), fits[which].curve[k])
-        for k, which in enumerate(best)
+    fit = coding.fit(atoms, _setting(timesteps, starts))
+    assert fit.curve is not None
+    return [Fit(site_params(fit.params, k), fit.curve[k]) for k in range(len(x))]
+
+
+def _hits(timesteps: int, fits: list[Fit]) -> int:
+    """Sites whose output bases are all within 1 % of the planted ones."""
+    offs = [
+        float((fit.params["base_d"] / torch.tensor(bases) - 1).abs().max())
+        for (bases, _), fit in zip(PLANTED[timesteps], fits, strict=True)
     ]
+    return sum(off < 0.01 for off in offs)
 
 
-@pytest.mark.parametrize(("timesteps", "misses"), [(4, 0), (6, 1)])
-def test_planted_bases_are_recovered(timesteps: int, misses: int) -> None:
-    """Within 1 %, from a start that is further away for every planted site."""
-    hits = []
-    for (bases, parts), fit in zip(PLANTED[timesteps], recovered(timesteps), strict=True):
-        planted = torch.tensor(bases)
-        assert (2 / planted - 1).abs().max() > 0.015
-        off = (fit.params["base_d"] / planted - 1).abs().max()
-        hits.append(bool(off < 0.01) and fit.params["grain"].long().bincount().tolist() == [*parts])
-    assert hits.count(False) <= misses, hits
+@pytest.mark.parametrize("timesteps", [4, 6])
+def test_planted_bases_are_recovered(timesteps: int) -> None:
+    """Within 1 %, at every site; from base 2 alone most sites end in a local minimum."""
+    assert _hits(timesteps, recovered(timesteps)) == len(PLANTED[timesteps])
+    assert _hits(timesteps, recovered(timesteps, (2.0,))) < len(PLANTED[timesteps])
 
 
 @pytest.mark.parametrize("timesteps", [4, 6])
 def test_recovery_explains_the_data(timesteps: int) -> None:
-    """The loss falls by orders of magnitude. h and theta show only through the code, so the code is
-    what is compared: nearly every value gets that of the planted neuron."""
+    """The loss falls by orders of magnitude. h and theta show only through the values they lead to
+    (near base 2 two codes can mean nearly the same value), so values are what is compared."""
     falls, agreements = [], []
     x = generated(timesteps)
-    for own, planted, fit in zip(x, PLANTED[timesteps], recovered(timesteps), strict=True):
+    for own, fit in zip(x, recovered(timesteps), strict=True):
         falls.append(float(fit.curve[0] / fit.curve.min()))
-        same = step_encode(own, fit.params).code == step_encode(own, planted_neuron(*planted)).code
-        agreements.append(float(same.float().mean()))
+        made = step_quantise(own, fit.params)[0]
+        agreements.append(float(((made - own).abs() < 1e-3 * SCALE).float().mean()))
     assert sorted(falls)[len(falls) // 2] > 100
     assert sum(fall > 10 for fall in falls) >= 0.8 * len(falls)
     for fall, agreement in zip(falls, agreements, strict=True):
@@ -154,7 +145,7 @@ def test_the_curve_starts_at_binary_phase_coding() -> None:
 def test_bases_never_fall_below_their_bound() -> None:
     atoms = atoms_of(heavy_tailed(2, 200))
     wild = Algorithm1(rounds=2, neuron_steps=3, base_steps=3, neuron_lr=5.0, base_lr=5.0)
-    bases = Bases.start(allocations(4, 2).expand(2, -1), 2, tied=False, half_step=True)
+    bases = Bases.start(allocations(4, 2).expand(2, -1), torch.full((2, 2), 2.0), False, True)
     algorithm1._descend(
         bases, (atoms.value / atoms.maximum[:, None]).float(), atoms.weight.float(), wild, Silent()
     )
