@@ -42,6 +42,12 @@ class Atoms:
         weight = (self.weight[..., None] / inside).expand_as(x)
         return x.flatten(1), weight.flatten(1)
 
+    def quantile(self, share: float) -> Tensor:
+        """The smallest magnitude that at least `share` of the values do not exceed, [sites]."""
+        reached = self.weight.cumsum(-1) >= share * (1 - 1e-12)
+        first = reached.int().argmax(-1, keepdim=True)
+        return self.value.gather(-1, first).squeeze(-1)
+
     def power(self) -> Tensor:
         """Mean square of every site, [sites]."""
         return ((self.value**2 + self.spread**2) * self.weight).sum(-1)

@@ -32,11 +32,11 @@ def allocations(timesteps: int, grains: int) -> Tensor:
     Parts have two steps at least where T allows it, else one (the paper's search space).
     """
     smallest = 2 if timesteps >= 2 * grains else 1
-    rows = [
-        torch.repeat_interleave(torch.arange(grains), torch.tensor(parts))
-        for parts in itertools.product(range(smallest, timesteps + 1), repeat=grains)
-        if sum(parts) == timesteps
-    ]
+    free = timesteps - grains * (smallest - 1)
+    rows = []
+    for cuts in itertools.combinations(range(1, free), grains - 1):
+        parts = torch.tensor([0, *cuts, free]).diff() + smallest - 1
+        rows.append(torch.repeat_interleave(torch.arange(grains), parts))
     if not rows:
         raise InputError(
             f"coding.grains={grains} with coding.timesteps={timesteps}: a grain needs a step of its "

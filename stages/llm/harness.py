@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,8 +154,12 @@ def _in_memory(
     from lm_eval.models.huggingface import HFLM
 
     model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
+        quiet = partial(lm.loglikelihood, disable_tqdm=True)
+        lm.loglikelihood = quiet  # type: ignore[method-assign]
     try:
-        yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        yield lm
     finally:
         del model.tie_weights
 

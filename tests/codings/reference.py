@@ -16,10 +16,14 @@ from torch import Tensor
 
 from stages.codings import neurons
 from stages.codings.coding import Coding
+from stages.codings.free_steps import FreeSteps
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
+from stages.codings.oat import Oat
 from stages.codings.phase import Phase
+from stages.codings.rate import Rate
+from stages.codings.two_spike import TwoSpike
 from stages.distribution import Atoms
 from stages.errors import InputError
 from stages.fitting import Algorithm1
@@ -86,6 +90,12 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     Gated: lambda c, p: bank(p["scale"], c.timesteps, half(c.timesteps)),
     Multigrain: lambda c, p: steps(p, None),
     Phase: lambda c, p: steps(p, c.max_spikes),
+    FreeSteps: lambda c, p: steps(p, None),
+    Rate: lambda c, p: steps(p, None),
+    TwoSpike: lambda c, p: steps(p, c.max_spikes),
+    Oat: lambda c, p: bank(
+        p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
+    ),
 }
 
 

@@ -1,0 +1,25 @@
+"""The few-spikes neuron: every step has its own output, reset and threshold weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.codings.multigrain import Multigrain
+from stages.errors import InputError
+
+
+@dataclass(frozen=True)
+class FreeSteps(Multigrain):
+    """The n = T limit of multi-granularity coding, where a base per step is a free weight per step.
+
+    Sign-magnitude and started at base 2, fitted by Algorithm 1 like the other trained codings.
+    Source: FS neurons, Stöckl & Maass, Nature Machine Intelligence 2021.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grains != self.timesteps:
+            raise InputError(
+                f"free_steps has a grain for every step: got coding.grains={self.grains}, "
+                f"coding.timesteps={self.timesteps}; leave coding.grains as it is in the yaml"
+            )

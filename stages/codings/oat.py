@@ -1,0 +1,45 @@
+"""LAS with outlier-aware thresholds: two hand-set ranges, the fine one for all but the outliers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.codings.coding import Fit
+from stages.codings.las import Las
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+
+@dataclass(frozen=True)
+class Oat(Las):
+    """Normal range up to the `percentile` of |x|, outlier range up to the largest; one of the two
+    neurons fires. LAS sets both by hand from statistics, so a percentile stands for the hand.
+
+    Source: LAS, arXiv 2505.09659, OAT neuron.
+    """
+
+    percentile: float
+
+    grains = 2
+    decode_macs = 2
+    gate_comparisons = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 50 <= self.percentile < 100:
+            raise InputError(
+                f"coding.percentile={self.percentile} for {self.name}: give 50 up to below 100"
+            )
+
+    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+        normal = atoms.quantile(self.percentile / 100).float()
+        # A site that is zero almost everywhere has no normal range of its own.
+        outlier = atoms.scale()
+        normal = torch.where(normal > 0, normal, outlier)
+        return Fit({"scale": torch.stack([normal, outlier], -1)})

@@ -1,0 +1,55 @@
+"""Rate coding: an integrate-and-fire neuron with soft reset that drains one injected charge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stages.codings import neurons
+from stages.codings.coding import Fit, check_timesteps
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Every step weighs scale / T: T + 1 evenly spaced magnitudes, n spikes for the n-th (unary).
+
+    `v0` zero floors, half_step (1 / 2T) rounds. Not trained; scale is the largest magnitude.
+    """
+
+    name: str
+    timesteps: int
+    v0: str
+
+    grains = 1
+    trained = False
+    neuron = True
+    decode_macs = 1  # one weight for all steps
+    gate_comparisons = 0
+
+    def __post_init__(self) -> None:
+        check_timesteps(self.name, self.timesteps)
+        if self.v0 not in ("zero", "half_step"):
+            raise InputError(f"coding.v0={self.v0!r} for {self.name}: choose zero or half_step")
+
+    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+        scale = atoms.scale()
+        step = torch.full((len(scale), self.timesteps), 1 / self.timesteps)
+        v0 = step[:, 0] / 2 if self.v0 == "half_step" else torch.zeros(len(scale))
+        return Fit({"scale": scale, "v0": v0, "d": step, "h": step.clone(), "theta": step.clone()})
+
+    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
+        return neurons.step_encode(x, p)
+
+    def table(self, p: neurons.Params) -> Tensor:
+        return neurons.step_table(p)
+
+    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+        return neurons.step_quantise(x, p)

@@ -1,0 +1,55 @@
+"""Phase coding cut off after its first spikes: the SpikedAttention row as the paper's code runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stages.codings import neurons
+from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+
+@dataclass(frozen=True)
+class TwoSpike:
+    """Base 2, scale the largest magnitude, at most `max_spikes` spikes a value: relative error, so
+    more steps do not help beyond about 19 dB. Not trained."""
+
+    name: str
+    timesteps: int
+    v0: str
+    max_spikes: int
+
+    grains = 1
+    trained = False
+    neuron = True
+    decode_macs = 1
+    gate_comparisons = 0
+
+    def __post_init__(self) -> None:
+        check_timesteps(self.name, self.timesteps)
+        half_step(self.timesteps, self.v0, self.name)
+        if not isinstance(self.max_spikes, int) or self.max_spikes < 1:
+            raise InputError(f"coding.max_spikes={self.max_spikes}: give a whole number from 1 on")
+
+    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+        scale = atoms.scale()
+        step = (2.0 ** -torch.arange(1.0, self.timesteps + 1)).repeat(len(scale), 1)
+        v0 = torch.full_like(scale, half_step(self.timesteps, self.v0, self.name))
+        return Fit({"scale": scale, "v0": v0, "d": step, "h": step.clone(), "theta": step.clone()})
+
+    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
+        return neurons.step_encode(x, p, self.max_spikes)
+
+    def table(self, p: neurons.Params) -> Tensor:
+        return neurons.step_table(p)
+
+    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+        return neurons.step_quantise(x, p, self.max_spikes)
