@@ -157,7 +157,7 @@ def _in_memory(
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
         quiet = partial(lm.loglikelihood, disable_tqdm=True)
-        lm.loglikelihood = quiet  # type: ignore[method-assign]
+        lm.loglikelihood = quiet
     try:
         yield lm
     finally:
