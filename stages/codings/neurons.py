@@ -54,6 +54,13 @@ def code_bits(timesteps: int) -> Tensor:
 # --- one neuron with free step weights: phase, multigrain, free steps ----------------------------
 
 
+def fixed_steps(scale: Tensor, step: Tensor, v0: float) -> dict[str, Tensor]:
+    """Parameters of neurons whose output, reset and threshold weights are one given step [T] at every
+    site: scale [sites]."""
+    weights = {name: step.repeat(len(scale), 1) for name in ("d", "h", "theta")}
+    return {"scale": scale, "v0": torch.full_like(scale, v0)} | weights
+
+
 def step_encode(x: Tensor, p: Params, max_spikes: int | None = None) -> Spikes:
     """Runs v(1) = u + v0; s = [v >= theta(t)]; v -= h(t) s over the T steps of one site.
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.codings import neurons
-from stages.codings.coding import Fit, check_timesteps
-from stages.errors import InputError
+from stages.codings.coding import Fit, check_timesteps, half_step
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -36,14 +35,12 @@ class Rate:
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
-        if self.v0 not in ("zero", "half_step"):
-            raise InputError(f"coding.v0={self.v0!r} for {self.name}: choose zero or half_step")
+        half_step(self.timesteps, self.v0, self.name)
 
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        scale = atoms.scale()
-        step = torch.full((len(scale), self.timesteps), 1 / self.timesteps)
-        v0 = step[:, 0] / 2 if self.v0 == "half_step" else torch.zeros(len(scale))
-        return Fit({"scale": scale, "v0": v0, "d": step, "h": step.clone(), "theta": step.clone()})
+        step = torch.full((self.timesteps,), 1 / self.timesteps)
+        v0 = float(step[-1]) / 2 if self.v0 == "half_step" else 0.0
+        return Fit(neurons.fixed_steps(atoms.scale(), step, v0))
 
     def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
         return neurons.step_encode(x, p)

@@ -40,10 +40,9 @@ class TwoSpike:
             raise InputError(f"coding.max_spikes={self.max_spikes}: give a whole number from 1 on")
 
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        scale = atoms.scale()
-        step = (2.0 ** -torch.arange(1.0, self.timesteps + 1)).repeat(len(scale), 1)
-        v0 = torch.full_like(scale, half_step(self.timesteps, self.v0, self.name))
-        return Fit({"scale": scale, "v0": v0, "d": step, "h": step.clone(), "theta": step.clone()})
+        step = 2.0 ** -torch.arange(1.0, self.timesteps + 1)
+        v0 = half_step(self.timesteps, self.v0, self.name)
+        return Fit(neurons.fixed_steps(atoms.scale(), step, v0))
 
     def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
         return neurons.step_encode(x, p, self.max_spikes)
