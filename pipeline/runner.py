@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import inputs
 from pipeline.settings import Settings
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages import evaluation as evaluating
-from stages.codings.coding import Coding
+from stages.codings.coding import Coding, Observing
 from stages.codings.dense import Dense
 from stages.distribution import Densities
 from stages.energy import account, by_kind, saving, summary
@@ -31,11 +32,12 @@ from stages.patching import Conversion
 from stages.sketch import SketchSet
 
 log = logging.getLogger(__name__)
-CONVERSION = ("capture", "distribution", "fitting", "patching")
+CONVERSION = ("capture", "distribution", "statistics", "fitting", "patching")
 # What a stage's result may depend on beyond its own fields: the modules that compute it.
 MODULES = {
     "capture": ("stages.capture", "stages.llm.loading"),
     "distribution": ("stages.distribution",),
+    "statistics": ("stages.llm.loading",),  # and what defines the statistic
     "fitting": ("stages.fitting",),
     "patching": ("stages.patching", "stages.llm.loading"),
     "evaluation": ("stages.evaluation", "stages.llm.loading"),
@@ -101,7 +103,7 @@ def _calibration(run: Run) -> Artifact:
 def convert(run: Run, calibration: Artifact) -> Conversion:
     """Stages 1 to 4: capture, distribution, fitting, patching."""
     s, spec = run.settings, run.settings.calibration
-    windows = {"windows": spec.windows, "length": spec.length}
+    windows = _windows(spec)
     keys = {"model": run.model.key, "tokens": calibration.key}
 
     def sketch(out: Path) -> None:
@@ -121,11 +123,19 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
     )
     coding: Coding = s.coding  # type: ignore[assignment]
     fitting = s.fitting.for_coding(coding)
+    measured = _statistics(run, calibration)
+
+    def fit(out: Path) -> None:
+        tensors = {
+            name: load_file(a.path / "statistic.safetensors") for name, a in measured.items()
+        }
+        fitting.run(Densities.load(densities.path), coding, tensors).save(out)
+
     fitted = run.build(
         "fitting",
         {"fitting": fitting, "coding": coding},
-        {"distribution": densities.key},
-        lambda out: fitting.run(Densities.load(densities.path), coding).save(out),
+        {"distribution": densities.key} | {name: a.key for name, a in measured.items()},
+        fit,
     )
     conversion = Conversion(coding, FittedNeurons.load(fitted.path))
 
@@ -141,6 +151,32 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
     spec_patching = {"patching": s.patching, "coding": coding} | windows
     run.build("patching", spec_patching, keys | {"fitting": fitted.key}, measure)
     return conversion
+
+
+def _statistics(run: Run, calibration: Artifact) -> dict[str, Artifact]:
+    """What the coding needs beyond the distribution, each its own artifact by its name."""
+    s, spec = run.settings, run.settings.calibration
+    if not isinstance(s.coding, Observing):
+        return {}
+    keys = {"model": run.model.key, "tokens": calibration.key}
+    found = {}
+    for statistic in s.coding.statistics:
+
+        def measure(out: Path, statistic: Any = statistic) -> None:
+            ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+            model, _ = run.model.load()
+            sites = select(find_sites(model), s.sites)
+            tensors = statistic.run(model, ids, sites, s.runtime.batch)
+            save_file(tensors, out / "statistic.safetensors")
+
+        fields = {"statistic": statistic, "sites": s.sites} | _windows(spec)
+        name = statistic.name
+        found[name] = run.build("statistics", fields, keys, measure, name)
+    return found
+
+
+def _windows(spec: Any) -> dict[str, int]:
+    return {"windows": spec.windows, "length": spec.length}
 
 
 def _shape(spec: Any) -> dict[str, int]:
@@ -270,7 +306,7 @@ def _result(
     }
     result |= flat["causal"]["prefill"]
     seconds = {stage: artifact.seconds for stage, artifact in run.artifacts.items()}
-    converted = [seconds[stage] for stage in CONVERSION if stage in seconds]
+    converted = [t for stage, t in seconds.items() if stage.partition(" ")[0] in CONVERSION]
     result["conversion_s"] = round(sum(converted), 3) if converted else None
     return result | {
         "label": run.settings.name,

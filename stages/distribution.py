@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,13 +24,31 @@ class Atoms:
     """Weighted magnitudes of every site: value, spread (standard deviation inside the atom) and
     weight (sums to one), each [sites, K] float64 and ascending; maximum [sites].
 
-    Unused places at the end have weight 0 and repeat the maximum.
+    Unused places at the end have weight 0 and repeat the maximum. negative [sites, K]: the part of
+    each weight that is of negative values; extremes [sites, 2]: smallest and largest x; without
+    them the distribution is symmetric. `statistics` are what a coding asked for, by name.
     """
 
     value: Tensor
     spread: Tensor
     weight: Tensor
     maximum: Tensor
+    negative: Tensor | None = None
+    extremes: Tensor | None = None
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest signed value of every site, each [sites]."""
+        if self.extremes is None:
+            return -self.maximum, self.maximum
+        low, high = self.extremes.unbind(-1)
+        return low, high
+
+    def rows(self, index: Tensor) -> Atoms:
+        """The atoms of the sites in `index`."""
+        tensors = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        statistics = {n: {k: v[index] for k, v in t.items()} for n, t in self.statistics.items()}
+        return replace(self, **tensors, statistics=statistics)
 
     def scale(self) -> Tensor:
         """The largest magnitude of every site in float32, [sites]."""
@@ -41,6 +61,13 @@ class Atoms:
         x = (self.value[..., None] + self.spread[..., None] * steps).clamp(min=0)
         weight = (self.weight[..., None] / inside).expand_as(x)
         return x.flatten(1), weight.flatten(1)
+
+    def signed_points(self) -> tuple[Tensor, Tensor]:
+        """The points once with either sign, and their weights, [sites, 2 * K * inside]."""
+        x, weight = self.points()
+        negative = torch.full_like(self.weight, 0.5) if self.negative is None else self.negative
+        below = weight * negative.repeat_interleave(x.shape[1] // negative.shape[1], -1)
+        return torch.cat([x, -x], -1), torch.cat([weight - below, below], -1)
 
     def quantile(self, share: float) -> Tensor:
         """The smallest magnitude that at least `share` of the values do not exceed, [sites]."""
@@ -82,7 +109,8 @@ class Densities:
         return torch.minimum(x.clamp(min=0), self.atoms.maximum[:, None])
 
     def save(self, folder: Path) -> None:
-        atoms = {f"atom_{k}": v.contiguous() for k, v in vars(self.atoms).items()}
+        parts = {k: v for k, v in vars(self.atoms).items() if isinstance(v, Tensor)}
+        atoms = {f"atom_{k}": v.contiguous() for k, v in parts.items()}
         save_file(atoms | self.tensors, folder / "densities.safetensors")
         meta = {"sites": self.sites, "roles": self.roles, "layers": self.layers}
         (folder / "densities.json").write_text(json.dumps(meta))
@@ -91,9 +119,11 @@ class Densities:
     def load(cls, folder: Path) -> Densities:
         meta = json.loads((folder / "densities.json").read_text())
         tensors = load_file(folder / "densities.safetensors")
-        atoms = Atoms(*(tensors.pop(f"atom_{n}") for n in Atoms.__annotations__))
+        parts: dict[str, Any] = {
+            name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("atom_")
+        }
         sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
-        return cls(sites, roles, layers, atoms, tensors)
+        return cls(sites, roles, layers, Atoms(**parts), tensors)
 
 
 @dataclass(frozen=True)
@@ -112,10 +142,11 @@ class Distribution:
     def run(self, sketches: SketchSet) -> Densities:
         """Estimates the distribution of every site; raises InputError for a site of one value."""
         _refuse_constant(sketches)
-        count, mean, variance = sketches.magnitudes()
-        maximum = sketches.tensors["range"].abs().amax(-1).double()
+        count, mean, variance, negative = sketches.magnitudes()
+        extremes = sketches.tensors["range"].double()
         edges = sketches.grid.edges()
-        atoms = merge(count, mean, variance, edges, maximum, self.atoms)
+        atoms = merge(count, mean, variance, edges, extremes.abs().amax(-1), self.atoms, negative)
+        atoms = replace(atoms, extremes=extremes)
         used = count.sum(0).nonzero().squeeze(-1)
         bins = {
             "bin_count": count[:, used].contiguous(),
@@ -127,9 +158,16 @@ class Distribution:
 
 
 def merge(
-    count: Tensor, mean: Tensor, variance: Tensor, edges: Tensor, maximum: Tensor, size: int
+    count: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    edges: Tensor,
+    maximum: Tensor,
+    size: int,
+    negative: Tensor,
 ) -> Atoms:
     """Merges neighbouring bins [sites, M] into at most `size` atoms, keeping mean and variance.
+    negative [sites, M] counts the negative values among `count`.
 
     The highest bins stay single and the maximum is an atom of its own weight. Merging bins of equal
     p^(1/3) mass keeps the atoms' width where the optimal quantiser keeps its cells' (Bennett 1948).
@@ -145,17 +183,23 @@ def merge(
     place[:, 0] = 0  # zeros are an atom of their own
     tail = (count.gt(0) & high).cumsum(-1)
     place = torch.where(high, body + tail, place)
-    merged = torch.zeros(3, len(count), size, dtype=torch.float64)
-    for row, term in zip(merged, (count, count * mean, count * (variance + mean**2)), strict=True):
+    merged = torch.zeros(4, len(count), size, dtype=torch.float64)
+    terms = (count, count * mean, count * (variance + mean**2), negative)
+    for row, term in zip(merged, terms, strict=True):
         row.scatter_add_(-1, place, term)
-    weight, first, second = merged
+    weight, first, second, below = merged
     # One of the values in the highest bin is the maximum itself.
     last = _last(count)[:, None]
     top = place.gather(-1, last)
     mu, sigma2 = mean.gather(-1, last), variance.gather(-1, last)
-    for row, average, power in zip(merged, (mu**0, mu, mu**2 + sigma2), range(3), strict=True):
+    share = negative.gather(-1, last) / count.gather(-1, last)
+    moments = (mu**0, mu, mu**2 + sigma2)
+    for row, average, power in zip(merged[:3], moments, range(3), strict=True):
         row.scatter_add_(-1, top, -average)
         row[:, -1] += maximum**power
+    below.scatter_add_(-1, top, -share)
+    below[:, -1:] += share
+    below = below / weight.clamp(min=0.5)
     some = weight.clamp(min=0.5)
     value = torch.where(weight > 0.5, first / some, maximum[:, None])
     spread = (second / some - value**2).clamp(min=0).sqrt() * (weight > 0.5)
@@ -163,12 +207,9 @@ def merge(
     spread[:, -1] = 0
     weight = torch.where(weight > 0.5, weight, 0.0)
     order = value.sort(-1)
-    value, spread, weight = (
-        order.values,
-        spread.gather(-1, order.indices),
-        weight.gather(-1, order.indices),
-    )
-    return Atoms(value, spread, weight / weight.sum(-1, keepdim=True), maximum)
+    spread, weight, below = (t.gather(-1, order.indices) for t in (spread, weight, below))
+    weight = weight / weight.sum(-1, keepdim=True)
+    return Atoms(order.values, spread, weight, maximum, below.clamp(0, 1))
 
 
 def _last(count: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.codings.coding import Coding, Fit, spikes_per_value, squared_error
+from stages.codings.coding import Coding, Fit, Partial, error_and_spikes
 from stages.distribution import Atoms, Densities
 from stages.errors import InputError
 
@@ -71,24 +72,45 @@ class Fitting:
             return self if self.data == "samples" else replace(self, samples=1, seed=0)
         return Fitting("atoms", 1, 0, None)
 
-    def run(self, densities: Densities, coding: Coding) -> FittedNeurons:
-        """Fits `coding` to every site as one batched problem."""
-        atoms = densities.atoms
-        data = atoms if self.data == "atoms" else self._draw(densities)
+    def run(
+        self,
+        densities: Densities,
+        coding: Coding,
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> FittedNeurons:
+        """Fits `coding` to every site that it codes, as one batched problem.
+
+        `statistics` are those that the coding declares, with the sites of `densities` first.
+        """
+        data = densities.atoms if self.data == "atoms" else self._draw(densities)
+        dense = coding.dense_roles if isinstance(coding, Partial) else ()
+        kept = [i for i, role in enumerate(densities.roles) if role not in dense]
+        index = torch.tensor(kept)
+        data = replace(data, statistics=dict(statistics or {})).rows(index)
+        atoms = densities.atoms.rows(index)
         fit = coding.fit(data, self.algorithm1)
         params = {name: value.float().contiguous() for name, value in fit.params.items()}
-        power = atoms.power()
-        nmse = squared_error(coding, atoms, params) / power
-        spikes = spikes_per_value(coding, atoms, params)
+        error, spikes = error_and_spikes(coding, atoms, params)
         return FittedNeurons(
-            densities.sites, densities.roles, densities.layers, Fit(params, fit.curve), nmse, spikes
+            tuple(densities.sites[i] for i in kept),
+            tuple(densities.roles[i] for i in kept),
+            tuple(densities.layers[i] for i in kept),
+            Fit(params, fit.curve),
+            error / atoms.power(),
+            spikes,
         )
 
     def _draw(self, densities: Densities) -> Atoms:
         generator = torch.Generator().manual_seed(self.seed)
         x = densities.sample(self.samples, generator).sort(-1).values
         weight = torch.full_like(x, 1 / self.samples)
-        return Atoms(x, torch.zeros_like(x), weight, densities.atoms.maximum)
+        return Atoms(
+            x,
+            torch.zeros_like(x),
+            weight,
+            densities.atoms.maximum,
+            extremes=densities.atoms.extremes,
+        )
 
 
 @dataclass(frozen=True)

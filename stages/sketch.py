@@ -174,18 +174,21 @@ class SketchSet:
                 "(float16 overflows: use model.dtype=bfloat16 or float32)"
             )
 
-    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, means and variances of |x| per magnitude bin, dense [sites, magnitudes] float64."""
+    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Counts, means and variances of |x| and counts of negative x per magnitude bin, dense
+        [sites, magnitudes] float64."""
         t, bins = self.tensors, self.grid.magnitudes
         site = torch.repeat_interleave(
             torch.arange(len(self.sites)), t["offsets"].diff(), output_size=len(t["code"])
         )
         flat = site * bins + t["code"].long() % bins
         size = len(self.sites) * bins
-        sums = torch.zeros(3, size, dtype=torch.float64)
-        for row, name in zip(sums, ("count", "first", "second"), strict=True):
-            row.index_add_(0, flat, t[name].double())
-        count, first, second = sums.view(3, len(self.sites), bins)
+        sums = torch.zeros(4, size, dtype=torch.float64)
+        below = t["count"] * (t["code"] >= bins)
+        terms = (t["count"], t["first"], t["second"], below)
+        for row, term in zip(sums, terms, strict=True):
+            row.index_add_(0, flat, term.double())
+        count, first, second, negative = sums.view(4, len(self.sites), bins)
         edges = self.grid.edges()
         some = count.clamp(min=1)
         position = first / some
@@ -194,7 +197,7 @@ class SketchSet:
         variance = width**2 * (second / some - position**2).clamp(min=0)
         # Bin 0 is zero and what is below 2^-40: its mantissa remainders mean nothing.
         mean[:, 0], variance[:, 0] = 0.0, 0.0
-        return count, mean, variance
+        return count, mean, variance, negative
 
     def signed_moments(self) -> Tensor:
         """Count, sum, and central second and fourth moments of x per site, [sites, 4] float64."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from stages.codings.neurons import Params, Spikes
 from stages.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
+    from stages.llm.sites import Site
 
 MAX_TIMESTEPS = 16
 
@@ -67,6 +70,53 @@ class Coding(Hashable, Protocol):
         """Value (float32) and spikes of every x in one pass."""
 
 
+# --- what a coding may declare beyond that ---------------------------------------------------------
+
+
+class Statistic(Hashable, Protocol):
+    """A measurement of the dense model on calibration text that some coding needs beyond the
+    distribution; a frozen dataclass whose fields determine it, and an artifact of its own."""
+
+    name: str
+
+    def run(
+        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+    ) -> dict[str, Tensor]:
+        """Tensors with the dimension of `sites` first, over windows ids [W, S]."""
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """A coding that finds the tensors of its statistics in `Atoms.statistics[name]` when it fits."""
+
+    statistics: tuple[Statistic, ...]
+
+
+@runtime_checkable
+class Partial(Protocol):
+    """A coding that leaves the sites of some roles dense, as its authors do."""
+
+    dense_roles: tuple[str, ...]
+
+
+@runtime_checkable
+class Tokenwise(Protocol):
+    """A coding whose scale depends on the whole token: `quantise` sees x [..., C] as the model has
+    it, [B, S, C] or [B, H, S, D], and has no error or spikes on single values."""
+
+    tokenwise: bool
+
+
+@runtime_checkable
+class ReplacesSoftmax(Protocol):
+    """A coding that computes the attention probabilities in its own way."""
+
+    def softmax(
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities (float32) and spikes of scores [B, H, Q, K], zero where mask forbids."""
+
+
 def check_timesteps(name: str, timesteps: int) -> None:
     """Raises InputError unless 1 <= T <= 16."""
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
@@ -88,15 +138,18 @@ def site_params(params: Params, index: int) -> dict[str, Tensor]:
     return {name: value[index] for name, value in params.items()}
 
 
+def error_and_spikes(coding: Coding, atoms: Atoms, params: Params) -> tuple[Tensor, Tensor]:
+    """Expected squared error and spikes of one value of every site over its atoms, [S] float64;
+    NaN where they depend on the whole token."""
+    x, weight = atoms.signed_points()
+    if isinstance(coding, Tokenwise):
+        unknown = torch.full((len(x),), torch.nan, dtype=torch.float64)
+        return unknown, unknown
+    value, count = coding.quantise(x.float(), {k: v.float() for k, v in params.items()})
+    error = ((value.double() - x) ** 2 * weight).sum(-1)
+    return error, (count.double() * weight).sum(-1)
+
+
 def squared_error(coding: Coding, atoms: Atoms, params: Params) -> Tensor:
     """Expected squared error of every site over its atoms, [S] float64."""
-    x, weight = atoms.points()
-    value, _ = coding.quantise(x.float(), {k: v.float() for k, v in params.items()})
-    return ((value.double() - x) ** 2 * weight).sum(-1)
-
-
-def spikes_per_value(coding: Coding, atoms: Atoms, params: Params) -> Tensor:
-    """Expected spikes of one value of every site over its atoms, [S] float64."""
-    x, weight = atoms.points()
-    _, count = coding.quantise(x.float(), {k: v.float() for k, v in params.items()})
-    return (count.to(torch.float64) * weight).sum(-1)
+    return error_and_spikes(coding, atoms, params)[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.codings.coding import Coding
+from stages.codings.coding import Coding, ReplacesSoftmax, Tokenwise
 from stages.codings.neurons import Params
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
         value, spikes = coding.quantise(x, p)
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
+    if isinstance(coding, Tokenwise):
+        return kernel  # its layout is part of the code, and it is no elementwise expression
     fast = fused(kernel)
 
     def call(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
@@ -80,8 +82,15 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
 def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
     """(scores [B, H, Q, K], scaling, mask, parameters) -> (coded probabilities, spikes [B, H, Q])."""
 
+    def probabilities(
+        scores: Tensor, scaling: float, mask: Tensor, p: Params
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(coding, ReplacesSoftmax):
+            return coding.softmax(scores, scaling, mask, p)
+        return coding.quantise(masked_softmax(scores, scaling, mask), p)
+
     def kernel(scores: Tensor, scaling: float, mask: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        value, spikes = coding.quantise(masked_softmax(scores, scaling, mask), p)
+        value, spikes = probabilities(scores, scaling, mask, p)
         # A fitted threshold may lie below v0, and such a neuron would fire at masked zeros.
         seen = (spikes * mask).sum(-1) if counted else spikes.new_empty(0)
         return value.to(scores.dtype), seen

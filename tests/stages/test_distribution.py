@@ -70,7 +70,7 @@ def every_value(x: Tensor) -> Atoms:
 def test_atoms_keep_mean_and_power_of_their_sketch(atoms: int) -> None:
     sketch = sketches(*(samples(name, 20_000) for name in NAMES))
     found = Distribution(atoms).run(sketch).atoms
-    count, mean, variance = sketch.magnitudes()
+    count, mean, variance, negative = sketch.magnitudes()
     total = count.sum(-1)
     maximum = sketch.tensors["range"].abs().amax(-1).double()
     # The maximum is kept exactly, its bin's mean to an eighth of the bin.
@@ -160,10 +160,10 @@ def test_few_values_are_atoms_as_they_are() -> None:
 def test_merging_needs_the_p_to_the_third_mass() -> None:
     """Where bins are merged, atoms hold equal shares of the p^(1/3) mass."""
     sketch = sketches(samples("gaussian"))
-    count, mean, variance = sketch.magnitudes()
+    count, mean, variance, negative = sketch.magnitudes()
     edges = sketch.grid.edges()
     top = sketch.tensors["range"].abs().amax(-1).double()
-    atoms = merge(count, mean, variance, edges, top, 128)
+    atoms = merge(count, mean, variance, edges, top, 128, negative)
     width = edges.diff()
     mass = ((count / width) ** (1 / 3) * width)[0]
     mass[0] = 0

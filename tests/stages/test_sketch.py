@@ -78,7 +78,7 @@ def test_means_and_variances_inside_the_bins(mantissa_bits: int) -> None:
         2 * torch.randn(50_000, generator=generator)
     )
     grid = Grid(mantissa_bits)
-    count, mean, variance = (t[0].numpy() for t in collected(grid, x[:, None]).magnitudes())
+    count, mean, variance, _ = (t[0].numpy() for t in collected(grid, x[:, None]).magnitudes())
     index, _ = bins_of(x, mantissa_bits)
     magnitude, width = x.double().abs().numpy(), grid.edges().diff().numpy()
     total = np.bincount(index, minlength=grid.magnitudes)
@@ -102,7 +102,7 @@ def test_means_and_variances_inside_the_bins(mantissa_bits: int) -> None:
 def test_a_crowded_bin_keeps_its_moments() -> None:
     """Sums of a million values are float32: the worst case, all of them in one bin, stays close."""
     x = 1 + torch.rand(2 * CHUNK, generator=torch.Generator().manual_seed(5)) / 2**7
-    count, mean, variance = (t[0] for t in collected(Grid(7), x[:, None]).magnitudes())
+    count, mean, variance, _ = (t[0] for t in collected(Grid(7), x[:, None]).magnitudes())
     bin_ = int(count.argmax())
     assert count[bin_] > 0.99 * len(x)
     inside = x.double()[x < 1 + 2**-7]
@@ -130,7 +130,7 @@ def test_bfloat16_is_exact_with_seven_mantissa_bits() -> None:
     for name in rounded.tensors.keys() - {"first", "second"}:
         assert torch.equal(rounded.tensors[name], measured.tensors[name]), name
     assert not rounded.tensors["first"].any()  # no remainder to record
-    count, mean, variance = (t[0] for t in rounded.magnitudes())
+    count, mean, variance, _ = (t[0] for t in rounded.magnitudes())
     magnitude = x.double().abs()
     magnitude[magnitude < 2.0**-40] = 0  # they share bin 0
     for value, times in zip(*np.unique(magnitude.numpy(), return_counts=True), strict=True):
