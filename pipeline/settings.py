@@ -63,7 +63,10 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Raises InputError where a name is chosen that the mappings lack."""
+    """One run; `timesteps` is what the codings refer to that leave their own T open.
+
+    Raises InputError where a name is chosen that the mappings lack.
+    """
 
     model: ModelSpec
     corpus: Mapping[str, Corpus]
@@ -81,6 +84,7 @@ class Settings:
     runtime: Runtime
     tracking: TrackingSpec
     label: str | None
+    timesteps: int
 
     def __post_init__(self) -> None:
         _entries("corpus", self.corpus, Corpus)

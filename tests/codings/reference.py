@@ -111,7 +111,11 @@ def reference(coding: Coding, p: dict[str, Tensor]) -> Neuron:
 
 def shipped() -> dict[str, Coding]:
     """Every coding of conf/coding that is a neuron, by the name of its file."""
-    codings = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted(CONF.glob("*.yaml"))}
+    root = OmegaConf.create({"timesteps": 6})
+    codings = {}
+    for path in sorted(CONF.glob("*.yaml")):
+        cfg = OmegaConf.merge(root, {"coding": OmegaConf.load(path)})
+        codings[path.stem] = instantiate(cfg.coding)
     return {name: c for name, c in codings.items() if getattr(c, "neuron", False)}
 
 
