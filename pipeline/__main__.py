@@ -68,14 +68,14 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _run(settings: Settings, cfg: DictConfig, folder: Path) -> None:
-    from pipeline import report, runner
+    from pipeline import report, results, runner
 
     log.info("%s", settings.name)
     result, sites, run = runner.execute(settings)
     result["run"] = _provenance(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=True))
     sites.to_parquet(folder / "per_site.parquet")
-    runner.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
+    results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
     if settings.tracking.enabled:
         config = OmegaConf.to_yaml(cfg, resolve=True)
         report.track(settings, result, sites, run, config, _parent(settings, folder))
@@ -123,16 +123,23 @@ def _overrides() -> list[str]:
 
 
 def _finish(folder: Path) -> int:
-    """Prints and writes the sweep's table, ends its parent run, and lists the failed jobs."""
-    from pipeline import tables, tracking
+    """Prints and writes the sweep's table and figures, ends its parent run, lists the failed jobs."""
+    from pipeline import sweep, tables, tracking
 
     failures = [json.loads(p.read_text()) for p in sorted(folder.glob("*/failed.json"))]
     finished = sorted(folder.glob("*/result.json"))
     if finished:
         print()
-        tables.sweep_table(folder, _table_name(folder), TABLES)
+        name = _table_name(folder)
+        tables.sweep_table(folder, name, TABLES)
         print(f"\nresults: {folder}/*/result.json")
-        print(f"table: {TABLES / _table_name(folder)}.md, .csv, .tex")
+        print(f"table: {TABLES / name}.md, .csv, .tex")
+        try:
+            if written := sweep.draw(folder, name, TABLES):
+                print(f"and: {', '.join(path.name for path in written)}")
+        except Exception as error:  # the table stands; what a figure lacks is told as a failed job
+            log.exception("figures")
+            failures.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
     record = folder / "parent.json"
     if record.exists():
         parent = json.loads(record.read_text())

@@ -27,8 +27,8 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
     from pipeline.errors import one_line
 
     try:
-        energy, dims = _configured(list(sys.argv[1:] if overrides is None else overrides), conf)
-        _report(energy, dims)
+        chosen = list(sys.argv[1:] if overrides is None else overrides)
+        _report(*_configured(chosen, conf))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -38,8 +38,8 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
     return 0
 
 
-def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any]:
-    """The energy stage and the dimensions of the model that a configuration names."""
+def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
+    """The energy stage, the transform and the model's dimensions that a configuration names."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -50,16 +50,17 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any]:
     if energy.tokens is None:
         raise InputError("energy.tokens=null: give the length of the prompt, energy.tokens=512")
     model: Any = OmegaConf.to_container(config.model, resolve=True)
-    return energy, model["dims"] or {}
+    return energy, instantiate(config.transform), model["dims"] or {}
 
 
-def _report(energy: Any, dims: Any) -> None:
+def _report(energy: Any, transform: Any, dims: Any) -> None:
     from stages.energy import account, by_kind
     from stages.llm.loading import meta_model
-    from stages.llm.operations import ELEMENTWISE, operations
+    from stages.llm.operations import ELEMENTWISE, ROTATION, operations
     from stages.llm.sites import find_sites
 
     model = meta_model(dims)
+    transform.declare(model)
     table = by_kind(account(operations(model, find_sites(model)), energy, energy.tokens))
     for (convention, phase), rows in table.groupby(["convention", "phase"], sort=False):
         queries = f"{energy.tokens} tokens" if phase == "prefill" else "1 token"
@@ -74,6 +75,8 @@ def _report(energy: Any, dims: Any) -> None:
     print(f"linear_G {macs['linear']:.3f}")
     print(f"attention_G {macs['qk'] + macs['pv']:.3f}")
     print(f"elementwise_G {macs[list(ELEMENTWISE)].sum():.3f}")
+    if ROTATION[0] in macs:
+        print(f"rotation_G {macs.reindex(ROTATION).sum():.3f}")
     for cost in COSTS:
         print(f"{cost} {paper[cost].sum():.2f}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,35 +24,64 @@ from stages.llm.corpus import (
 from stages.llm.harness import TaskSpec
 from stages.llm.loading import ATTENTION, ModelSpec, convert_gguf, load
 from stages.llm.sources import HubText, PackageFile
+from stages.llm.transforms import Transform, Untouched
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PREFIX = "prefix.json"  # what the search for a prefix found
 HASHED_IN_FULL = 4 << 30  # bytes of a local model; a larger file counts by size and time
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be loaded, and what identifies it: `key` enters every artifact made with it."""
+    """A model that can be loaded, and what identifies it: `key` enters every artifact made with it.
+
+    `weights` is the key without the transform, for what depends on the tokenizer alone.
+    """
 
     source: str
     key: str
+    weights: str
     spec: ModelSpec
     device: str
+    transform: Transform = Untouched()
+    prefix: tuple[int, ...] = ()
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and tokenizer; one model at a time stays in memory."""
         spec = self.spec
         revision = None if Path(self.source).is_dir() else spec.revision
-        return _loaded(self.key, self.source, spec.dtype, self.device, revision, spec.device_map)
+        origin = _Origin(self.source, spec.dtype, self.device, revision, spec.device_map)
+        chosen: Any = self.transform  # a frozen dataclass, but a protocol cannot promise a hash
+        return _loaded(self.key, origin, chosen, self.prefix)
+
+    def transformed(self, transform: Transform, prefix: Artifact | None = None) -> ModelSource:
+        """The same model behind a transform, whose prefix is that of a `prefix` artifact."""
+        if isinstance(transform, Untouched):
+            return self
+        keys = {"model": self.key} | ({} if prefix is None else {"prefix": prefix.key})
+        key = Step("transform", transform, keys, ("stages.llm.transforms",)).key()
+        ids = () if prefix is None else json.loads((prefix.path / PREFIX).read_text())["ids"]
+        return replace(self, key=key, transform=transform, prefix=tuple(ids))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    source: str
+    dtype: str
+    device: str
+    revision: str | None
+    device_map: str | None
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(
-    key: str, source: str, dtype: str, device: str, revision: str | None, device_map: str | None
-) -> Any:
-    return load(source, dtype=dtype, device=device, revision=revision, device_map=device_map)
+def _loaded(key: str, origin: _Origin, transform: Transform, prefix: tuple[int, ...]) -> Any:
+    _loaded.cache_clear()  # the model before goes before this one comes
+    model, tokenizer = load(**asdict(origin))
+    transform.apply(model, prefix)
+    return model, tokenizer
 
 
 def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
@@ -68,7 +97,7 @@ def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
         raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return ModelSource(source, key, spec, device)
+    return ModelSource(source, key, key, spec, device)
 
 
 def _from_gguf(file: PackageFile, store: Store) -> tuple[str, dict[str, str]]:
@@ -107,7 +136,7 @@ def _digest(path: Path, full: bool = True) -> str:
 def tokens(corpus: Corpus, purpose: Purpose, model: ModelSource, store: Store) -> Artifact:
     """Token ids of a corpus' part, and hashes of its documents so that overlap can be refused."""
     origin = corpus.origin(purpose)
-    inputs = {"model": model.key}
+    inputs = {"model": model.weights}
     reads = functools.partial(read_documents, field=corpus.field)
     modules: tuple[str, ...] = ("stages.llm.corpus",)
     spec: dict[str, Any] = {"purpose": purpose, "field": corpus.field, "join": corpus.join}

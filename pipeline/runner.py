@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import inputs
+from pipeline.results import per_site, result
 from pipeline.settings import Settings
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
@@ -22,19 +22,19 @@ from stages import evaluation as evaluating
 from stages.codings.coding import Coding, Observing
 from stages.codings.dense import Dense
 from stages.distribution import Densities
-from stages.energy import account, by_kind, saving, summary
+from stages.energy import account, saving, summary
 from stages.fitting import FittedNeurons
 from stages.llm import corpus as text
 from stages.llm.kernels import compiled, use_compiler
-from stages.llm.operations import operations
+from stages.llm.operations import operations, untransformed
 from stages.llm.sites import find_sites, select
 from stages.patching import Conversion
 from stages.sketch import SketchSet
 
 log = logging.getLogger(__name__)
-CONVERSION = ("capture", "distribution", "statistics", "fitting", "patching")
 # What a stage's result may depend on beyond its own fields: the modules that compute it.
 MODULES = {
+    "prefix": ("stages.llm.loading",),  # and what defines the search
     "capture": ("stages.capture", "stages.llm.loading"),
     "distribution": ("stages.distribution",),
     "statistics": ("stages.llm.loading",),  # and what defines the statistic
@@ -72,7 +72,7 @@ class Run:
 
 
 def start(settings: Settings) -> Run:
-    """Resolves the model; nothing is loaded before a stage needs it."""
+    """Resolves the model and its transform; nothing is loaded before a stage needs it."""
     runtime = settings.runtime
     device = runtime.device
     if device == "auto":
@@ -80,24 +80,44 @@ def start(settings: Settings) -> Run:
     root = Path(settings.store.path)
     use_compiler(runtime.compile, (root / ".compiled").absolute())
     store = Store(root, runtime={**asdict(runtime), "device": device})
-    return Run(settings, store, inputs.model_source(settings.model, store, device))
+    run = Run(settings, store, inputs.model_source(settings.model, store, device))
+    prefix = None if settings.transform.search is None else _prefix(run)
+    run.model = run.model.transformed(settings.transform, prefix)
+    return run
 
 
 def execute(settings: Settings) -> tuple[dict[str, Any], pd.DataFrame, Run]:
     """All stages of one run: the result, the per-site table, and the artifacts behind them."""
     run = start(settings)
-    calibration = None if isinstance(settings.coding, Dense) else _calibration(run)
-    conversion = None if calibration is None else convert(run, calibration)
+    dense = isinstance(settings.coding, Dense)
+    calibration = None if dense and settings.transform.search is None else _calibration(run)
+    conversion = None if dense or calibration is None else convert(run, calibration)
     perplexities = _perplexities(run, conversion, calibration)
     accuracies = _accuracies(run, conversion)
     energy = _energy(run, conversion, perplexities)
     sites = per_site(run, perplexities)
-    return _result(run, perplexities, accuracies, energy, sites), sites, run
+    return result(run, perplexities, accuracies, energy, sites), sites, run
 
 
 def _calibration(run: Run) -> Artifact:
     corpus = run.settings.corpus[run.settings.calibration.corpus]
     return inputs.tokens(corpus, "calibration", run.model, run.store)
+
+
+def _prefix(run: Run) -> Artifact:
+    """The tokens that a transform keeps in front of every text, found on the untouched model."""
+    s, spec = run.settings, run.settings.calibration
+    search: Any = s.transform.search
+    calibration = _calibration(run)
+
+    def make(out: Path) -> None:
+        ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+        model, tokenizer = run.model.load()
+        result = search.run(model, tokenizer, ids, s.runtime.batch)
+        (out / inputs.PREFIX).write_text(json.dumps(result, indent=1))
+
+    keys = {"model": run.model.key, "tokens": calibration.key}
+    return run.build("prefix", {"search": search} | _windows(spec), keys, make)
 
 
 def convert(run: Run, calibration: Artifact) -> Conversion:
@@ -248,8 +268,8 @@ def _energy(
     def make(out: Path) -> None:
         model, _ = run.model.load()
         plan = operations(model, find_sites(model))
-        dense = account(plan, s.energy, tokens)
-        spiking = dense
+        dense = account(untransformed(plan), s.energy, tokens)
+        spiking = account(plan, s.energy, tokens)
         if conversion is not None:
             counters = perplexities[corpus].counters
             spiking = account(plan, s.energy, tokens, counters, conversion.coding)
@@ -261,69 +281,3 @@ def _energy(
     source = run.artifacts[f"evaluation ppl_{corpus}"]
     artifact = run.build("energy", spec, {"evaluation": source.key}, make)
     return dict(json.loads((artifact.path / "summary.json").read_text()))
-
-
-def energy_by_kind(run: Run) -> pd.DataFrame:
-    """Cost of every kind of operation by convention and phase: what became additions, what stays."""
-    return by_kind(pd.read_parquet(run.artifacts["energy"].path / "operations.parquet"))
-
-
-def per_site(run: Run, perplexities: dict[str, evaluating.Perplexity]) -> pd.DataFrame:
-    """Counters of the first corpus and the error on held-out values, one row a site."""
-    frame = perplexities[run.settings.evaluation.corpora[0]].counters
-    frame = frame.drop(columns=["error", "power"])
-    frame["spikes_per_value"] = frame["spikes"] / frame["values"]
-    frame["nmse"] = np.nan
-    if "patching" in run.artifacts:
-        measured = pd.read_parquet(run.artifacts["patching"].path / "sites.parquet")
-        frame["nmse"] = frame["site"].map(measured.set_index("site")["nmse"])
-    return frame
-
-
-def _result(
-    run: Run,
-    perplexities: dict[str, evaluating.Perplexity],
-    accuracies: dict[str, dict[str, Any]],
-    energy: dict[str, Any],
-    sites: pd.DataFrame,
-) -> dict[str, Any]:
-    result = {k: run.settings.axes[k] for k in ("model", "coding", "grains", "timesteps")}
-    result |= {f"ppl_{name}": p.metrics["perplexity"] for name, p in perplexities.items()}
-    for name, score in accuracies.items():
-        result[f"acc_{name}"] = score["value"]
-        result |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
-    coded = sites.dropna(subset=["acs"])
-    fanout = float(coded["macs"].sum())
-    result["nmse"] = _geometric_mean(sites["nmse"])
-    result["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
-    totals, savings = energy["total"], energy["saving"]
-    flat = {
-        convention: {
-            phase: {**totals[convention][phase], "saving": savings[convention][phase]}
-            for phase in totals[convention]
-        }
-        for convention in totals
-    }
-    result |= flat["causal"]["prefill"]
-    seconds = {stage: artifact.seconds for stage, artifact in run.artifacts.items()}
-    converted = [t for stage, t in seconds.items() if stage.partition(" ")[0] in CONVERSION]
-    result["conversion_s"] = round(sum(converted), 3) if converted else None
-    return result | {
-        "label": run.settings.name,
-        "axes": run.settings.axes,
-        "paper": flat["paper"]["prefill"],
-        "decode": flat["causal"]["decode"],
-        "paper_decode": flat["paper"]["decode"],
-        "evaluation": {name: p.metrics for name, p in perplexities.items()},
-        "seconds": seconds,
-        "hits": {stage: artifact.hit for stage, artifact in run.artifacts.items()},
-        "keys": {stage: artifact.key for stage, artifact in run.artifacts.items()},
-        "compiled": compiled(),
-    }
-
-
-def _geometric_mean(values: pd.Series) -> float | None:
-    known = values.dropna()
-    if known.empty:
-        return None
-    return float(np.exp(np.log(known.clip(lower=1e-30)).mean()))

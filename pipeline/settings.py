@@ -19,6 +19,7 @@ from stages.llm.corpus import Corpus
 from stages.llm.harness import TaskSpec
 from stages.llm.loading import ModelSpec
 from stages.llm.sites import SiteSelection
+from stages.llm.transforms import Transform
 from stages.patching import Patching
 
 
@@ -70,6 +71,7 @@ class Settings:
 
     model: ModelSpec
     corpus: Mapping[str, Corpus]
+    transform: Transform
     tasks: Mapping[str, TaskSpec]
     calibration: Calibration
     sites: SiteSelection
@@ -98,10 +100,10 @@ class Settings:
     @property
     def name(self) -> str:
         """What the run is called in logs and in the dashboard."""
-        if isinstance(self.coding, Dense):
-            return self.label or "dense"
-        coding = self.coding
-        return f"{self.label or coding.name} T={coding.timesteps} n={coding.grains}"
+        coding, name = self.coding, self.label or self.coding.name
+        if not isinstance(coding, Dense):
+            name += f" T={coding.timesteps} n={coding.grains}"
+        return name if self.transform.name == "none" else f"{name} {self.transform.name}"
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Settings:
         dense = isinstance(self.coding, Dense)
         return {
             "model": self.model.name,
+            "transform": self.transform.name,
             "coding": self.coding.name,
             "grains": None if dense else self.coding.grains,  # type: ignore[union-attr]
             "timesteps": None if dense else self.coding.timesteps,  # type: ignore[union-attr]

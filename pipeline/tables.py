@@ -1,40 +1,33 @@
 """Turn the results of runs into one table: on the terminal, and as Markdown, csv and LaTeX."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.errors import InputError
+from pipeline.rows import TEXT, distinct, energy_frame, result_frame, sweep_results
 
 UNDEFINED = "–"
 DIVERGED = 1e4  # a perplexity above this says only that the model is broken
-COUNTS = ("grains", "timesteps")
-TEXT = ("model", "coding")
-LEFT = (*TEXT, "run", "convention", "phase")  # columns of words
-CAPTION = (
-    "nmse: geometric mean over the sites, on held-out activations; spikes_per_value: weighted by "
-    "fan-out; macs_G to saving: the causal convention, saving against the dense model; "
-    "conversion_s: capture to patching, when they were computed."
-)
+LEFT = (*TEXT, "run", "phase", "role")  # columns of words
+CAPTIONS = {
+    "bits": "bits: T, and log2 n where the n grains are neurons per activation",
+    "nmse": "nmse: geometric mean over the sites, on held-out activations",
+    "convention": "convention: how the spikes of a value are counted",
+    "spikes_per_value": "spikes_per_value: weighted by fan-out",
+    "macs_G": "macs_G to saving: the causal convention, saving against the dense model",
+    "fitting_s": "fitting_s: all sites, with the statistics that the coding asks for",
+    "conversion_s": "conversion_s: capture to patching; seconds are those of the computation",
+}
 ENERGY_CAPTION = (
     "Energy by convention (paper: full attention square, one spiking operand a product; causal: "
     "unmasked positions, both operands, gates and decode scaling) and phase (prefill of a window; "
     "one decoded token at its end); saving against the dense model in the same convention."
 )
-# Where a result keeps the totals of a convention and phase; the empty name is its top level.
-ENERGIES = {
-    ("paper", "prefill"): "paper",
-    ("causal", "prefill"): "",
-    ("paper", "decode"): "paper_decode",
-    ("causal", "decode"): "decode",
-}
-COSTS = ("macs_G", "acs_G", "energy_J", "saving")
 _LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -45,44 +38,6 @@ _LATEX = str.maketrans(
         "±": r"$\pm$",
     }
 )
-
-
-def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Collect results, one row each, in the column order of every table.
-
-    Perplexities and accuracies come in the order they are first met; the standard errors and
-    item counts of accuracies stand last. What a result leaves out or gives as null is missing.
-    """
-    rows = list(results)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    accuracy = [name for name in names if name.startswith("acc_")]
-    extra = [name for name in accuracy if name.endswith(("_stderr", "_n"))]
-    columns = [
-        *TEXT,
-        *COUNTS,
-        *(name for name in names if name.startswith("ppl_")),
-        *(name for name in accuracy if name not in extra),
-        *("nmse", "spikes_per_value", "macs_G", "acs_G", "energy_J", "saving", "conversion_s"),
-        *extra,
-    ]
-    frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
-    types = {name: _dtype(name) for name in columns if name not in TEXT}
-    return frame.astype(types)
-
-
-def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Collect the energy of every result in both conventions and phases, one row each."""
-    rows = []
-    for result in results:
-        for (convention, phase), place in ENERGIES.items():
-            totals = result[place] if place else result
-            names = {"run": result["label"], "convention": convention, "phase": phase}
-            rows.append(names | {name: totals[name] for name in COSTS})
-    return pd.DataFrame(rows).astype(dict.fromkeys(COSTS, "float64"))
-
-
-def _dtype(column: str) -> str:
-    return "Int64" if column in COUNTS or column.endswith("_n") else "float64"
 
 
 def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
@@ -118,26 +73,19 @@ def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
 
     They are the comparison by `name`, printed last, and the energy by `name`_energy.
 
-    Rows are in the order of the job numbers that begin the folders' names. Raises InputError
-    where no job has left a result.
+    Rows are in the order of the job numbers that begin the folders' names, repeated ones left
+    out. Raises InputError where no job has left a result.
     """
-    paths = sorted(sweep_dir.glob("*/result.json"), key=_job_number)
-    if not paths:
-        raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = distinct(sweep_results(sweep_dir).values())
     energy = energy_frame(results)
     write(energy, tables_dir / f"{name}_energy", ENERGY_CAPTION)
     print_table(energy)
     print()
     frame = result_frame(results)
-    write(frame, tables_dir / name, CAPTION)
+    told = "; ".join(text for column, text in CAPTIONS.items() if column in frame)
+    write(frame, tables_dir / name, f"{told}.")
     print_table(frame)
     return frame
-
-
-def _job_number(path: Path) -> tuple[float, str]:
-    number = re.match(r"\d+", path.parent.name)
-    return (int(number[0]) if number else math.inf, path.parent.name)
 
 
 def _cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -164,7 +112,15 @@ def _formatter(column: str) -> Callable[[Any], str]:
         "acs_G": lambda value: _significant(value, 4),
         "energy_J": lambda value: _significant(value, 3),
         "saving": lambda value: f"{100 * value:.1f} %",
+        "fitting_s": "{:.1f}".format,
         "conversion_s": "{:.1f}".format,
+        "bits": "{:.3g}".format,
+        "slope": "{:g}".format,
+        "rho": "{:.4f}".format,
+        "C": lambda value: _scientific(value, 2),
+        "C_relative": "{:.4f}".format,
+        "last_relative": "{:.4f}".format,
+        "R2": "{:.3f}".format,
     }
     return by_name.get(column, "{:.3f}".format if column.startswith("acc_") else str)
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from stages.errors import InputError
-from stages.llm.operations import ELEMENTWISE, PRODUCTS, Operation
+from stages.llm.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ATTENTION = ("full", "causal")
 OPERANDS = ("one", "both")
-KINDS = (*PRODUCTS, "decode_scaling", "gate", *ELEMENTWISE)
+WEIGHED = (*ELEMENTWISE, *ROTATION)  # kinds whose amounts a convention turns into work
+KINDS = (*PRODUCTS, "decode_scaling", "gate", *WEIGHED)
 COSTS = {"macs": "macs_G", "acs": "acs_G", "energy_J": "energy_J"}
 
 
@@ -41,7 +42,8 @@ class Convention:
 
     `attention`: every query meets every key (full) or those it sees (causal). `operands`: spikes of
     one or of both operands of an attention product. `macs`, `acs`: per element of every
-    element-wise kind. `decode_scaling`, `gate_comparisons`: whether a coding's own work counts.
+    element-wise kind, per addition of a `hadamard` and per multiplication of a `mixing`.
+    `decode_scaling`, `gate_comparisons`: whether a coding's own work counts.
     """
 
     attention: str
@@ -59,10 +61,10 @@ class Convention:
                 )
         for field in ("macs", "acs"):
             costs = getattr(self, field)
-            if set(costs) != set(ELEMENTWISE) or not all(c >= 0 for c in costs.values()):
+            if set(costs) != set(WEIGHED) or not all(c >= 0 for c in costs.values()):
                 raise InputError(
                     f"energy convention: {field}={dict(costs)}: give a number, 0 or more, for each "
-                    f"of {', '.join(ELEMENTWISE)}"
+                    f"of {', '.join(WEIGHED)}"
                 )
 
 
@@ -144,10 +146,10 @@ def _rows(
 ) -> Iterator[tuple[str, str, int, float, float]]:
     """The costs (op, kind, layer, macs, acs) of one operation, and of the code of its operands."""
     name, kind, layer = operation.name, operation.kind, operation.layer
-    pairs = _pairs(queries, context, convention.attention, operation.window)
+    pairs = _pairs(queries, context, convention.attention, operation.window, operation.prefix)
     work = operation.work.at(queries, pairs)
     coded = [rate for site in operation.operands if rates and (rate := rates[site]) is not None]
-    if kind in ELEMENTWISE:
+    if kind in WEIGHED:
         yield name, kind, layer, work * convention.macs[kind], work * convention.acs[kind]
     elif kind == "gate":
         if coding and coded and coding.gate_comparisons and convention.gate_comparisons:
@@ -232,9 +234,9 @@ def _rates(counters: pd.DataFrame | None, coding: CodingCosts | None) -> dict[st
 
 
 @functools.cache
-def _pairs(queries: int, context: int, attention: str, window: int | None) -> int:
+def _pairs(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Pairs of the last `queries` positions of a context and the keys they meet."""
     if attention == "full":
-        return queries * context
-    seen = range(context - queries + 1, context + 1)
+        return queries * (prefix + context)
+    seen = range(prefix + context - queries + 1, prefix + context + 1)
     return sum(min(keys, window or keys) for keys in seen)

@@ -23,7 +23,7 @@ class Algorithm1:
 
     eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
     normalised magnitude. Every grain starts at each base of `starts` in turn and the best fit is
-    kept; the paper starts at 2 alone.
+    kept; the paper starts at 2 alone. Without any step the starts themselves are compared.
     """
 
     rounds: int = 4
@@ -42,10 +42,10 @@ class Algorithm1:
             )
         steps = (self.rounds, self.neuron_steps, self.base_steps)
         rates = (self.neuron_lr, self.base_lr, self.slope)
-        if min(steps) < 0 or sum(steps[1:]) * steps[0] < 1 or min(rates) <= 0:
+        if min(steps) < 0 or min(rates) <= 0:
             raise InputError(
-                f"fitting.algorithm1={self}: steps must be whole numbers >= 0 with one at least, "
-                "learning rates and slope positive"
+                f"fitting.algorithm1={self}: steps must be whole numbers >= 0, learning rates and "
+                "slope positive"
             )
 
 

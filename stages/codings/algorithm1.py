@@ -103,16 +103,24 @@ def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
 
 
 def fit_bases(
-    atoms: Atoms, grain: Tensor, *, grains: int, tied: bool, half_step: bool, algorithm: Algorithm1
+    atoms: Atoms,
+    grain: Tensor,
+    *,
+    scale: Tensor,
+    grains: int,
+    tied: bool,
+    half_step: bool,
+    algorithm: Algorithm1,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Fits every allocation grain [A, T] from every start to every site and keeps the best
-    parameters ever seen.
+    parameters ever seen. Magnitudes are normalised by scale [sites]; those above it are clipped by
+    the neuron, and count in the loss.
 
     Returns scale, v0 [sites], d, h, theta [sites, T] (what the neuron runs with), the bases
     base_d, base_h, base_theta [sites, n], the chosen allocation grain [sites, T], and the loss curve
     of that allocation [sites, iterations].
     """
-    u = (atoms.value / atoms.maximum[:, None]).float()
+    u = (atoms.value / scale[:, None]).float()
     weight = atoms.weight.float()
     starts = torch.tensor(list(itertools.product(algorithm.starts, repeat=grains)))  # [K, n]
     sites, problems = len(u), len(u) * len(grain) * len(starts)
@@ -133,7 +141,7 @@ def fit_bases(
     best = Bases(d, h, theta, half_step, grain[choice])
     steps = dict(zip(("d", "h", "theta", "v0"), best.steps(), strict=True))
     bases_kept = {"base_d": d, "base_h": h, "base_theta": theta, "grain": best.grain.float()}
-    return steps | bases_kept | {"scale": atoms.scale()}, curve[choice]
+    return steps | bases_kept | {"scale": scale.float()}, curve[choice]
 
 
 def _descend(

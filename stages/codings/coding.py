@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from stages.codings.neurons import Params, Spikes
+from stages.codings.neurons import Params, Spikes, SpikeTime
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ class Fit:
 class Coding(Hashable, Protocol):
     """A coding: how a site's neuron is fitted, and what it does to a value."""
 
-    name: str
-    timesteps: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def timesteps(self) -> int: ...
 
     @property
     def grains(self) -> int:
@@ -50,6 +53,10 @@ class Coding(Hashable, Protocol):
         """Whether the code is a spike train; bounds are quantisers without spikes."""
 
     @property
+    def convention(self) -> str:
+        """How spikes are counted: unary, bit_plane, one_spike, or none."""
+
+    @property
     def decode_macs(self) -> int:
         """Multiplications per accumulator that turn step sums into a value."""
 
@@ -60,7 +67,7 @@ class Coding(Hashable, Protocol):
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
         """Fits all sites of `atoms` as one batched problem."""
 
-    def encode(self, x: Tensor, p: Params) -> Spikes:
+    def encode(self, x: Tensor, p: Params) -> Spikes | SpikeTime:
         """The time-stepped neuron of one site on x."""
 
     def table(self, p: Params) -> Tensor:
@@ -77,7 +84,8 @@ class Statistic(Hashable, Protocol):
     """A measurement of the dense model on calibration text that some coding needs beyond the
     distribution; a frozen dataclass whose fields determine it, and an artifact of its own."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
@@ -89,14 +97,16 @@ class Statistic(Hashable, Protocol):
 class Observing(Protocol):
     """A coding that finds the tensors of its statistics in `Atoms.statistics[name]` when it fits."""
 
-    statistics: tuple[Statistic, ...]
+    @property
+    def statistics(self) -> tuple[Statistic, ...]: ...
 
 
 @runtime_checkable
 class Partial(Protocol):
     """A coding that leaves the sites of some roles dense, as its authors do."""
 
-    dense_roles: tuple[str, ...]
+    @property
+    def dense_roles(self) -> tuple[str, ...]: ...
 
 
 @runtime_checkable
@@ -104,7 +114,8 @@ class Tokenwise(Protocol):
     """A coding whose scale depends on the whole token: `quantise` sees x [..., C] as the model has
     it, [B, S, C] or [B, H, S, D], and has no error or spikes on single values."""
 
-    tokenwise: bool
+    @property
+    def tokenwise(self) -> bool: ...
 
 
 @runtime_checkable

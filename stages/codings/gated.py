@@ -1,7 +1,7 @@
 """Range-gated base-2 neurons: n ranges, of which the smallest that holds a value codes it.
 
 The density of levels is piecewise constant, the n-piece approximation of lambda* ∝ p^(1/3). The ranges
-come from an exact search over the distribution, not from a gradient.
+come from a search over the distribution, not from a gradient.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Fit, check_timesteps
+from stages.codings import ranges
+from stages.codings.allocation import ALLOCATIONS, BUDGETS, REACH, allocate
+from stages.codings.coding import MAX_TIMESTEPS, Fit, Statistic, check_timesteps
+from stages.codings.neurons import Params
+from stages.codings.range_search import (
+    SITES_AT_ONCE,
+    adjacent_ranges,
+    coordinate_search,
+    nested_ranges,
+)
 from stages.errors import InputError
+from stages.llm.sensitivity import Sensitivity, relative_weight
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
-
-# Candidate ranges: 16 octaves below the maximum at six an octave, then finer around the best ones.
-OCTAVES = 16
-PER_OCTAVE = 6
-REFINEMENTS = (1 / 24, 1 / 96, 1 / 384)
-SITES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,29 @@ class Gated:
 
     Gate: the smallest k with |x| < tau_k (1 - 2^-(T+1)), else n, which saturates. Only that neuron
     spikes. n neurons are log2(n) more bits: compare at equal T + log2(n) too.
+
+    `offset`: neuron k codes |x| - tau_(k-1) for one more spike, so that all n 2^T levels differ.
+    `grain_steps`: T_k - T of every neuron (None: all T). `mu`: the fit minimises
+    E(SN(x) - x)^2 / E x^2 + mu E[spikes]. `sensitivity`: errors weigh as much as the loss curves at
+    their magnitude. `allocation` budget: T differs from site to site, least predicted loss at a mean
+    T over sites (`budget` timesteps) or at the spikes, weighted by fan-out, that T everywhere
+    would give (`budget` spikes).
     """
 
     name: str
     timesteps: int
     grains: int
+    offset: bool = False
+    grain_steps: tuple[int, ...] | None = None
+    mu: float = 0.0
+    sensitivity: Sensitivity | None = None
+    allocation: str = "uniform"
+    budget: str = "timesteps"
 
     trained = False
     neuron = True
+    convention = "bit_plane"
+    signed = False
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
@@ -48,6 +66,30 @@ class Gated:
             raise InputError(
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number from 1 to 8"
             )
+        if self.grain_steps is not None:
+            object.__setattr__(self, "grain_steps", tuple(self.grain_steps))
+        steps = self.steps(self.timesteps)
+        if len(steps) != self.grains or min(steps) < 1 or max(steps) > MAX_TIMESTEPS:
+            raise InputError(
+                f"coding.grain_steps={list(self.grain_steps or ())} for {self.name}: give one whole "
+                f"number for each of the {self.grains} grains, so that 1 <= T + it <= {MAX_TIMESTEPS}"
+            )
+        if self.mu < 0:
+            raise InputError(f"coding.mu={self.mu} for {self.name}: give 0 or more")
+        if self.allocation not in ALLOCATIONS or self.budget not in BUDGETS:
+            raise InputError(
+                f"coding.allocation={self.allocation!r}, coding.budget={self.budget!r} for "
+                f"{self.name}: choose {' or '.join(ALLOCATIONS)}, and {' or '.join(BUDGETS)}"
+            )
+        if self.allocation == "budget" and self.sensitivity is None:
+            raise InputError(
+                f"coding.allocation=budget for {self.name} weighs sites by their measured "
+                "sensitivity: give coding.sensitivity (conf/coding/gated_budget.yaml has one)"
+            )
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return () if self.sensitivity is None else (self.sensitivity,)
 
     @property
     def decode_macs(self) -> int:
@@ -57,97 +99,75 @@ class Gated:
     def gate_comparisons(self) -> int:
         return self.grains - 1
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        parts = (t.split(SITES_AT_ONCE) for t in (atoms.value, atoms.spread, atoms.weight))
-        scales = [
-            best_scales(value, spread, weight, self.grains, self.timesteps)
-            for value, spread, weight in zip(*parts, strict=True)
-        ]
-        return Fit({"scale": torch.cat(scales)})
-
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
-        return neurons.bank_encode(x, p, self.timesteps, self._v0)
-
-    def table(self, p: neurons.Params) -> Tensor:
-        return neurons.bank_table(p, self.timesteps)
-
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
-        return neurons.bank_quantise(x, p, self.timesteps, self._v0)
-
     @property
-    def _v0(self) -> float:
-        return 2.0 ** -(self.timesteps + 1)
+    def longest(self) -> int:
+        """Steps of the longest neuron that the fit may choose."""
+        reach = REACH[-1] if self.allocation == "budget" else 0
+        return max(self.steps(min(self.timesteps + reach, MAX_TIMESTEPS)))
 
+    def steps(self, timesteps: int) -> tuple[int, ...]:
+        """T_k of every neuron where T = `timesteps`."""
+        return tuple(timesteps + more for more in self.grain_steps or (0,) * self.grains)
 
-def best_scales(
-    value: Tensor, spread: Tensor, weight: Tensor, grains: int, timesteps: int
-) -> Tensor:
-    """The n scales of least expected squared error, [sites, n] ascending, by dynamic programming.
+    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+        if self.allocation == "budget":
+            return Fit(allocate(self, atoms))
+        return Fit(self.fit_at(atoms, self.timesteps))
 
-    value, spread, weight [sites, K]: atoms, ascending. Exact over the candidates; those are refined
-    around the optimum until they lie 1/384 of an octave apart.
-    """
-    top = value.amax(-1, keepdim=True)
-    octaves = torch.arange(-OCTAVES * PER_OCTAVE, 4, dtype=torch.float64) / PER_OCTAVE
-    best = _search(value, spread, weight, top * 2.0**octaves, grains, timesteps)
-    near = torch.arange(-4, 5, dtype=torch.float64)
-    for fraction in REFINEMENTS:
-        local = best[..., None] * 2.0 ** (near * fraction)
-        candidates = local.flatten(1).sort(-1).values
-        best = _search(value, spread, weight, candidates, grains, timesteps)
-    return best
+    def fit_at(self, atoms: Atoms, timesteps: int) -> dict[str, Tensor]:
+        """Parameters of all sites where T = `timesteps`."""
+        rows = torch.arange(len(atoms.value)).split(SITES_AT_ONCE)
+        parts = [self._fit(atoms.rows(index), timesteps) for index in rows]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def _fit(self, atoms: Atoms, timesteps: int) -> dict[str, Tensor]:
+        steps = self.steps(timesteps)
+        weight = atoms.weight
+        if self.sensitivity is not None:
+            weight = weight * relative_weight(atoms.statistics[self.sensitivity.name], atoms)
+        scale = nested_ranges(atoms.value, atoms.spread, weight, steps)
+        if self.offset or self.mu or self.grain_steps:
+            starts = [scale]
+            if self.offset:
+                starts.append(adjacent_ranges(atoms.value, weight, steps))
+            scale = self._refine(atoms, weight, starts, steps)
+        return dict(self._bank(scale, steps))
 
-def _search(
-    value: Tensor, spread: Tensor, weight: Tensor, scale: Tensor, grains: int, timesteps: int
-) -> Tensor:
-    """Best ascending choice of `grains` among candidate scales [sites, J], ascending."""
-    below, beyond = _costs(value, spread, weight, scale, timesteps)
-    own = below.diagonal(dim1=-2, dim2=-1)
-    total, choice = own, []
-    # total[j]: least cost of everything below candidate j's limit if j is the k-th range.
-    rising = torch.ones_like(below[0]).tril().bool()  # [j, i]: i <= j
-    for _ in range(grains - 1):
-        options = torch.where(rising, total[:, None, :] - below, torch.inf)
-        step = options.min(-1)
-        choice.append(step.indices)
-        total = own + step.values
-    last = (total + beyond).argmin(-1, keepdim=True)
-    picked = [last]
-    for indices in reversed(choice):
-        picked.append(indices.gather(-1, picked[-1]))
-    return scale.gather(-1, torch.cat(picked[::-1], -1))
+    def _bank(self, scale: Tensor, steps: tuple[int, ...]) -> Params:
+        """Parameters of neurons with these scales [..., n]."""
+        p = {"scale": scale}
+        if set(steps) != {self.timesteps} or self.allocation == "budget":
+            p["steps"] = (2.0 ** torch.tensor(steps)).to(scale).expand_as(scale)
+        if self.offset:
+            p["floor"] = torch.nn.functional.pad(scale[..., :-1], (1, 0))
+        return p
 
+    def _refine(
+        self, atoms: Atoms, weight: Tensor, starts: list[Tensor], steps: tuple[int, ...]
+    ) -> Tensor:
+        """The best outcome of a coordinate search from every start, [sites, n]."""
+        x, own = atoms.points()
+        importance = weight / atoms.weight.clamp(min=1e-300)
+        heavy = own * importance.repeat_interleave(x.shape[1] // importance.shape[1], -1)
+        x = x.float()[:, None]
+        power = (heavy * x[:, 0].double() ** 2).sum(-1, keepdim=True)
 
-def _costs(
-    value: Tensor, spread: Tensor, weight: Tensor, scale: Tensor, timesteps: int
-) -> tuple[Tensor, Tensor]:
-    """below [sites, j, i]: error of candidate j on all values under candidate i's limit;
-    beyond [sites, j]: its error on the values that saturate it."""
-    step = scale * 2.0**-timesteps
-    limit = scale * (1 - 2.0 ** -(timesteps + 1))
-    error = step[..., None] ** 2 * rounding_error(
-        value[:, None] / step[..., None], spread[:, None] / step[..., None]
-    )
-    running = torch.nn.functional.pad((error * weight[:, None]).cumsum(-1), (1, 0))
-    under = torch.searchsorted(value, limit)
-    below = running.gather(-1, under[:, None, :].expand(-1, scale.shape[1], -1))
-    top = (scale - step)[..., None]
-    over = (value[:, None] >= limit[..., None]).double()
-    miss = ((value[:, None] - top) ** 2 + spread[:, None] ** 2) * weight[:, None]
-    return below, (miss * over).sum(-1)
+        def cost(scale: Tensor, p: Params) -> Tensor:
+            value, count = self.quantise(x, {name: t.float() for name, t in p.items()})
+            error = ((value - x).square() @ heavy.float()[..., None]).squeeze(-1) / power
+            spikes = (count @ own.float()[..., None]).squeeze(-1)
+            return error + self.mu * spikes
 
+        found = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
+        costs = torch.cat([cost(s[:, None], self._bank(s[:, None], steps)) for s in found], -1)
+        pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
+        return torch.stack(found, 1).gather(1, pick).squeeze(1)
 
-def rounding_error(mean: Tensor, spread: Tensor) -> Tensor:
-    """Mean squared distance to the nearest whole number of values spread evenly about `mean` with
-    standard deviation `spread`, exactly: differences of the integral of (z - round z)^2."""
-    half = spread * 3**0.5
-    narrow = half < 1e-3
-    wide = torch.where(narrow, 1.0, half)
-    spread_out = (_integral(mean + wide) - _integral(mean - wide)) / (2 * wide)
-    return torch.where(narrow, (mean - mean.round()) ** 2 + spread**2, spread_out)
+    def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
+        return ranges.encode(x, p, self.timesteps, self.longest, self.signed)
 
+    def table(self, p: Params) -> Tensor:
+        return ranges.table(p, self.timesteps, self.longest)
 
-def _integral(z: Tensor) -> Tensor:
-    whole = z.round()
-    return whole / 12 + (z - whole) ** 3 / 3
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        return ranges.quantise(x, p, self.timesteps, self.longest, self.signed)

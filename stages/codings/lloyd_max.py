@@ -34,6 +34,7 @@ class LloydMax:
     grains = 1
     trained = False
     neuron = False
+    convention = "none"
     decode_macs = 0
     gate_comparisons = 0
 
@@ -47,7 +48,7 @@ class LloydMax:
         weight = torch.where(x > 0, weight, 0.0)  # zero has a code of its own, the missing sign
         levels = 2**self.timesteps
         start = optimal_cells if levels <= EXACT_LEVELS else companded_cells
-        return Fit(_tensors(lloyd(x, weight, start(x, weight, levels), ITERATIONS)))
+        return Fit(tensors(lloyd(x, weight, start(x, weight, levels), ITERATIONS)))
 
     def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
         raise NotImplementedError("lloyd_max is a bound, not a neuron: it has no spike train")
@@ -60,15 +61,16 @@ class LloydMax:
         return value, torch.full_like(value, torch.nan)
 
 
-def _tensors(levels: Tensor) -> dict[str, Tensor]:
+def tensors(levels: Tensor) -> dict[str, Tensor]:
+    """Parameters of the quantiser to the nearest of levels [sites, L], for `table_quantise`."""
     levels = levels.sort(-1).values.float()
     return {"levels": levels, "thresholds": (levels[..., 1:] + levels[..., :-1]) / 2}
 
 
 def lloyd(x: Tensor, weight: Tensor, levels: Tensor, iterations: int) -> Tensor:
     """Lloyd's alternation on weighted points x [sites, K] ascending, from levels [sites, L]."""
-    total = _running(weight)
-    first = _running(weight * x)
+    total = running(weight)
+    first = running(weight * x)
     for _ in range(iterations):
         middle = (levels[:, 1:] + levels[:, :-1]) / 2
         cut = torch.searchsorted(x, middle)
@@ -83,8 +85,7 @@ def lloyd(x: Tensor, weight: Tensor, levels: Tensor, iterations: int) -> Tensor:
 
 def companded_cells(x: Tensor, weight: Tensor, levels: int) -> Tensor:
     """Levels at equal lambda* ∝ p^(1/3) mass, [sites, levels]."""
-    gap = torch.nn.functional.pad(x.diff(), (1, 0))
-    mass = _running((weight * gap.square()) ** (1 / 3))
+    mass = running(_optimal_mass(x, weight))
     want = (torch.arange(levels, dtype=x.dtype) + 0.5) / levels * mass[:, -1:]
     index = torch.searchsorted(mass, want).clamp(1, x.shape[1]) - 1
     return x.gather(-1, index)
@@ -144,14 +145,22 @@ def _next_level(best, cost, pieces: int) -> tuple[Tensor, Tensor]:  # type: igno
 
 def _pieces(x: Tensor, weight: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:
     """Running sums of mass, mass x and mass x^2 at `pieces` places of equal p^(1/3) mass."""
-    sums = [_running(weight * x**k) for k in range(3)]
-    gap = torch.nn.functional.pad(x.diff(), (1, 0))
-    mass = _running((weight * gap.square()) ** (1 / 3))
+    sums = [running(weight * x**k) for k in range(3)]
+    mass = running(_optimal_mass(x, weight))
     want = torch.arange(pieces + 1, dtype=x.dtype) / pieces * mass[:, -1:]
     cut = torch.searchsorted(mass, want).clamp(max=x.shape[1])
     cut[:, 0], cut[:, -1] = 0, x.shape[1]
     return tuple(total.gather(-1, cut) for total in sums)  # type: ignore[return-value]
 
 
-def _running(x: Tensor) -> Tensor:
+def _optimal_mass(x: Tensor, weight: Tensor) -> Tensor:
+    """∫ p^(1/3) over the cells of points x, which end halfway to both neighbours: a gap counts at both
+    its ends, so that a cut can fall on either side of it."""
+    gap = torch.nn.functional.pad(x.diff(), (1, 1))
+    width = (gap[:, 1:] + gap[:, :-1]) / 2
+    return (weight * width.square()) ** (1 / 3)
+
+
+def running(x: Tensor) -> Tensor:
+    """Sums of the first 0, 1, … K of x [sites, K], [sites, K + 1]."""
     return torch.nn.functional.pad(x.cumsum(-1), (1, 0))

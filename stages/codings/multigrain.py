@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from stages.codings import neurons
 from stages.codings.algorithm1 import allocations, fit_bases
 from stages.codings.coding import Fit, check_timesteps, half_step
 from stages.errors import InputError
+from stages.llm.statistics import RunningMaximum
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -23,6 +24,8 @@ class Multigrain:
 
     Every allocation of steps to grains is fitted and the best one of each site taken. `v0` is zero or
     half of the last output weight, in fitting and evaluation alike. `tied` makes d = h = theta.
+    `tau`: the scale is the largest magnitude of calibration (`maximum`) or the smoothed one of the
+    paper's released code (`running_maximum`), which clips.
     """
 
     name: str
@@ -30,9 +33,11 @@ class Multigrain:
     grains: int
     v0: str
     tied: bool
+    tau: str = field(default="maximum", kw_only=True)
 
     trained = True
     neuron = True
+    convention = "bit_plane"
     gate_comparisons = 0
 
     def __post_init__(self) -> None:
@@ -43,6 +48,15 @@ class Multigrain:
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number of at least 1"
             )
         allocations(self.timesteps, self.grains)
+        if self.tau not in ("maximum", "running_maximum"):
+            raise InputError(
+                f"coding.tau={self.tau!r} for {self.name}: choose maximum or running_maximum"
+            )
+
+    @property
+    def statistics(self) -> tuple[RunningMaximum, ...]:
+        """What the scale needs beyond the distribution."""
+        return (RunningMaximum(),) if self.tau == "running_maximum" else ()
 
     @property
     def decode_macs(self) -> int:
@@ -52,9 +66,13 @@ class Multigrain:
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
         if algorithm is None:
             raise InputError(f"{self.name} is trained: fitting.algorithm1 must be given")
+        scale = atoms.maximum
+        for statistic in self.statistics:
+            scale = atoms.statistics[statistic.name]["maximum"]
         params, curve = fit_bases(
             atoms,
             allocations(self.timesteps, self.grains),
+            scale=scale,
             grains=self.grains,
             tied=self.tied,
             half_step=self.v0 == "half_step",

@@ -40,7 +40,27 @@ class Spikes:
         return self.train.sum(0)
 
 
-def decode(spikes: Spikes, table: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class SpikeTime:
+    """A train of at most one spike in a window too long for bits: sign [*X] in {-1, 0, 1} and time
+    [*X], counted from 0; the time `timesteps` is silence."""
+
+    sign: Tensor
+    time: Tensor
+    timesteps: int
+
+    @property
+    def code(self) -> Tensor:
+        """The integer code, which is the time, shape [*X]."""
+        return self.time.long()
+
+    @property
+    def count(self) -> Tensor:
+        """Spikes per value, 0 or 1, shape [*X]."""
+        return (self.time < self.timesteps).long()
+
+
+def decode(spikes: Spikes | SpikeTime, table: Tensor) -> Tensor:
     """Values of a spike train: one lookup of its code in `table` [codes] float32, times the sign."""
     return spikes.sign.to(table.dtype) * table[spikes.code]
 

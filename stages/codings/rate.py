@@ -30,6 +30,7 @@ class Rate:
     grains = 1
     trained = False
     neuron = True
+    convention = "unary"
     decode_macs = 1  # one weight for all steps
     gate_comparisons = 0
 

@@ -30,6 +30,7 @@ class TwoSpike:
     grains = 1
     trained = False
     neuron = True
+    convention = "bit_plane"
     decode_macs = 1
     gate_comparisons = 0
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from stages.llm.prefix import prefix_length
+from stages.llm.rotation import OnlineRotation, online_rotation
 from stages.llm.sites import Site
 
 PRODUCTS = ("linear", "qk", "pv")
 ELEMENTWISE = ("norm", "rope", "softmax", "activation", "product", "residual")
+ROTATION = ("hadamard", "mixing")  # what a rotated model adds, see `OnlineRotation`
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Operation:
     `operands` are the sites it multiplies: one of a linear layer, two of an attention product.
     `work` is multiplications of a product, elements of anything else and comparisons of a `gate`,
     which is what one coded site needs if its coding chooses among neurons. `outputs` are the
-    accumulators of a product. `window` is the number of keys a query sees at most.
+    accumulators of a product. `window` is the number of keys a query sees at most, `prefix` that of
+    the keys that a transform keeps in front of every context.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Operation:
     operands: tuple[str, ...] = ()
     outputs: Amount = Amount()
     window: int | None = None
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Shape:
     groups: int
     width: int
     window: int | None
+    prefix: int
 
 
 def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
@@ -65,9 +71,12 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     modules = dict(model.named_modules())
     plan = [_linear(name, site, modules[name]) for site in sites for name in site.consumers]
     plan += _norms(modules, sites)
+    online = online_rotation(model)
+    if online is not None:
+        plan += _rotation(online, [site for site in sites if site.role == "mlp.down"])
     for layer in sorted({site.layer for site in sites if site.layer >= 0}):
         roles = {site.role: site for site in sites if site.layer == layer}
-        shape = _shape(model.config, modules[roles["attn.q"].path])
+        shape = _shape(model.config, modules[roles["attn.q"].path], prefix_length(model))
         plan += _attention(layer, roles, shape)
         plan += _elementwise(layer, roles, shape)
         plan += _gates(roles, shape)
@@ -75,12 +84,12 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     return [*plan, _gate(head, Amount(model.config.hidden_size))]
 
 
-def _shape(config: Any, attention: Any) -> Shape:
+def _shape(config: Any, attention: Any, prefix: int) -> Shape:
     # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     hidden, inner = config.hidden_size, config.intermediate_size
-    return Shape(hidden, inner, heads, groups, attention.head_dim, window)
+    return Shape(hidden, inner, heads, groups, attention.head_dim, window, prefix)
 
 
 def _linear(name: str, site: Site, module: Any) -> Operation:
@@ -96,17 +105,32 @@ def _norms(modules: Mapping[str, Any], sites: Sequence[Site]) -> Iterator[Operat
             yield Operation(name, "norm", layers.get(name, -1), Amount(module.weight.numel()))
 
 
+def untransformed(plan: Sequence[Operation]) -> list[Operation]:
+    """The same model before its transform: without rotations and without a prefix."""
+    return [replace(o, prefix=0) for o in plan if o.kind not in ROTATION]
+
+
+def _rotation(online: OnlineRotation, sites: Sequence[Site]) -> Iterator[Operation]:
+    """The rotation in front of every down_proj."""
+    for site in sites:
+        work = Amount(online.additions)
+        yield Operation(f"{site.path}:hadamard", "hadamard", site.layer, work)
+        if online.multiplications:
+            work = Amount(online.multiplications)
+            yield Operation(f"{site.path}:mixing", "mixing", site.layer, work)
+
+
 def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
-    path, window = roles["attn.q"].path, shape.window
+    path, window, prefix = roles["attn.q"].path, shape.window, shape.prefix
     q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
     rotated = Amount((shape.heads + shape.groups) * shape.width)
     outputs = Amount(shape.heads * shape.width)
     scores = Amount(per_pair=shape.heads)
     work = Amount(per_pair=shape.heads * shape.width)
     yield Operation(f"{path}:rope", "rope", layer, rotated)
-    yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window)
-    yield Operation(f"{path}:softmax", "softmax", layer, scores, window=window)
-    yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window)
+    yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window, prefix)
+    yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
+    yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window, prefix)
 
 
 def _elementwise(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
@@ -134,8 +158,9 @@ def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
         "mlp.down": inner,
     }
     for role, site in roles.items():
-        yield _gate(site, values[role], shape.window)
+        yield _gate(site, values[role], shape.window, shape.prefix)
 
 
-def _gate(site: Site, values: Amount, window: int | None = None) -> Operation:
-    return Operation(site.name, "gate", site.layer, values, (site.name,), window=window)
+def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0) -> Operation:
+    operands = (site.name,)
+    return Operation(site.name, "gate", site.layer, values, operands, window=window, prefix=prefix)

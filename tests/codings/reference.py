@@ -15,14 +15,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from stages.codings import neurons
-from stages.codings.coding import Coding
+from stages.codings.coding import Coding, Tokenwise
 from stages.codings.free_steps import FreeSteps
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
 from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.rate import Rate
+from stages.codings.signed_digit import SignedDigit
+from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.distribution import Atoms
 from stages.errors import InputError
@@ -31,9 +34,17 @@ from stages.fitting import Algorithm1
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)
 TIMESTEPS = (1, 2, 4, 6, 8, 10)
-OPTIONS = {"v0": ("zero", "half_step"), "tied": (True, False), "max_spikes": (None, 1, 2)}
+OPTIONS = {
+    "v0": ("zero", "half_step"),
+    "tied": (True, False),
+    "max_spikes": (None, 1, 2),
+    "offset": (True,),
+    "grain_steps": ((1, 0), (-1, 1)),
+    "base": (None, 1.4),
+    "silent_zero": (True, False),
+}
 
-# |x| -> code, magnitude of the decoded value, spikes
+# |x| -> code, magnitude of the decoded value, spikes; of x itself for the codings in SIGNED
 Neuron = Callable[[np.float32], tuple[int, np.float32, int]]
 
 
@@ -78,6 +89,68 @@ def steps(p: dict[str, np.ndarray], max_spikes: int | None) -> Neuron:
     return neuron
 
 
+def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
+    """n base-2 neurons over ranges with their own floors and steps, binary or with signed digits."""
+    scales, longest = p["scale"], coding.longest
+    floors = p.get("floor", np.zeros_like(scales))
+    steps = p.get("steps", np.full_like(scales, 2.0**coding.timesteps))
+    two, half = np.float32(2), np.float32(0.5)
+
+    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+        k = 0
+        while k < len(scales) - 1:
+            if x < floors[k] + (scales[k] - floors[k]) * (ONE - half / steps[k]):
+                break
+            k += 1
+        width, floor, own = scales[k] - floors[k], floors[k], int(np.log2(steps[k]))
+        v = (x - floor) / width
+        v = max(v, np.float32(0)) if coding.signed else v + half / steps[k]
+        code, count, weight = 0, int(floor > 0), ONE
+        for t in range(1, longest + 1):
+            weight, code, sign = weight / two, 2 * code, 0
+            if t <= own and coding.signed:
+                reach = (2 ** (own - t) * 2 // 3 + 0.5) / 2**own
+                sign = 0 if abs(v) < np.float32(reach) else int(np.sign(v))
+            elif t <= own:
+                sign = int(v >= weight)
+            v = v - np.float32(sign) * weight
+            code, count = code + sign, count + abs(sign)
+        return (k << longest) + code, np.float32(code * 2.0**-longest) * width + floor, count
+
+    return neuron
+
+
+def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:
+    """One spike at the first threshold, from the highest down, that |x| reaches."""
+
+    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+        for t, threshold in enumerate(reversed(thresholds)):
+            if x >= threshold:
+                return t, levels[len(levels) - 1 - t], 1
+        return len(thresholds), np.float32(0), 0
+
+    return neuron
+
+
+def latency(p: dict[str, np.ndarray], timesteps: int, silent_zero: bool) -> Neuron:
+    """One spike at the first t whose level is at most half a step above x; the last has no lower."""
+    origin, step = p["origin"][()], p["step"][()]
+
+    def first(wait: np.float32) -> int:
+        t = 0
+        while t < timesteps - 1 and wait > t + 0.5:
+            t += 1
+        return t
+
+    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+        t = first(origin - x / step)
+        value = (origin - np.float32(t)) * step
+        silent = silent_zero and t == first(origin)
+        return (timesteps, value, 0) if silent else (t, value, 1)
+
+    return neuron
+
+
 def half(timesteps: int) -> float:
     """Half of the last step of a base-2 neuron."""
     return 1 / (2 * 2**timesteps)
@@ -87,7 +160,8 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     Las: lambda c, p: bank(
         p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
     ),
-    Gated: lambda c, p: bank(p["scale"], c.timesteps, half(c.timesteps)),
+    Gated: consecutive,
+    SignedDigit: consecutive,
     Multigrain: lambda c, p: steps(p, None),
     Phase: lambda c, p: steps(p, c.max_spikes),
     FreeSteps: lambda c, p: steps(p, None),
@@ -96,7 +170,10 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     Oat: lambda c, p: bank(
         p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
     ),
+    OneSpike: lambda c, p: falling_threshold(p["levels"], p["thresholds"]),
+    Ttfs: lambda c, p: latency(p, c.timesteps, c.silent_zero),
 }
+SIGNED = (Ttfs,)  # not sign and magnitude: one interval holds both signs
 
 
 def reference(coding: Coding, p: dict[str, Tensor]) -> Neuron:
@@ -110,13 +187,16 @@ def reference(coding: Coding, p: dict[str, Tensor]) -> Neuron:
 
 
 def shipped() -> dict[str, Coding]:
-    """Every coding of conf/coding that is a neuron, by the name of its file."""
+    """Every coding of conf/coding that is a neuron of single values, by the name of its file."""
     root = OmegaConf.create({"timesteps": 6})
     codings = {}
     for path in sorted(CONF.glob("*.yaml")):
         cfg = OmegaConf.merge(root, {"coding": OmegaConf.load(path)})
         codings[path.stem] = instantiate(cfg.coding)
-    return {name: c for name, c in codings.items() if getattr(c, "neuron", False)}
+    # With a sensitivity they are the neurons of `gated`, with ranges from a measured model.
+    plain = {name: c for name, c in codings.items() if getattr(c, "sensitivity", None) is None}
+    scalar = {name: c for name, c in plain.items() if not isinstance(c, Tokenwise)}
+    return {name: c for name, c in scalar.items() if getattr(c, "neuron", False)}
 
 
 def variants(coding: Coding, timesteps: Iterable[int] = TIMESTEPS) -> Iterator[Coding]:
@@ -193,6 +273,15 @@ def around_breakpoints(neuron: Neuron, levels: Tensor) -> Tensor:
     return torch.cat([x, -x])
 
 
+def breakpoints(coding: Coding, p: dict[str, Tensor]) -> Tensor:
+    """`around_breakpoints` of one site's neuron, for a signed one those of either sign."""
+    neuron, levels = reference(coding, p), coding.table(p).abs()
+    x = around_breakpoints(neuron, levels)
+    if isinstance(coding, SIGNED):
+        x = torch.cat([x, around_breakpoints(lambda v: neuron(-v), levels)])
+    return x
+
+
 def _codes(neuron: Neuron, bits: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.array([neuron(x)[0] for x in bits.view(np.float32)], dtype=np.int64)
@@ -205,10 +294,12 @@ def check_equal(coding: Coding, p: dict[str, Tensor], x: Tensor) -> None:
     """Asserts that `encode`, `decode` and `quantise` give the scalar loop's code, value and count."""
     neuron = reference(coding, p)
     with np.errstate(over="ignore"):
-        rows = [neuron(v) for v in x.float().abs().numpy()]
+        seen = x.float() if isinstance(coding, SIGNED) else x.float().abs()
+        rows = [neuron(v) for v in seen.numpy()]
     columns = zip(*rows, strict=True)
-    code, magnitude, count = (torch.from_numpy(np.array(column)) for column in columns)
-    value = x.float().sign() * magnitude
+    code, value, count = (torch.from_numpy(np.array(column)) for column in columns)
+    if not isinstance(coding, SIGNED):
+        value = x.float().sign() * value
     spikes = coding.encode(x, p)
     fast_value, fast_count = coding.quantise(x, p)
     table = coding.table(p)

@@ -256,9 +256,9 @@ def test_more_grains_than_steps_are_refused(timesteps: int, grains: int) -> None
 def test_every_allocation_is_fitted_and_the_best_taken() -> None:
     atoms = atoms_of(heavy_tailed(6, 300) ** 2)
     options = {"grains": 2, "tied": False, "half_step": True, "algorithm": SHORT}
-    rows = allocations(8, 2)
-    params, curve = fit_bases(atoms, rows, **options)
-    alone = [fit_bases(atoms, row[None], **options) for row in rows]
+    rows, scale = allocations(8, 2), atoms.maximum
+    params, curve = fit_bases(atoms, rows, scale=scale, **options)
+    alone = [fit_bases(atoms, row[None], scale=scale, **options) for row in rows]
     least = torch.stack([own.amin(-1) for _, own in alone])
     torch.testing.assert_close(curve.amin(-1), least.amin(0), rtol=1e-5, atol=0)
     choice = least.argmin(0)

@@ -10,6 +10,10 @@ from torch import Tensor
 from stages.codings.coding import Coding, site_params
 from stages.codings.gated import Gated
 from stages.codings.multigrain import Multigrain
+from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
+from stages.codings.signed_digit import SignedDigit
+from stages.codings.ttfs import Ttfs
 from stages.llm import kernels
 from stages.llm.kernels import (
     EAGER_BELOW,
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
 )
 GATED = Gated("gated", 6, 2)
+OFFSET, SIGNED = Gated("gated", 5, 3, offset=True), SignedDigit("signed_digit", 6, 2)
 GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
 CHANNELS = 48
 
@@ -56,8 +61,22 @@ def bits(x: Tensor) -> Tensor:
         (GATED, True, torch.float32),
         (GRAINS, True, torch.bfloat16),
         (GRAINS, False, torch.float32),
+        (OFFSET, True, torch.float32),
+        (SIGNED, True, torch.float32),
+        (Oat("oat", 6, "zero", 99.0), True, torch.float32),
+        (Ttfs("ttfs", 128, None, True), True, torch.float32),
+        (OneSpike("one_spike", 40, 1.15), True, torch.float32),
     ],
-    ids=["bank-counted-float32", "steps-counted-bfloat16", "steps-uncounted-float32"],
+    ids=[
+        "ranges-counted-float32",
+        "steps-counted-bfloat16",
+        "steps-uncounted-float32",
+        "offset-counted-float32",
+        "signed-counted-float32",
+        "bank-counted-float32",
+        "latency-counted-float32",
+        "one_spike-counted-float32",
+    ],
 )
 def test_a_compiled_row_kernel_gives_the_eager_bits(
     coding: Coding, counted: bool, dtype: torch.dtype

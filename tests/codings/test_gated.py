@@ -10,10 +10,12 @@ from reference import atoms_of, heavy_tailed
 from scipy import integrate
 from torch import Tensor
 
-from stages.codings import gated
-from stages.codings.coding import squared_error
-from stages.codings.gated import Gated, _costs, _search, best_scales, rounding_error
+from stages.codings import range_search
+from stages.codings.coding import error_and_spikes, squared_error
+from stages.codings.gated import Gated
+from stages.codings.range_search import _costs, _search, nested_ranges, rounding_error
 from stages.distribution import Atoms
+from stages.errors import InputError
 
 
 def test_rounding_error_is_the_integral() -> None:
@@ -73,7 +75,7 @@ def test_the_search_is_exact_over_its_candidates(grains: int, spread: float) -> 
     value, width, weight = tiny(3, 12, spread, seed=4)
     octaves = torch.linspace(-4, 0.2, 9, dtype=torch.float64)
     candidates = value[:, -1:] * 2.0**octaves
-    found = _search(value, width, weight, candidates, grains, timesteps)
+    found = _search(value, width, weight, candidates, [timesteps] * grains)
     for k in range(3):
         site = value[k], width[k], weight[k]
         choices = itertools.combinations_with_replacement(candidates[k].tolist(), grains)
@@ -98,11 +100,11 @@ def test_the_comparison_fails_on_a_search_with_a_wrong_cost(
     candidates = value[:, -1:] * 2.0 ** torch.linspace(-4, 0.2, 9, dtype=torch.float64)
 
     def found() -> list[float]:
-        scales = _search(value, width, weight, candidates, 2, 3)
+        scales = _search(value, width, weight, candidates, [3, 3])
         return [cost(value[k], width[k], weight[k], tuple(scales[k].tolist()), 3) for k in range(3)]
 
     right = found()
-    monkeypatch.setattr(gated, "rounding_error", wrong)
+    monkeypatch.setattr(range_search, "rounding_error", wrong)
     assert max(b / a for a, b in zip(right, found(), strict=True)) > 1.01
 
 
@@ -137,7 +139,7 @@ def test_the_error_the_search_expects_is_the_error_of_samples() -> None:
     value = heavy_tailed(2, 1000).abs().double().sort(-1).values
     spread = 0.002 * value  # like bins of seven mantissa bits: few straddle a limit
     atoms = Atoms(value, spread, torch.full_like(value, 1 / 1000), value[:, -1])
-    scale = best_scales(value, spread, atoms.weight, grains, timesteps)
+    scale = nested_ranges(value, spread, atoms.weight, [timesteps] * grains)
     below, beyond = _costs(value, spread, atoms.weight, scale, timesteps)
     expected = below[:, 0, 0] + beyond[:, -1]
     for k in range(1, grains):
@@ -157,3 +159,72 @@ def test_sites_are_fitted_alone() -> None:
         alone = Gated("gated", 4, 2).fit(atoms.rows(torch.tensor([k])), None)
         torch.testing.assert_close(together[k : k + 1], alone.params["scale"], rtol=1e-12, atol=0)
     assert not torch.allclose(together[0], together[1])
+
+
+# --- offset, unequal steps, spikes in the objective ------------------------------------------------
+
+
+def test_an_offset_makes_every_level_count() -> None:
+    """All n 2^T levels differ, and the error falls where nested ranges repeat theirs."""
+    atoms = atoms_of(heavy_tailed(6, 1500))
+    nested, offset = Gated("gated", 4, 3), Gated("gated", 4, 3, offset=True)
+    p = offset.fit(atoms, None).params
+    assert all(len(levels.unique()) == 3 * 2**4 for levels in offset.table(p))
+    ratio = squared_error(offset, atoms, p) / squared_error(
+        nested, atoms, nested.fit(atoms, None).params
+    )
+    assert bool((ratio < 0.95).all())
+
+
+def test_the_search_with_an_offset_beats_a_random_search() -> None:
+    atoms = atoms_of(heavy_tailed(4, 1000))
+    coding = Gated("gated", 5, 2, offset=True)
+    error = squared_error(coding, atoms, coding.fit(atoms, None).params)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        octaves = 8 * torch.rand(4, 2, generator=generator, dtype=torch.float64) - 7.8
+        scale = (atoms.maximum[:, None] * 2.0**octaves).sort(-1).values
+        guess = {"scale": scale, "floor": torch.nn.functional.pad(scale[:, :-1], (1, 0))}
+        assert bool((squared_error(coding, atoms, guess) > 0.98 * error).all())
+
+
+def test_steps_may_differ_between_grains() -> None:
+    """One step more for the outer range costs nothing on values that stay inside the inner one."""
+    atoms = atoms_of(heavy_tailed(6, 1500))
+    plain, longer = Gated("gated", 4, 2), Gated("gated", 4, 2, grain_steps=(0, 1))
+    p = longer.fit(atoms, None).params
+    assert p["steps"].unique(dim=0).tolist() == [[16.0, 32.0]]
+    least = squared_error(plain, atoms, plain.fit(atoms, None).params)
+    assert bool((squared_error(longer, atoms, p) < least).all())
+    finest = Gated("gated", 5, 2)
+    bound = squared_error(finest, atoms, finest.fit(atoms, None).params)
+    assert bool((squared_error(longer, atoms, p) > bound).all())
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_a_price_on_spikes_draws_the_frontier(offset: bool) -> None:
+    atoms = atoms_of(heavy_tailed(6, 1500))
+    points = []
+    for mu in (0.0, 1e-4, 1e-3, 1e-2):
+        coding = Gated("gated", 5, 2, offset=offset, mu=mu)
+        points.append(error_and_spikes(coding, atoms, coding.fit(atoms, None).params))
+    for (less, more), (error, fewer) in itertools.pairwise(points):
+        assert bool((error >= less * (1 - 1e-3)).all())
+        assert bool((fewer <= more * (1 + 1e-3)).all())
+    assert bool((points[-1][1] < 0.8 * points[0][1]).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grain_steps": (0,)},
+        {"grain_steps": (-4, 0)},
+        {"mu": -1.0},
+        {"allocation": "some"},
+        {"budget": "joules"},
+        {"allocation": "budget"},
+    ],
+)
+def test_what_gated_cannot_be_is_refused(options: dict) -> None:
+    with pytest.raises(InputError):
+        Gated("gated", 4, 2, **options)

@@ -1,5 +1,8 @@
 """Values of the baseline codings worked out by hand."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import atoms_of
@@ -7,10 +10,14 @@ from torch import Tensor
 
 from stages.codings import neurons
 from stages.codings.coding import Coding
+from stages.codings.compander import Compander
 from stages.codings.free_steps import FreeSteps
 from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
 from stages.codings.rate import Rate
+from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
+from stages.distribution import Atoms
 from stages.errors import InputError
 
 
@@ -67,30 +74,59 @@ def test_free_steps_adds_its_own_weights() -> None:
     check(coding, p, [(0.8, 0.9, 2), (0.4, 0.3, 1), (-0.5, -0.6, 1), (0.2, 0.0, 0)])
 
 
-def test_rate_coding_has_the_published_error() -> None:
-    """13.2, 15.7 and 17.6 dB at 1.03, 1.38 and 1.74 spikes: 100 000 Gaussian values, T = 6, 8, 10."""
-    torch.manual_seed(0)
-    x = torch.randn(100_000)
-    for timesteps, decibels, spikes in ((6, 13.2, 1.03), (8, 15.7, 1.38), (10, 17.6, 1.74)):
-        coding = Rate("rate", timesteps, "half_step")
-        params = coding.fit(atoms_of(x[None]), None).params
-        value, count = coding.quantise(x, {k: v[0].float() for k, v in params.items()})
-        ratio = 10 * torch.log10(x.square().mean() / (value - x).square().mean())
-        assert float(ratio) == pytest.approx(decibels, abs=0.3)
-        assert float(count.mean()) == pytest.approx(spikes, abs=0.05)
+def test_first_spikes_count_from_the_upper_end() -> None:
+    """From -2 to 6 in T=9 levels one apart: the time is 6 - x, rounded, a tie to the earlier one."""
+    atoms = replace(atoms_of(torch.tensor([[2.0, 6.0]])), extremes=torch.tensor([[-2.0, 6.0]]))
+    coding = Ttfs("ttfs", 9, None, False)
+    p = {name: value[0] for name, value in coding.fit(atoms, None).params.items()}
+    rows = [(6.0, 6.0, 1), (2.4, 2.0, 1), (2.5, 3.0, 1), (-0.6, -1.0, 1), (0.3, 0.0, 1)]
+    rows += [(9.0, 6.0, 1), (-7.0, -2.0, 1), (-1.5, -1.0, 1)]
+    check(coding, p, rows)
+    x = torch.tensor([6.0, 2.4, 0.3, -7.0])
+    assert coding.encode(x, p).time.tolist() == [0, 4, 6, 8]
+    silent = replace(coding, silent_zero=True)
+    check(silent, p, [(0.3, 0.0, 0), (-0.4, 0.0, 0), (-0.6, -1.0, 1), (0.5, 1.0, 1)])
+    assert silent.encode(x, p).time.tolist() == [0, 4, 9, 8]
 
 
-def test_outlier_aware_thresholds_have_the_published_error() -> None:
-    """30.5, 42.4, 54.5 dB at 2.26, 3.25, 4.25 spikes: Gaussian values, percentile 99.9, floored."""
-    torch.manual_seed(0)
-    x = torch.randn(100_000)
-    for timesteps, decibels, spikes in ((6, 30.5, 2.26), (8, 42.4, 3.25), (10, 54.5, 4.25)):
-        coding = Oat("oat", timesteps, "zero", 99.9)
-        params = coding.fit(atoms_of(x[None]), None).params
-        value, count = coding.quantise(x, {k: v[0].float() for k, v in params.items()})
-        ratio = 10 * torch.log10(x.square().mean() / (value - x).square().mean())
-        assert float(ratio) == pytest.approx(decibels, abs=0.3)
-        assert float(count.mean()) == pytest.approx(spikes, abs=0.05)
+def test_one_spike_takes_the_nearest_power() -> None:
+    """Base 2 below 8, T=3: levels 8, 4, 2, 0, which begin at 6, 3 and 1.5."""
+    coding = OneSpike("one_spike", 3, 2.0)
+    p = fitted(coding, 8.0, [1.0])
+    rows = [(8.0, 8.0, 1), (6.0, 8.0, 1), (-5.9, -4.0, 1), (3.0, 4.0, 1), (2.9, 2.0, 1)]
+    rows += [(-1.5, -2.0, 1), (1.4, 0.0, 0), (0.0, 0.0, 0), (50.0, 8.0, 1)]
+    check(coding, p, rows)
+    assert coding.encode(torch.tensor([6.0, 3.0, 1.5, 1.4]), p).time.tolist() == [0, 1, 2, 3]
+
+
+def test_winner_oriented_softmax_halves_a_step() -> None:
+    """Base 2: scores ln 2 apart weigh 1, 1/2, 1/4, and the fourth comes too late for T=3."""
+    coding = OneSpike("one_spike", 3, 2.0)
+    p = fitted(coding, 1.0, [0.5])
+    scores = math.log(2) * torch.tensor([5.0, 4.1, 2.9, 1.9, 9.0]).view(1, 1, 1, 5) / 0.25
+    mask = torch.tensor([True, True, True, True, False]).view(1, 1, 1, 5)
+    probs, spikes = coding.softmax(scores, 0.25, mask, p)
+    torch.testing.assert_close(probs.flatten(), torch.tensor([4.0, 2, 1, 0, 0]) / 7)
+    assert spikes.flatten().tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "levels"),
+    [
+        (0.0, [0.5, 1.5, 2.5, 3.5]),
+        (0.5, [0.25, 0.75, 1.5, 3.0]),  # shares 4, 2, 1, 1 of 8, cut in the middle of every quarter
+        (1.0, [11 / 64, 33 / 64, 55 / 64, 29 / 16]),  # shares 16, 4, 1, 1 of 22
+    ],
+)
+def test_companded_levels_have_equal_shares(alpha: float, levels: list[float]) -> None:
+    """Densities 16, 4, 1 and 1 between 0, 1, 2, 3 and 4; a fifth of the values is zero, and apart."""
+    value = torch.tensor([[0.0, 0.5, 1.5, 2.5, 3.5]], dtype=torch.float64)
+    weight = torch.tensor([[0.2, *(0.8 / 22 * w for w in (16, 4, 1, 1))]], dtype=torch.float64)
+    atoms = Atoms(value, torch.zeros_like(value), weight, torch.tensor([4.0]).double())
+    coding = Compander("compander", 2, alpha)
+    p = {name: tensor[0] for name, tensor in coding.fit(atoms, None).params.items()}
+    torch.testing.assert_close(p["levels"], torch.tensor(levels))
+    assert coding.quantise(torch.tensor([0.0, -4.0]), p)[0].tolist() == [0, -levels[-1]]
 
 
 @pytest.mark.parametrize(

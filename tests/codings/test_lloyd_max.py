@@ -149,3 +149,15 @@ def test_it_is_a_quantiser_to_the_nearest_level_and_no_neuron() -> None:
     assert not coding.neuron
     with pytest.raises(NotImplementedError, match="bound"):
         coding.encode(x, p)
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_an_outlier_beyond_a_gap_gets_a_level_of_its_own(timesteps: int) -> None:
+    """A thousand values up to 1 and one of 100: sharing its cell with others costs about 5."""
+    x = torch.cat([torch.linspace(0.001, 1, 1000), torch.tensor([100.0])])
+    coding, atoms = LloydMax("lloyd_max", timesteps), atoms_of(x[None])
+    p = coding.fit(atoms, None).params
+    body = 2**timesteps - 1  # levels left for the uniform part
+    assert float(p["levels"].max()) == 100
+    expected = 1000 / 1001 / (12 * body**2)
+    assert float(squared_error(coding, atoms, p)) == pytest.approx(expected, rel=0.01)

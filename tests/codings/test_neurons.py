@@ -3,12 +3,14 @@
 import functools
 import inspect
 import re
+from types import ModuleType
 
 import pytest
 import torch
 from reference import (
-    around_breakpoints,
+    SIGNED,
     bfloat16_patterns,
+    breakpoints,
     check_equal,
     fitted,
     heavy_tailed,
@@ -19,15 +21,23 @@ from reference import (
 )
 from torch import Tensor
 
-from stages.codings import neurons
+from stages.codings import neurons, ranges
 from stages.codings.coding import Coding, site_params
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
+from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
+from stages.codings.signed_digit import SignedDigit
+from stages.codings.ttfs import Ttfs
 
 CODINGS = [variant for coding in shipped().values() for variant in variants(coding)]
 every_coding = pytest.mark.parametrize("coding", CODINGS, ids=label)
+sign_and_magnitude = pytest.mark.parametrize(
+    "coding", [c for c in CODINGS if not isinstance(c, SIGNED)], ids=label
+)
+signed = pytest.mark.parametrize("coding", [c for c in CODINGS if isinstance(c, SIGNED)], ids=label)
 
 
 @functools.cache
@@ -38,7 +48,8 @@ def site(coding: Coding) -> dict[str, Tensor]:
 
 def test_the_shipped_neurons_are_found() -> None:
     assert {"las", "las_rounded", "phase", "multigrain", "gated"} <= set(shipped())
-    assert {c.timesteps for c in CODINGS} == {1, 2, 4, 6, 8, 10}
+    assert {"ttfs", "one_spike"} <= set(shipped())
+    assert {c.timesteps for c in CODINGS} == {1, 2, 4, 6, 8, 10, 128}
     assert {c.grains for c in CODINGS if isinstance(c, Gated)} == {1, 2, 3}
 
 
@@ -65,9 +76,11 @@ def test_equals_the_scalar_loop_on_every_bfloat16(coding: Coding) -> None:
 @every_coding
 def test_equals_the_scalar_loop_around_every_breakpoint(coding: Coding) -> None:
     p = site(coding)
-    x = around_breakpoints(reference(coding, p), coding.table(p))
+    x = breakpoints(coding, p)
     if isinstance(coding, Las | Gated):  # a base-2 range uses all of its 2^T codes
         assert len(x) >= 8 * (2**coding.timesteps - 1)
+    if isinstance(coding, Ttfs | OneSpike):  # and a spike may come at any time
+        assert len(x) >= 4 * (coding.timesteps - 1)
     check_equal(coding, p, x)
 
 
@@ -84,7 +97,7 @@ def test_a_batch_of_sites_equals_the_sites_one_by_one(coding: Coding) -> None:
         assert torch.equal(table[k], coding.table(own))
 
 
-@every_coding
+@sign_and_magnitude
 def test_signs_zero_and_infinity(coding: Coding) -> None:
     p, x = site(coding), heavy_tailed(2, 500, seed=2)[1]
     value, count = coding.quantise(x, p)
@@ -98,6 +111,18 @@ def test_signs_zero_and_infinity(coding: Coding) -> None:
     assert edge[0] == edge[1] == -edge[2] == -edge[3] > 0
 
 
+@signed
+def test_an_interval_codes_zero_within_half_a_step_and_infinity_by_its_ends(coding: Coding) -> None:
+    p = site(coding)
+    table = coding.table(p)[: coding.timesteps].unique()
+    zero, count = coding.quantise(torch.tensor([0.0, -0.0]), p)
+    assert bool((zero.abs() <= table.diff().max() / 2 * (1 + 1e-6)).all()) and zero[0] == zero[1]
+    assert count.tolist() == [0.0 if coding.silent_zero else 1.0] * 2
+    largest = torch.finfo(torch.float32).max
+    edge, _ = coding.quantise(torch.tensor([torch.inf, largest, -largest, -torch.inf]), p)
+    assert edge.tolist() == [table[-1], table[-1], table[0], table[0]]
+
+
 def test_the_population_count_is_that_of_python() -> None:
     codes = torch.arange(2**16)
     expected = [code.bit_count() for code in range(2**16)]
@@ -107,7 +132,9 @@ def test_the_population_count_is_that_of_python() -> None:
 # --- each check fails when what it guards is broken -----------------------------------------------
 
 LAS, ROUNDED = Las("las", 6, "zero"), Las("las", 6, "half_step")
-GATED = Gated("gated", 4, 3)
+GATED, OFFSET = Gated("gated", 4, 3), Gated("gated", 4, 3, offset=True)
+LONGER, SIGNED = Gated("gated", 4, 2, grain_steps=(-1, 1)), SignedDigit("signed_digit", 5, 2)
+OUTLIERS = Oat("oat_rounded", 4, "half_step", 90.0)
 GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
 TWO = Phase("phase", 6, 1, "half_step", True, 2)
 
@@ -127,11 +154,32 @@ BREAKS = [
     (ROUNDED, "popcount", ">> 24).to(torch.float32)", ">> 24).to(torch.float32) + 1"),
     (ROUNDED, "popcount", "0x55555555", "0x55555554"),
     (ROUNDED, "decode", "spikes.sign.to(table.dtype)", "1"),
-    (GATED, "bank_encode", ">= limits", "> limits"),
-    (GATED, "bank_encode", "* (1 - v0)", ""),
-    (GATED, "bank_quantise", "candidate * (1 - v0)", "candidate"),
-    (GATED, "bank_quantise", "magnitude < candidate", "magnitude <= candidate"),
-    (GATED, "bank_quantise", "range(grains - 2, -1, -1)", "range(0, grains - 1)"),
+    (OUTLIERS, "bank_encode", ">= limits", "> limits"),
+    (OUTLIERS, "bank_encode", "* (1 - v0)", ""),
+    (OUTLIERS, "bank_quantise", "candidate * (1 - v0)", "candidate"),
+    (OUTLIERS, "bank_quantise", "magnitude < candidate", "magnitude <= candidate"),
+    (OUTLIERS, "bank_quantise", "range(grains - 2, -1, -1)", "range(grains - 2, 0, -1)"),
+    (GATED, "Bank", "magnitude < limit", "magnitude <= limit"),
+    (GATED, "Bank", "(1 - 0.5 / self.steps)", "1"),
+    (GATED, "Bank", "range(last - 1, -1, -1)", "range(0, last)"),
+    (GATED, "Bank", "float(k)", "float(last - k)"),
+    (GATED, "encode", "v + 0.5 / steps", "v"),
+    (GATED, "encode", "(v >= 2.0**-t)", "(v > 2.0**-t)"),
+    (GATED, "quantise", "u + 0.5 / steps", "u"),
+    (GATED, "quantise", "steps - 1)", "steps)"),
+    (OFFSET, "Bank", "scale - floor", "scale"),
+    (OFFSET, "encode", "(magnitude - floor)", "magnitude"),
+    (OFFSET, "encode", "train), floor > 0)", "train), floor < 0)"),
+    (OFFSET, "quantise", "+ floor)", ")"),
+    (OFFSET, "quantise", "count + (floor > 0)", "count"),
+    (OFFSET, "table", "+ bank.floor[..., None]", ""),
+    (LONGER, "encode", " & (steps * 2.0**-t >= 1)", ""),
+    (LONGER, "table", "2.0**-longest\n", "2.0**-timesteps\n"),
+    (SIGNED, "threshold", "(2 / 3)", "(1 / 2)"),
+    (SIGNED, "threshold", "+ 0.5)", "+ 0.75)"),
+    (SIGNED, "_digits", "v.sign()", "1"),
+    (SIGNED, "_digits", "count + fires", "count + spike"),
+    (SIGNED, "encode", "v.abs() >= threshold", "v.abs() > threshold"),
     (GRAINS, "step_encode", "v >= theta", "v > theta"),
     (GRAINS, "step_encode", "v - h", "v - theta"),
     (GRAINS, "step_encode", 'zip(p["h"], p["theta"]', 'zip(p["h"].flip(0), p["theta"].flip(0)'),
@@ -147,11 +195,11 @@ BREAKS = [
 ]
 
 
-def broken(name: str, old: str, new: str) -> object:
-    """The function of `stages.codings.neurons` with one piece of its source replaced."""
-    source = re.sub('"""(?s:.*?)"""', "...", inspect.getsource(getattr(neurons, name)), count=1)
+def broken(module: ModuleType, name: str, old: str, new: str) -> object:
+    """The function or class of a module with one piece of its source replaced."""
+    source = re.sub('"""(?s:.*?)"""', "...", inspect.getsource(getattr(module, name)))
     assert source.count(old) == 1, f"{old!r} is no longer one place of {name}: update the mutation"
-    scope = dict(vars(neurons))
+    scope = dict(vars(module))
     exec(source.replace(old, new), scope)
     return scope[name]
 
@@ -161,11 +209,11 @@ def test_the_comparison_fails_on_a_broken_neuron(
     coding: Coding, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p = site(coding)
-    x = torch.cat(
-        [around_breakpoints(reference(coding, p), coding.table(p)), heavy_tailed(2, 300)[1]]
-    )
+    beyond = 2 * p["scale"].max() * torch.tensor([1.0, -1.0])
+    x = torch.cat([breakpoints(coding, p), heavy_tailed(2, 300)[1], beyond])
     check_equal(coding, p, x)
-    monkeypatch.setattr(neurons, name, broken(name, old, new))
+    module = neurons if hasattr(neurons, name) else ranges
+    monkeypatch.setattr(module, name, broken(module, name, old, new))
     with pytest.raises(AssertionError):
         check_equal(coding, p, x)
 

@@ -1,11 +1,14 @@
 """Signal-to-noise, spikes and code counts against published numbers and closed forms."""
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from reference import heavy_tailed
+from reference import atoms_of, heavy_tailed
 from torch import Tensor
 
 from stages.codings import neurons
@@ -13,27 +16,54 @@ from stages.codings.coding import Coding
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
+from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
+from stages.codings.rate import Rate
+from stages.codings.ttfs import Ttfs
+from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
 
 STEPS = (6, 8, 10)
-# 100 000 samples, one scale = their maximum: (SQNR in dB, spikes per value) at T = 6, 8, 10.
-# Max 2 spikes is the half-step neuron, which silences after its second spike.
+# 100 000 samples, one scale = their maximum unless said: (SQNR in dB, spikes per value) at T = 6, 8, 10.
+# Max 2 spikes is the half-step neuron, which silences after its second spike. The best base of one
+# spike was found on a coarse grid, COARSE.
 PUBLISHED = {
+    ("rate", "gaussian"): ((13.2, 1.03), (15.7, 1.38), (17.6, 1.74)),
+    ("rate", "laplace"): ((8.9, 0.47), (11.2, 0.66), (13.1, 0.85)),
+    ("rate", "softmax"): ((12.1, 0.03), (13.7, 0.05), (15.0, 0.06)),
     ("floor", "gaussian"): ((27.8, 2.04), (39.8, 3.03), (51.8, 4.02)),
     ("floor", "laplace"): ((23.2, 1.46), (35.1, 2.43), (47.1, 3.43)),
+    ("floor", "softmax"): ((22.8, 0.11), (32.1, 0.26), (42.1, 0.55)),
     ("half_step", "gaussian"): ((33.8, 2.11), (45.8, 3.05), (57.8, 4.03)),
     ("half_step", "laplace"): ((29.0, 1.60), (41.0, 2.49), (53.1, 3.44)),
+    ("half_step", "softmax"): ((27.0, 0.15), (36.6, 0.33), (46.9, 0.65)),
+    ("half_step_p99.9", "gaussian"): ((34.2, 2.32), (38.3, 3.27), (38.8, 4.25)),
+    ("half_step_p99.9", "laplace"): ((27.8, 1.88), (29.6, 2.80), (29.8, 3.77)),
+    ("half_step_p99.9", "softmax"): ((19.4, 0.18), (20.2, 0.39), (20.4, 0.74)),
+    ("oat", "gaussian"): ((30.5, 2.26), (42.4, 3.25), (54.5, 4.25)),
+    ("oat", "laplace"): ((27.1, 1.78), (39.1, 2.76), (51.1, 3.76)),
+    ("oat", "softmax"): ((24.8, 0.13), (34.3, 0.32), (44.4, 0.64)),
     ("two_spikes", "gaussian"): ((20.3, 1.69), (19.4, 1.89), (19.1, 1.97)),
     ("two_spikes", "laplace"): ((20.7, 1.42), (19.6, 1.77), (19.2, 1.92)),
+    ("two_spikes", "softmax"): ((18.2, 0.13), (18.1, 0.28), (18.0, 0.52)),
+    ("one_spike", "gaussian"): ((15.4, 0.72), (17.9, 0.82), (19.6, 0.85)),
+    ("one_spike", "laplace"): ((14.1, 0.63), (16.4, 0.71), (18.2, 0.78)),
+    ("one_spike", "softmax"): ((13.9, 0.04), (15.6, 0.04), (17.3, 0.06)),
 }
+COARSE = (1.4, 1.5, 1.6, 1.8, 2.0)  # of which the best ones have the published spikes
+DISTRIBUTIONS = ("gaussian", "laplace", "softmax")
 
 
+@functools.cache
 def samples(distribution: str) -> Tensor:
+    """100 000 values of seed 0, drawn in turn: Gaussian, Laplace, and softmax-like, which is rows of
+    128 probabilities whose logits have a deviation of 3 (found by trying; no other width fits)."""
     torch.manual_seed(0)
-    if distribution == "gaussian":
-        return torch.randn(100_000)
-    return torch.distributions.Laplace(0.0, 1.0).sample((100_000,))
+    gaussian = torch.randn(100_000)
+    laplace = torch.distributions.Laplace(0.0, 1.0).sample((100_000,))
+    softmax = (3 * torch.randn(782, 128)).softmax(-1).flatten()[:100_000]
+    return {"gaussian": gaussian, "laplace": laplace, "softmax": softmax}[distribution]
 
 
 def bases(timesteps: int, base: float, v0: float, scale: float = 1.0) -> dict[str, Tensor]:
@@ -49,23 +79,71 @@ def sqnr(coding: Coding, p: dict[str, Tensor], x: Tensor) -> tuple[float, float]
     return float(10 * torch.log10(x.double().square().mean() / noise)), float(count.mean())
 
 
+def shipped_code(coding: Coding, x: Tensor) -> tuple[float, float]:
+    """`sqnr` of a coding that fits x."""
+    ends = torch.stack([x.min(), x.max()]).double()[None]
+    atoms = replace(atoms_of(x[None]), extremes=ends)
+    params = {k: v[0].float() for k, v in coding.fit(atoms, None).params.items()}
+    return sqnr(coding, params, x)
+
+
 def measured(coding: str, timesteps: int, x: Tensor) -> tuple[float, float]:
-    top = float(x.abs().max())
-    if coding == "two_spikes":
-        return sqnr(
-            Phase("phase", timesteps, 1, "half_step", True, 2), bases(timesteps, 2, 0.5, top), x
-        )
-    v0 = "zero" if coding == "floor" else "half_step"
-    return sqnr(Las("las", timesteps, v0), {"scale": torch.tensor([top])}, x)
+    if coding == "half_step_p99.9":
+        scale = x.abs().double().quantile(0.999).float()
+        return sqnr(Las("las", timesteps, "half_step"), {"scale": scale[None]}, x)
+    if coding == "one_spike":
+        return max(shipped_code(OneSpike("one_spike", timesteps, base), x) for base in COARSE)
+    makers: dict[str, Callable[[int], Coding]] = {
+        "rate": lambda t: Rate("rate", t, "half_step"),
+        "floor": lambda t: Las("las", t, "zero"),
+        "half_step": lambda t: Las("las", t, "half_step"),
+        "oat": lambda t: Oat("oat", t, "zero", 99.9),
+        "two_spikes": lambda t: TwoSpike("two_spike", t, "half_step", 2),
+    }
+    return shipped_code(makers[coding](timesteps), x)
 
 
-@pytest.mark.parametrize(("coding", "distribution"), PUBLISHED, ids="-".join)
+@pytest.mark.parametrize(("coding", "distribution"), PUBLISHED)
 def test_noise_and_spikes_are_the_published_ones(coding: str, distribution: str) -> None:
     x = samples(distribution)
     for timesteps, (decibels, spikes) in zip(STEPS, PUBLISHED[coding, distribution], strict=True):
         found = measured(coding, timesteps, x)
-        assert found[0] == pytest.approx(decibels, abs=0.3), timesteps
-        assert found[1] == pytest.approx(spikes, abs=0.05), timesteps
+        assert found[0] == pytest.approx(decibels, abs=0.1), timesteps
+        assert found[1] == pytest.approx(spikes, abs=0.02), timesteps
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_base_found_is_at_least_as_good_as_the_published_best(distribution: str) -> None:
+    x = samples(distribution)
+    for timesteps, (decibels, _) in zip(STEPS, PUBLISHED["one_spike", distribution], strict=True):
+        found = shipped_code(OneSpike("one_spike", timesteps, None), x)[0]
+        coarse = measured("one_spike", timesteps, x)[0]
+        assert decibels - 0.05 < found < decibels + 0.5
+        assert coarse <= found < coarse + 0.5
+
+
+@pytest.mark.parametrize(
+    ("distribution", "decibels"),
+    [("gaussian", (20.3, 27.9)), ("laplace", (20.3, 27.9)), ("softmax", (19.9, 27.4))],
+)
+def test_long_windows_of_one_spike_have_the_published_error(
+    distribution: str, decibels: tuple[float, float]
+) -> None:
+    x = samples(distribution)
+    for timesteps, base, expected in zip((16, 40), (1.4, 1.15), decibels, strict=True):
+        found = shipped_code(OneSpike("one_spike", timesteps, base), x)
+        assert found[0] == pytest.approx(expected, abs=0.1)
+        if distribution == "gaussian":
+            assert found[1] == pytest.approx(0.98, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "decibels"), [("gaussian", 33.9), ("laplace", 29.0), ("softmax", 31.7)]
+)
+def test_time_to_first_spike_has_the_published_error(distribution: str, decibels: float) -> None:
+    found = shipped_code(Ttfs("ttfs", 128, None, False), samples(distribution))
+    assert found[0] == pytest.approx(decibels, abs=0.1)
+    assert found[1] == 1
 
 
 def test_a_step_and_rounding_are_each_worth_six_decibels() -> None:

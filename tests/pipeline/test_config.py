@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -86,18 +85,6 @@ def test_every_shipped_option_becomes_settings_without_hydra_types(option):
     settings = instantiate(composed(option))
     assert isinstance(settings, Settings)
     assert not [part for part in parts(settings) if isinstance(part, DictConfig | ListConfig)]
-
-
-@pytest.mark.parametrize("experiment", [o for o in OPTIONS if o.startswith("experiment=")])
-def test_every_job_of_every_experiment_becomes_settings_of_its_own(experiment):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        hydra = compose("config", [experiment], return_hydra_config=True).hydra
-    axes = [
-        [f"{key}={value}" for value in str(values).split(",")]
-        for key, values in (hydra.sweeper.params or {}).items()
-    ]
-    jobs = [instantiate(composed(*job)) for job in itertools.product(*axes)]
-    assert len({job.name for job in jobs}) == len(jobs)
 
 
 def test_the_main_job_is_a_sweep_over_the_six_codings_at_six_steps():

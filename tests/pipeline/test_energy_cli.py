@@ -11,12 +11,12 @@ import pytest
 from pipeline.energy import main
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "defaults: [_self_, {model: smollm2-135m}, {energy: 45nm}]\n"
+CONFIG = "defaults: [_self_, {model: smollm2-135m}, {transform: none}, {energy: 45nm}]\n"
 
 
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
-    for group in ("model", "energy"):
+    for group in ("model", "transform", "energy"):
         shutil.copytree(ROOT / "conf" / group, tmp_path / group)
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
@@ -53,6 +53,19 @@ def test_prints_every_kind_in_both_conventions_and_phases(conf, capsys):
         )
 
 
+def test_a_rotation_adds_its_operations(conf, capsys):
+    options = ["model=llama3-8b", "energy.tokens=512"]
+    main(options, conf)
+    before = totals(capsys.readouterr().out)
+    assert main([*options, "transform=rotate"], conf) == 0
+    after = totals(capsys.readouterr().out)
+    # 14336 = 2048 x 7 in 32 layers: 7 products a value, and log2(2048) = 11 additions.
+    assert after["rotation_G"] == pytest.approx(512 * 32 * 14336 * 7 / 1e9, abs=1e-3)
+    assert after["macs_G"] - before["macs_G"] == pytest.approx(after["rotation_G"], abs=0.01)
+    added = 512 * 32 * 14336 * 11 / 1e9
+    assert after["acs_G"] - before["acs_G"] == pytest.approx(added, abs=0.01)
+
+
 def test_another_hardware_profile_changes_only_the_energy(conf, capsys):
     main(["energy.tokens=64"], conf)
     before = totals(capsys.readouterr().out)
@@ -72,6 +85,7 @@ def test_another_hardware_profile_changes_only_the_energy(conf, capsys):
         ("energy.tokens=null", "energy.tokens=512"),
         ("energy.conventions.paper.attention=half", "full or causal"),
         ("model.dims=null", "model.dims"),
+        ("transform=rotate_prefix", "transform=rotate differs"),
         ("energy.tokens=[", "energy.tokens=["),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import inputs, runner
 from pipeline.settings import Settings
 from stages.errors import InputError
+from stages.llm.rotation import online_rotation
 
 Make = Callable[..., Settings]
 FOUR = ("capture", "distribution", "fitting", "patching")  # of a coding without statistics
@@ -156,3 +158,61 @@ def test_a_failed_stage_keeps_what_was_built_before_it(settings, tmp_path):
         runner.execute(settings(tmp_path, "evaluation.windows=500"))
     result, *_ = runner.execute(settings(tmp_path))
     assert {stage for stage, hit in result["hits"].items() if hit} == set(FOUR)
+
+
+@pytest.mark.parametrize("transform", ["rotate", "rotate_prefix"])
+def test_a_transform_is_another_model_of_the_same_text(transform, settings, built, loads):
+    plain = runner.execute(settings(built))[0]
+    tokenised = set((built / "tokens").iterdir())
+    result = runner.execute(settings(built, f"transform={transform}"))[0]
+    assert result["transform"] == result["axes"]["transform"] == transform
+    assert plain["transform"] == "none"
+    stages = set(result["keys"])
+    assert stages - set(plain["keys"]) == ({"prefix"} if transform == "rotate_prefix" else set())
+    assert not {stage for stage in plain["keys"] if plain["keys"][stage] == result["keys"][stage]}
+    assert set((built / "tokens").iterdir()) == tokenised  # the texts are shared
+    again = runner.execute(settings(built, f"transform={transform}"))[0]
+    assert all(again["hits"].values()) and again["keys"] == result["keys"]
+    assert runner.execute(settings(built))[0]["keys"] == plain["keys"]
+
+
+def test_dense_under_a_transform_is_the_dense_model_with_its_costs(settings, built, tiny_run):
+    plain, rotated, behind = (
+        runner.execute(settings(built, "coding=dense", f"transform={name}"))
+        for name in ("none", "rotate", "rotate_prefix")
+    )
+    perplexity = [result["ppl_wikipedia"] for result, *_ in (plain, rotated, behind)]
+    assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-5)
+    assert perplexity[2] != pytest.approx(perplexity[0], rel=1e-5)
+    additions = [result["acs_G"] for result, *_ in (plain, rotated, behind)]
+    tokens = 48 * 2 * 48  # inner width, layers, tokens; 48 = 16 x 3
+    assert (additions[1] - additions[0]) * 1e9 == pytest.approx(4 * tokens)
+    products = [result["macs_G"] for result, *_ in (plain, rotated, behind)]
+    assert (products[1] - products[0]) * 1e9 == pytest.approx(3 * tokens)
+    found = json.loads((behind[2].artifacts["prefix"].path / inputs.PREFIX).read_text())
+    assert found["ids"] == [256]  # the model's weights are random: it has no outliers
+    per_pair = 2 * 4 * (2 * 8 + 3)  # both products of 4 heads in 2 layers, and their softmax
+    assert (products[2] - products[1]) * 1e9 == pytest.approx(per_pair * 48)
+    assert "prefix" not in rotated[2].artifacts
+
+
+def test_every_transform_has_its_own_model_in_memory(settings, tmp_path, loads):
+    plain, _ = runner.start(settings(tmp_path)).model.load()
+    run = runner.start(settings(tmp_path, "transform=rotate"))
+    rotated, _ = run.model.load()
+    assert rotated is run.model.load()[0] and rotated is not plain
+    assert online_rotation(rotated) is not None and online_rotation(plain) is None
+    assert len(loads) == 2
+
+
+def test_the_seed_of_a_rotation_and_the_search_of_a_prefix_make_other_artifacts(settings, built):
+    def keys(*overrides: str) -> dict[str, str]:
+        return runner.execute(settings(built, "coding=dense", *overrides))[0]["keys"]
+
+    ppl = "evaluation ppl_wikipedia"
+    first = keys("transform=rotate")
+    assert keys("transform=rotate", "transform.seed=1")[ppl] != first[ppl]
+    found = keys("transform=rotate_prefix")
+    assert keys("transform=rotate_prefix", "transform.seed=1")["prefix"] == found["prefix"]
+    other = keys("transform=rotate_prefix", "transform.search.outlier=65")
+    assert other["prefix"] != found["prefix"] and other[ppl] != found[ppl]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline import tables
+from pipeline import rows, tables
 from stages.errors import InputError
 
 DENSE = {
@@ -48,7 +48,7 @@ LAS = DENSE | {
 
 @pytest.fixture
 def frame() -> pd.DataFrame:
-    return tables.result_frame([DENSE, LAS])
+    return rows.result_frame([DENSE, LAS])
 
 
 def shown(path: Path) -> list[dict[str, str]]:
@@ -76,10 +76,49 @@ def test_columns_are_in_the_promised_order(frame):
         "acs_G",
         "energy_J",
         "saving",
+        "fitting_s",
         "conversion_s",
         "acc_piqa_stderr",
         "acc_piqa_n",
     ]
+
+
+def test_what_rows_may_leave_out_has_its_place_where_one_has_it():
+    told = {"transform": "rotate", "bits": 7.585, "trained": True, "convention": "bit_plane"}
+    frame = rows.result_frame([DENSE, LAS | told])
+    assert list(frame.columns)[:7] == [
+        *("model", "coding", "transform", "grains", "timesteps", "bits", "trained")
+    ]
+    assert list(frame.columns).index("convention") + 1 == list(frame).index("spikes_per_value")
+    assert "variant" not in frame
+    cells = tables._cells(frame).iloc[1]
+    assert (cells["bits"], cells["trained"], cells["convention"]) == ("7.58", "yes", "bit_plane")
+
+
+def test_the_variant_is_told_where_rows_are_else_alike():
+    gated = [LAS | {"coding": "gated", "label": f"{v} T=6 n=2"} for v in ("gated2", "offset")]
+    frame = rows.result_frame([DENSE, *gated])
+    assert list(frame["variant"]) == ["dense", "gated2", "offset"]
+    three = gated[1] | {"grains": 3}
+    assert "variant" not in rows.result_frame([DENSE, gated[0], three])
+    turned = gated[1] | {"transform": "rotate", "label": "gated2 T=6 n=2 rotate"}
+    assert "variant" not in rows.result_frame([gated[0], turned])
+    assert rows.variant(turned) == "gated2"
+
+
+def test_fitting_takes_its_statistics_along():
+    seconds = {"capture": 5.0, "statistics a": 1.0, "statistics b": 0.5, "fitting": 2.0}
+    frame = rows.result_frame([DENSE, LAS | {"seconds": seconds}])
+    assert pd.isna(frame["fitting_s"][0]) and frame["fitting_s"][1] == 3.5
+
+
+def test_a_coding_of_fixed_steps_is_shown_once():
+    keys = {"fitting": "a", "energy": "b"}
+    ttfs = LAS | {"coding": "ttfs", "label": "ttfs T=128 n=1", "keys": keys}
+    turned = ttfs | {"transform": "rotate", "keys": keys | {"energy": "c"}}
+    other = ttfs | {"label": "ttfs_wide T=128 n=1"}
+    given = [ttfs, dict(ttfs), turned, other, LAS, LAS]
+    assert rows.distinct(given) == [ttfs, turned, other, LAS, LAS]  # what has no keys all stays
 
 
 def test_markdown_shows_each_column_in_its_own_way(frame, tmp_path):
@@ -102,13 +141,13 @@ def test_number_of_items_is_told_below_every_table(frame, tmp_path, capsys):
     tables.print_table(frame)
     for text in (markdown, capsys.readouterr().out):
         assert "items: piqa 100" in text
-    different = tables.result_frame([DENSE, LAS | {"acc_piqa_n": 50}])
+    different = rows.result_frame([DENSE, LAS | {"acc_piqa_n": 50}])
     tables.print_table(different)
     assert "items: piqa 50/100" in capsys.readouterr().out
 
 
 def test_small_standard_errors_get_another_decimal(tmp_path):
-    frame = tables.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_stderr": 0.0041}])
+    frame = rows.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_stderr": 0.0041}])
     assert shown(tables.write(frame, tmp_path / "t", "")[0])[0]["acc_piqa"] == "0.457 ± 0.004"
 
 
@@ -125,8 +164,8 @@ def test_same_results_give_the_same_bytes(tmp_path):
     texts = [
         [path.read_bytes() for path in tables.write(made, tmp_path / folder / "t", "Caption.")]
         for folder, made in (
-            ("a", tables.result_frame([DENSE, LAS])),
-            ("b", tables.result_frame(json.loads(json.dumps([DENSE, LAS])))),
+            ("a", rows.result_frame([DENSE, LAS])),
+            ("b", rows.result_frame(json.loads(json.dumps([DENSE, LAS])))),
         )
     ]
     assert texts[0] == texts[1]
@@ -184,7 +223,7 @@ def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
     for number in (10, 2, 0):
         folder = tmp_path / "sweep" / str(number)
         folder.mkdir(parents=True)
-        costs = {name: LAS[name] for name in tables.COSTS}
+        costs = {name: LAS[name] for name in rows.COSTS}
         energies = dict.fromkeys(("paper", "decode", "paper_decode"), costs)
         result = LAS | energies | {"coding": f"job{number}", "label": "las T=6"}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -207,7 +246,7 @@ def test_energy_stands_in_both_conventions_and_phases() -> None:
     costs = {"macs_G": 1.0, "acs_G": 2.0, "energy_J": 3.0, "saving": 0.5}
     places = {"paper": 10, "decode": 100, "paper_decode": 1000}
     nested = {p: {k: v * f for k, v in costs.items()} for p, f in places.items()}
-    frame = tables.energy_frame([{"label": "las T=6 n=1", **costs, **nested}])
+    frame = rows.energy_frame([{"label": "las T=6 n=1", **costs, **nested}])
     found = frame.set_index(["convention", "phase"])["energy_J"].to_dict()
     assert found == {
         ("paper", "prefill"): 30.0,

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.stage import Step
 from stages.codings.las import Las
-from stages.energy import Energy, account, by_kind, saving, summary
+from stages.energy import WEIGHED, Energy, account, by_kind, saving, summary
 from stages.errors import InputError
 from stages.llm.counters import Counters, SiteCounter
 from stages.llm.loading import meta_model
 from stages.llm.operations import ELEMENTWISE, Amount, Operation, operations
 from stages.llm.ports import DensePort, SpikingPort, attached
+from stages.llm.prefix import attach_prefix
 from stages.llm.sites import find_sites
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -152,10 +153,13 @@ def test_dense_saves_nothing_and_totals_are_the_sums_of_the_kinds(energy):
 # Spiking: the counters of a real forward pass, and sums made by hand
 
 
+@pytest.mark.parametrize("prefix", [(), (3, 5)])
 @pytest.mark.parametrize("window", [None, 4])
-def test_dense_counters_agree_with_the_plan(energy, window):
+def test_dense_counters_agree_with_the_plan(energy, window, prefix):
     """What the sites count in a forward pass is what the plan says of them."""
     model = tiny() if window is None else tiny("mistral", sliding_window=window)
+    if prefix:
+        attach_prefix(model, prefix)
     sites = find_sites(model)
     counters = Counters(sites, "cpu")
     ports = {s.name: DensePort(SiteCounter(counters, i)) for i, s in enumerate(sites)}
@@ -304,7 +308,8 @@ def test_tokens_are_a_positive_whole_number(energy, tokens):
         {"attention": "half"},
         {"operands": "two"},
         {"macs": {"norm": 2}},
-        {"acs": dict.fromkeys(ELEMENTWISE, -1)},
+        {"acs": dict.fromkeys(ELEMENTWISE, 1)},  # without those of a rotation
+        {"acs": dict.fromkeys(WEIGHED, -1)},
     ],
 )
 def test_a_convention_says_what_is_allowed(energy, change):

@@ -157,9 +157,7 @@ def test_saved_and_loaded(coding: Coding, densities: Densities, tmp_path: Path) 
 @pytest.mark.parametrize(
     "change",
     [
-        {"rounds": 0},
         {"rounds": -1},
-        {"neuron_steps": 0, "base_steps": 0},
         {"neuron_steps": -1},
         {"neuron_lr": 0.0},
         {"base_lr": -1e-3},
@@ -170,6 +168,20 @@ def test_settings_of_algorithm_1_that_cannot_be_are_refused(change: dict[str, fl
     with pytest.raises(InputError, match=r"fitting\.algorithm1=") as caught:
         replace(QUICK, **change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"rounds": 0}, {"neuron_steps": 0, "base_steps": 0}])
+def test_no_training_leaves_binary_phase_coding(
+    change: dict[str, int], densities: Densities
+) -> None:
+    untrained = replace(ATOMS, algorithm1=replace(QUICK, **change))
+    fitted = untrained.run(densities, Multigrain("multigrain", 6, 2, "half_step", False))
+    binary = ATOMS.run(densities, Las("las_rounded", 6, "half_step"))
+    assert fitted.fit.curve is not None and fitted.fit.curve.shape == (3, 1)
+    torch.testing.assert_close(fitted.nmse, binary.nmse)
+    for name in ("d", "h", "theta"):
+        expected = (2.0 ** -torch.arange(1.0, 7)).expand(3, 6)
+        assert torch.equal(fitted.fit.params[name], expected)
 
 
 @pytest.mark.parametrize("change", [{"data": "histogram"}, {"samples": 0}])

@@ -1,0 +1,100 @@
+"""What a run measured: its row in every table, its per-site table, and where each number lies."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from stages.codings.coding import Coding
+from stages.codings.dense import Dense
+from stages.energy import by_kind
+from stages.llm.kernels import compiled
+
+if TYPE_CHECKING:
+    from pipeline.runner import Run
+    from stages.evaluation import Perplexity
+
+CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
+
+
+def energy_by_kind(run: Run) -> pd.DataFrame:
+    """Cost of every kind of operation by convention and phase: what became additions, what stays."""
+    return by_kind(pd.read_parquet(run.artifacts["energy"].path / "operations.parquet"))
+
+
+def per_site(run: Run, perplexities: dict[str, Perplexity]) -> pd.DataFrame:
+    """Counters of the first corpus and the error on held-out values, one row a site."""
+    frame = perplexities[run.settings.evaluation.corpora[0]].counters
+    frame = frame.drop(columns=["error", "power"])
+    frame["spikes_per_value"] = frame["spikes"] / frame["values"]
+    frame["nmse"] = np.nan
+    if "patching" in run.artifacts:
+        measured = pd.read_parquet(run.artifacts["patching"].path / "sites.parquet")
+        frame["nmse"] = frame["site"].map(measured.set_index("site")["nmse"])
+    return frame
+
+
+def result(
+    run: Run,
+    perplexities: dict[str, Perplexity],
+    accuracies: dict[str, dict[str, Any]],
+    energy: dict[str, Any],
+    sites: pd.DataFrame,
+) -> dict[str, Any]:
+    """Everything measured, as result.json keeps it: the columns of tables first."""
+    row = {k: run.settings.axes[k] for k in ("model", "transform", "coding", "grains", "timesteps")}
+    row |= _kind(run.settings.coding)
+    row |= {f"ppl_{name}": p.metrics["perplexity"] for name, p in perplexities.items()}
+    for name, score in accuracies.items():
+        row[f"acc_{name}"] = score["value"]
+        row |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
+    coded = sites.dropna(subset=["acs"])
+    fanout = float(coded["macs"].sum())
+    row["nmse"] = _geometric_mean(sites["nmse"])
+    row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
+    totals, savings = energy["total"], energy["saving"]
+    flat = {
+        convention: {
+            phase: {**totals[convention][phase], "saving": savings[convention][phase]}
+            for phase in totals[convention]
+        }
+        for convention in totals
+    }
+    row |= flat["causal"]["prefill"]
+    seconds = {stage: artifact.seconds for stage, artifact in run.artifacts.items()}
+    converted = [t for stage, t in seconds.items() if stage.partition(" ")[0] in CONVERSION]
+    row["conversion_s"] = round(sum(converted), 3) if converted else None
+    return row | {
+        "label": run.settings.name,
+        "axes": run.settings.axes,
+        "paper": flat["paper"]["prefill"],
+        "decode": flat["causal"]["decode"],
+        "paper_decode": flat["paper"]["decode"],
+        "evaluation": {name: p.metrics for name, p in perplexities.items()},
+        "seconds": seconds,
+        "hits": {stage: artifact.hit for stage, artifact in run.artifacts.items()},
+        "keys": {stage: artifact.key for stage, artifact in run.artifacts.items()},
+        "compiled": compiled(),
+    }
+
+
+def _kind(coding: Coding | Dense) -> dict[str, Any]:
+    """T + log2 of the neurons an activation chooses from, how spikes are counted, whether trained."""
+    if isinstance(coding, Dense):
+        return {"bits": None, "convention": None, "trained": None}
+    choice = math.log2(coding.grains) if coding.gate_comparisons else 0.0
+    return {
+        "bits": coding.timesteps + choice,
+        "convention": coding.convention,
+        "trained": coding.trained,
+    }
+
+
+def _geometric_mean(values: pd.Series) -> float | None:
+    known = values.dropna()
+    if known.empty:
+        return None
+    return float(np.exp(np.log(known.clip(lower=1e-30)).mean()))

@@ -1,0 +1,121 @@
+"""From the results of a sweep to frames: which rows are shown, in which columns and order."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.errors import InputError
+
+COUNTS = ("grains", "timesteps")
+NAMES = ("model", "coding", "variant", "transform")
+TEXT = (*NAMES, "trained", "convention")
+# Left out where no row has one.
+OPTIONAL = ("variant", "transform", "bits", "trained", "convention")
+# Where a result keeps the totals of a convention and phase; the empty name is its top level.
+ENERGIES = {
+    ("paper", "prefill"): "paper",
+    ("causal", "prefill"): "",
+    ("paper", "decode"): "paper_decode",
+    ("causal", "decode"): "decode",
+}
+COSTS = ("macs_G", "acs_G", "energy_J", "saving")
+
+
+def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Collect results, one row each, in the column order of every table.
+
+    Perplexities and accuracies come in the order they are first met; the standard errors and
+    item counts of accuracies stand last. What a result leaves out or gives as null is missing.
+    The variant is told where the other names leave rows of several variants alike.
+    """
+    rows = _named([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    accuracy = [name for name in names if name.startswith("acc_")]
+    extra = [name for name in accuracy if name.endswith(("_stderr", "_n"))]
+    columns = [
+        *NAMES,
+        *COUNTS,
+        *("bits", "trained"),
+        *(name for name in names if name.startswith("ppl_")),
+        *(name for name in accuracy if name not in extra),
+        *("nmse", "convention", "spikes_per_value", *COSTS, "fitting_s", "conversion_s"),
+        *extra,
+    ]
+    absent = {name for name in OPTIONAL if all(row.get(name) is None for row in rows)}
+    columns = [name for name in columns if name not in absent]
+    frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
+    types = {name: _dtype(name) for name in columns if name not in TEXT}
+    return frame.astype(types)
+
+
+def variant(result: Mapping[str, Any]) -> str:
+    """What the run's label says besides T, n and transform: the variant, or else the coding."""
+    label = str(result.get("label") or result["coding"])
+    return re.sub(r" T=\d+.*", "", label.removesuffix(f" {result.get('transform')}"))
+
+
+def distinct(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results without repetitions: a sweep over T runs a coding of fixed T again and again.
+
+    Two are the same where every stage has the same artifact and the variant the same name.
+    """
+    kept: dict[Any, Mapping[str, Any]] = {}
+    for number, result in enumerate(results):
+        keys = json.dumps(result.get("keys"), sort_keys=True)
+        kept.setdefault((variant(result), keys if result.get("keys") else number), result)
+    return list(kept.values())
+
+
+def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the name of their variant, if they cannot be told apart without it."""
+    seen: dict[Any, set[str]] = {}
+    for row in rows:
+        names = tuple(row.get(name) for name in (*NAMES, *COUNTS) if name != "variant")
+        seen.setdefault(names, set()).add(variant(row))
+        if row.get("trained") is not None:
+            row["trained"] = "yes" if row["trained"] else "no"
+    ambiguous = any(len(variants) > 1 for variants in seen.values())
+    return [row | {"variant": variant(row) if ambiguous else None} for row in rows]
+
+
+def _fitting_seconds(result: Mapping[str, Any]) -> float | None:
+    """Seconds of fitting and of the statistics it needs, where anything was fitted."""
+    seconds = result.get("seconds") or {}
+    if "fitting" not in seconds:
+        return None
+    return sum(t for stage, t in seconds.items() if stage.split()[0] in ("fitting", "statistics"))
+
+
+def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Collect the energy of every result in both conventions and phases, one row each."""
+    rows = []
+    for result in results:
+        for (convention, phase), place in ENERGIES.items():
+            totals = result[place] if place else result
+            names = {"run": result["label"], "convention": convention, "phase": phase}
+            rows.append(names | {name: totals[name] for name in COSTS})
+    return pd.DataFrame(rows).astype(dict.fromkeys(COSTS, "float64"))
+
+
+def _dtype(column: str) -> str:
+    return "Int64" if column in COUNTS or column.endswith("_n") else "float64"
+
+
+def sweep_results(sweep_dir: Path) -> dict[Path, dict[str, Any]]:
+    """The result of every job below a sweep folder by the job's folder, in the order of the jobs."""
+    paths = sorted(sweep_dir.glob("*/result.json"), key=_job_number)
+    if not paths:
+        raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _job_number(path: Path) -> tuple[float, str]:
+    number = re.match(r"\d+", path.parent.name)
+    return (int(number[0]) if number else math.inf, path.parent.name)

@@ -1,0 +1,202 @@
+"""A prefix of attention sinks in front of every text, kept as a cache of keys and values.
+
+Source: PrefixQuant (Chen et al. 2024): the tokens that become outliers, once in front of a text,
+keep every later token from becoming one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.errors import InputError
+from stages.llm.attention import View
+from stages.llm.ports import DensePort, attached
+from stages.llm.sites import find_sites
+
+_RECORD = "prefix_ids"
+
+
+@dataclass(frozen=True)
+class PrefixSearch:
+    """A token is an outlier where max|x| exceeds `outlier` times the median over its window."""
+
+    outlier: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.outlier) and self.outlier > 1):
+            raise InputError(f"transform.search.outlier={self.outlier!r}: give a number above 1")
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, batch: int
+    ) -> dict[str, Any]:
+        """The prefix for a dense model, from windows ids [W, S], and the counts that led to it.
+
+        Its length is the mean number of outlier tokens of a window at the down_proj that has most
+        of them, rounded up, at least 1. The last token is the tokenizer's BOS; the others are the
+        ids that are outliers there most often, a window's first position left out, which is one
+        whatever token it holds. Without a BOS they take all places; without either, InputError.
+        """
+        sites = [site for site in find_sites(model) if site.role == "mlp.down"]
+        ports = {site.name: PeakPort() for site in sites}
+        with torch.inference_mode(), attached(model, find_sites(model), ports):
+            for tokens in tqdm(ids.to(model.device).split(batch), desc="prefix", disable=None):
+                model(tokens, use_cache=False, logits_to_keep=1)
+        found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
+        means = found.sum(-1).double().mean(-1)  # [sites]
+        most = int(means.argmax())
+        hits = found[most].clone()
+        hits[:, 0] = False
+        counts = Counter(ids.cpu()[hits].tolist())
+        return {
+            "ids": _choose(math.ceil(float(means[most])), counts, tokenizer.bos_token_id),
+            "site": sites[most].name,
+            "outliers_per_window": dict(
+                zip([site.name for site in sites], means.tolist(), strict=True)
+            ),
+            "first_position": float(found[most][:, 0].double().mean()),
+            "counts": {str(token): count for token, count in _ranked(counts)},
+        }
+
+    def _outliers(self, peaks: Tensor) -> Tensor:
+        """Which tokens of peaks [W, S] stand out of their window."""
+        return peaks > self.outlier * peaks.median(-1, keepdim=True).values
+
+
+class PeakPort(DensePort):
+    """Keeps max|x| of every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._peaks: list[Tensor] = []
+
+    @property
+    def peaks(self) -> Tensor:
+        """[windows, length], on the CPU."""
+        return torch.cat(self._peaks)
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        self._peaks.append(x.abs().amax(-1).float().cpu())
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        raise NotImplementedError("peaks are those of a token, not of a pair")
+
+
+def _ranked(counts: Counter[int]) -> list[tuple[int, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
+    """`length` ids, at least one, fewer where there are no more candidates."""
+    ranked = [token for token, _ in _ranked(counts) if token != bos]
+    if bos is not None:
+        return [*ranked[: max(length, 1) - 1], int(bos)]
+    if not ranked:
+        raise InputError(
+            "transform=rotate_prefix found no outlier token behind the first position, and the "
+            "tokenizer has no BOS to keep in front; use transform=rotate"
+        )
+    return ranked[: max(length, 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixCache:
+    """Keys and values [1, G, P, D] of the prefix, layer by layer, and the names of forward's
+    arguments."""
+
+    ids: tuple[int, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    names: tuple[str, ...]
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward pass behind the prefix: a cache that holds it, mask and positions to match.
+
+        An empty cache is filled; one that is not holds the prefix since the pass that filled it.
+        Raises InputError on masks and caches that leave no place for the prefix.
+        """
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"] if tokens is None else tokens
+        batch, length = tokens.shape[:2]
+        old = given.pop("past_key_values", None)
+        cache: Cache | None = given.get("cache") if old is None else old
+        if cache is None:
+            cache = DynamicCache(config=module.config)
+        past = int(cache.get_seq_length())
+        if past == 0:
+            for index, (key, value) in enumerate(self.layers):
+                cache.update(_expand(key, batch), _expand(value, batch), index)
+        given["cache"] = cache
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            given["attention_mask"] = self._extended(mask, int(cache.get_seq_length()) + length)
+        if positions is not None:
+            given["position_ids"] = positions + len(self.ids)
+        if past and mask is None and positions is not None:
+            self._check_start(int(given["position_ids"][..., 0].max()), past)
+        return (), given
+
+    def _check_start(self, start: int, past: int) -> None:
+        """`generate` with the cache of an earlier text takes the prefix in it for the text's."""
+        if start != past:
+            raise InputError(
+                f"tokens from position {start} on behind a cache of {past}, {len(self.ids)} of them "
+                "the prefix of this model: a cache of an earlier text cannot be continued, give the "
+                "whole text without a cache"
+            )
+
+    def _extended(self, mask: Tensor, keys: int) -> Tensor:
+        size = len(self.ids)
+        if mask.dim() != 2 or mask.shape[1] + size != keys:
+            raise InputError(
+                f"attention_mask {list(mask.shape)} for {keys} keys, {size} of them the prefix of "
+                "this model: give a mask [batch, past + new tokens] without the prefix, and no "
+                "cache of a fixed size or of an earlier text"
+            )
+        return torch.cat([mask.new_ones(mask.shape[0], size), mask], dim=1)
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Takes from the output a cache that nobody asked for: `generate` would go on with it."""
+        used = kwargs.get("use_cache")
+        wanted = module.config.use_cache if used is None else used
+        if wanted or not hasattr(output, "items"):
+            return output
+        return type(output)(**{k: v for k, v in output.items() if k != "cache"})
+
+
+def _expand(states: Tensor, batch: int) -> Tensor:
+    return states.expand(batch, -1, -1, -1)
+
+
+def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Keeps the prefix in front of every later pass of the model; its logits are not returned.
+
+    Call it on the dense model, once, and before any port is attached: hooks run in order.
+    """
+    if not ids or prefix_length(model):
+        raise ValueError(f"prefix {list(ids)} on a model with a prefix of {prefix_length(model)}")
+    cache = DynamicCache()  # not the model's own kind, which forgets what leaves a window
+    with torch.no_grad():
+        model(torch.tensor([list(ids)], device=model.device), cache=cache, use_cache=True)
+    filled: Any = cache.layers
+    layers = tuple((layer.keys, layer.values) for layer in filled)
+    names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    kept = PrefixCache(tuple(ids), layers, names)
+    model.register_forward_pre_hook(kept.enter, with_kwargs=True)
+    model.register_forward_hook(kept.leave, with_kwargs=True)
+    model.__dict__[_RECORD] = kept.ids
+
+
+def prefix_length(model: PreTrainedModel) -> int:
+    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
+    return len(model.__dict__.get(_RECORD, ()))

@@ -1,0 +1,156 @@
+"""How much an error at a site costs the model: the curvature of its loss, by site and by magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.llm.attention import View
+from stages.llm.kernels import masked_softmax
+from stages.llm.ports import allowed, attached, real_rows
+from stages.llm.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from stages.codings.coding import Coding
+    from stages.codings.neurons import Params
+    from stages.distribution import Atoms
+
+CELLS_PER_OCTAVE = 4
+LOWEST_OCTAVE = -40
+CELLS = 64 * CELLS_PER_OCTAVE
+PRIOR = 16.0
+
+
+def cell(x: Tensor) -> Tensor:
+    """The cell of |x|, a quarter of an octave wide from 2^-40 on, below and zero the first."""
+    place = (x.abs().clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE) * CELLS_PER_OCTAVE
+    return place.long().clamp(0, CELLS - 1)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The diagonal of the Fisher information at every site, over the first `windows` windows.
+
+    An error e at a value adds f e^2 / 2 to KL(dense || spiking), where f is the expected squared
+    derivative of log p(y) for y drawn from the model itself (with `seed`): one backward pass tells
+    all sites. Values of one magnitude share one f. Source: Fisher information as the second-order
+    term of KL (Amari 1998; used for bit allocation by HAWQ, Dong et al. 2019).
+    """
+
+    name: str
+    windows: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise InputError(f"sensitivity: windows={self.windows}: give at least 1")
+
+    def run(
+        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+    ) -> dict[str, Tensor]:
+        """total, count [S, CELLS]: sum of f, and number of values, by cell of |x|; macs [S]:
+        multiplications that a site's values enter; all float64, over `tokens` [S]."""
+        if len(ids) < self.windows:
+            raise InputError(
+                f"sensitivity: {self.windows} windows asked of {len(ids)} calibration windows; give "
+                "more calibration.windows"
+            )
+        generator = torch.Generator(device=model.device).manual_seed(self.seed)
+        ports = {site.name: _CurvaturePort(model.device) for site in sites}
+        embedding = model.get_input_embeddings()
+        follow = embedding.register_forward_hook(lambda _, args, x: x.detach().requires_grad_())
+        learns = [p for p in model.parameters() if p.requires_grad]
+        try:
+            for weight in learns:  # the derivative of values is asked, of no weight
+                weight.requires_grad_(False)
+            with torch.enable_grad(), attached(model, find_sites(model), ports):
+                windows = ids[: self.windows].to(model.device).split(1)
+                for tokens in tqdm(windows, desc="sensitivity", unit="window", disable=None):
+                    logits = model(tokens, use_cache=False).logits[0].float()
+                    with torch.no_grad():
+                        drawn = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+                    F.cross_entropy(logits, drawn, reduction="sum").backward()
+        finally:
+            follow.remove()
+            for weight in learns:
+                weight.requires_grad_(True)
+        rows = [ports[site.name] for site in sites]
+        tokens = float(self.windows * ids.shape[1])
+        return {
+            "total": torch.stack([port.total for port in rows]).cpu(),
+            "count": torch.stack([port.count for port in rows]).cpu(),
+            "macs": torch.stack([port.macs for port in rows]).cpu(),
+            "tokens": torch.full((len(rows),), tokens, dtype=torch.float64),
+        }
+
+
+class _CurvaturePort:
+    """Passes a value on, and adds the squares of its derivative by magnitude when it comes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total, self.count = torch.zeros(2, CELLS, dtype=torch.float64, device=device)
+        self.macs = torch.zeros((), dtype=torch.float64, device=device)
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        rows = x.shape[:-1]
+        each = torch.as_tensor(fanout, device=x.device).expand(rows)
+        self.macs += each.sum(dtype=torch.float64) * x.shape[-1]
+        self._follow(x, None)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        assert real_rows(view) is None  # calibration windows are full
+        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        self.macs += allowed(view, scores.shape[1]) * fanout
+        self._follow(probs, view.mask)
+        return probs
+
+    def _follow(self, x: Tensor, mask: Tensor | None) -> None:
+        value = x.detach()
+
+        def add(derivative: Tensor) -> None:
+            square = derivative.float().square()
+            places = cell(value)
+            if mask is not None:
+                seen = mask.expand_as(value)
+                square, places = square[seen], places[seen]
+            places = places.flatten()
+            self.total += torch.bincount(places, square.flatten().double(), CELLS)
+            self.count += torch.bincount(places, minlength=CELLS)
+
+        if x.requires_grad:
+            x.register_hook(add)
+
+
+def curvature(statistic: Mapping[str, Tensor]) -> Tensor:
+    """Mean f of a value by cell of its magnitude, [S, CELLS]; a cell of few values leans on the
+    mean of its site, as if it held `PRIOR` values more of that mean."""
+    total, count = statistic["total"], statistic["count"]
+    mean = total.sum(-1, keepdim=True) / count.sum(-1, keepdim=True)
+    return (total + PRIOR * mean) / (count + PRIOR)
+
+
+def relative_weight(statistic: Mapping[str, Tensor], atoms: Atoms) -> Tensor:
+    """f at every atom, [S, K], in units of the mean of its site."""
+    f = curvature(statistic)
+    mean = statistic["total"].sum(-1, keepdim=True) / statistic["count"].sum(-1, keepdim=True)
+    return (f / mean.clamp(min=1e-300)).gather(-1, cell(atoms.value))
+
+
+def predicted_loss(
+    coding: Coding, atoms: Atoms, params: Params, statistic: Mapping[str, Tensor]
+) -> Tensor:
+    """KL(dense || spiking) a token that the error of each site alone adds, to second order, [S]."""
+    x, weight = atoms.points()
+    value, _ = coding.quantise(x.float(), {name: t.float() for name, t in params.items()})
+    f = curvature(statistic).gather(-1, cell(x))
+    per_value = ((value.double() - x) ** 2 * f * weight).sum(-1) / 2
+    return per_value * statistic["count"].sum(-1) / statistic["tokens"]

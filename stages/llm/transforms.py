@@ -1,0 +1,81 @@
+"""Transforms: what is done to a model before anything is captured, the same for every coding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.llm.prefix import PrefixSearch, attach_prefix
+from stages.llm.rotation import declare, rotate
+
+
+class Transform(Protocol):
+    """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` found."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def search(self) -> PrefixSearch | None:
+        """How the ids of a prefix are found on calibration; None for a transform without one."""
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None: ...
+
+    def declare(self, model: PreTrainedModel) -> None:
+        """Records on a model without weights what its operations will be."""
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """The model as it was trained."""
+
+    name: str = "none"
+
+    @property
+    def search(self) -> None:
+        return None
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        """Nothing."""
+
+    def declare(self, model: PreTrainedModel) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Norm scales fused, residual stream, heads and down_proj inputs rotated; `seed` draws signs."""
+
+    name: str
+    seed: int
+
+    @property
+    def search(self) -> None:
+        return None
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        rotate(model, self.seed)
+
+    def declare(self, model: PreTrainedModel) -> None:
+        declare(model)
+
+
+@dataclass(frozen=True)
+class RotatePrefix:
+    """`Rotate`, and attention sinks kept in front of every text as a prefix of the KV cache."""
+
+    name: str
+    seed: int
+    search: PrefixSearch
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        rotate(model, self.seed)
+        attach_prefix(model, prefix)
+
+    def declare(self, model: PreTrainedModel) -> None:
+        raise InputError(
+            f"transform={self.name}: its prefix is found on calibration, so dimensions alone do not "
+            "give its operations; transform=rotate differs by the prefix keys only"
+        )

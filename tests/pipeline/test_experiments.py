@@ -1,0 +1,162 @@
+"""Every experiment: its jobs are sound, and a cut of its sweep runs end to end on the tiny model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from pipeline.rows import sweep_results, variant
+from stages.codings.dense import Dense
+from tests.pipeline.conftest import CONF, Finished
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# What the smoke run takes of an axis where that is not its first two values.
+CUT = {
+    "codings": {"variant": "dense,ttfs,oat_rounded,gated2,gated2_offset,lloyd_max"},
+    "algorithm1": {"variant": "algorithm1,n1_5,slope_5,slope_80,samples_1000"},
+    "decoupling": {
+        "timesteps": "6",
+        "variant": "learn_neither,learn_neuron,learn_bases,learn_both",
+    },
+    "paper": {"timesteps": "6", "variant": "dense,las,paper2,paper3"},
+}
+Command = Callable[..., Finished]
+
+
+def axes(experiment: str) -> dict[str, list[str]]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    return {k: str(v).split(",") for k, v in (whole.hydra.sweeper.params or {}).items()}
+
+
+@functools.cache
+def composed(experiment: str, **choice: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = [f"{name}={value}" for name, value in choice.items()]
+        return compose("config", [f"experiment={experiment}", *given])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_value_of_every_axis_becomes_settings(experiment):
+    found = axes(experiment)
+    first = {name: values[0] for name, values in found.items()}
+    labels = []
+    for name, values in found.items():
+        assert len(set(values)) == len(values)
+        for value in values:
+            settings = instantiate(composed(experiment, **first | {name: value}))
+            labels += [settings.label] if name == "variant" else []
+    assert labels == found.get("variant", [])
+
+
+def test_every_coding_runs_at_every_number_of_steps():
+    found = axes("codings")
+    assert found["timesteps"] == ["4", "5", "6", "8", "10"]
+    assert found["transform"] == ["none", "rotate"]
+    codings = set()
+    for name, steps in itertools.product(found["variant"], ("4", "10")):
+        coding = instantiate(composed("codings", variant=name, timesteps=steps)).coding
+        assert isinstance(coding, Dense) or coding.timesteps in (int(steps), 128)
+        codings.add(coding.name)
+    assert codings == {path.stem for path in (CONF / "coding").glob("*.yaml")}
+
+
+def test_oat_rounded_stands_beside_the_gated_rows():
+    names = axes("codings")["variant"]
+    gated = [i for i, name in enumerate(names) if name.startswith("gated")]
+    start = names.index("oat_rounded") + 1
+    assert gated == list(range(start, start + len(gated))) and len(gated) >= 2
+    assert list(axes("codings")) == ["transform", "timesteps", "variant"]  # the last varies fastest
+
+
+def test_decoupling_learns_what_its_rows_say_in_equal_steps():
+    learnt = {}
+    for name in axes("decoupling")["variant"]:
+        settings = instantiate(composed("decoupling", variant=name))
+        steps = settings.fitting.algorithm1
+        learnt[name] = (steps.neuron_steps, steps.base_steps) if settings.coding.trained else (0, 0)
+    assert [tuple(map(bool, pair)) for pair in learnt.values()] == [
+        *((False, False), (True, False), (False, True), (True, True))
+    ]
+    assert len({sum(pair) for pair in list(learnt.values())[1:]}) == 1
+
+
+def test_algorithm1_varies_one_setting_at_a_time():
+    whole = [
+        instantiate(composed("algorithm1", variant=name)) for name in axes("algorithm1")["variant"]
+    ]
+    base, *others = [vars(s.fitting) | vars(s.fitting.algorithm1) for s in whole]
+    assert len({settings.coding for settings in whole}) == 1
+    changed = [
+        {name for name in base if fields[name] != base[name]} - {"algorithm1"} for fields in others
+    ]
+    names = {"neuron_steps", "base_steps", "neuron_lr", "base_lr", "slope"}
+    assert all(len(one) == 1 or one <= {"data", "samples"} for one in changed)
+    assert set().union(*changed) == names | {"data", "samples"}
+
+
+def test_the_papers_setting_is_the_papers():
+    for steps, grains in itertools.product(axes("paper")["timesteps"], (2, 3)):
+        settings = instantiate(composed("paper", timesteps=steps, variant=f"paper{grains}"))
+        assert (settings.calibration.windows, settings.calibration.length) == (64, 512)
+        assert "mlp.up" not in settings.sites.roles and "head.in" in settings.sites.roles
+        assert settings.transform.name == "rotate_prefix"
+        coding = settings.coding
+        assert (coding.name, coding.grains, coding.tau) == ("multigrain", grains, "running_maximum")
+    assert axes("paper")["timesteps"] == ["6", "8", "10"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all, as a user has it."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "none"])
+def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
+    first = {name: ",".join(values[:2]) for name, values in axes(experiment).items()}
+    cut = [f"{k}={v}" for k, v in (first | CUT.get(experiment, {})).items()]
+    done = command(folder, f"experiment={experiment}", "runtime.figures=true", *cut)
+    assert done.code == 0, done.err
+    tables = folder / "outputs/tables"
+    frame = pd.read_csv(tables / f"{experiment}.csv")
+    assert not frame.drop(columns=["fitting_s", "conversion_s"]).duplicated().any()
+    assert frame["ppl_wikipedia"].gt(1).all()
+    written = {path.name.removeprefix(experiment) for path in tables.glob(f"{experiment}*")}
+    expected = {f"{part}.{kind}" for part in ("", "_energy") for kind in ("md", "csv", "tex")}
+    assert expected | {"_ppl_energy.png", "_ppl_energy.pdf"} <= written
+    assert ("_convergence.md" in written) == (experiment == "algorithm1")
+    if experiment == "codings":
+        assert {"_ppl_timesteps.pdf", "_levels.pdf"} <= written
+        check_codings(done, frame)
+    if experiment == "algorithm1":
+        check_convergence(pd.read_csv(tables / "algorithm1_convergence.csv"))
+
+
+def check_codings(done: Finished, frame: pd.DataFrame) -> None:
+    names = [variant(result) for result in sweep_results(done.runs).values()]
+    assert names == CUT["codings"]["variant"].split(",") * 4
+    # dense and ttfs know no other T: one row a transform, where the sweep has two
+    counts = frame["coding"].value_counts()
+    assert counts["dense"] == counts["ttfs"] == 2 and counts["oat_rounded"] == 4
+    at = {name: list(frame.index[frame["variant"] == name]) for name in ("oat_rounded", "gated2")}
+    assert [i + 1 for i in at["oat_rounded"]] == at["gated2"]
+    together = frame.loc[at["gated2"], ["timesteps", "transform"]].to_numpy()
+    assert (frame.loc[at["oat_rounded"], ["timesteps", "transform"]].to_numpy() == together).all()
+
+
+def check_convergence(frame: pd.DataFrame) -> None:
+    """Slopes 5, 10 and 80 of one coding, every role of the model."""
+    assert sorted(frame["slope"].unique()) == [5, 10, 80]
+    assert (frame.groupby("role")["slope"].count() == 3).all() and frame["role"].nunique() == 11
+    assert (frame["settled"] <= frame["fell"]).all() and (frame["fell"] <= frame["sites"]).all()
+    assert frame["rho"].dropna().between(0, 1).all() and (frame["C"] >= 0).all()
+    assert (frame["rho"].isna() == (frame["fell"] == 0)).all()
