@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from stages.codings.gated import Gated
     from stages.distribution import Atoms
 
-ALLOCATIONS = ("uniform", "budget")
+ALLOCATIONS = ("uniform", "budget", "price")
 BUDGETS = ("timesteps", "spikes")
-REACH = (-3, -2, -1, 0, 1, 2, 3)  # how far a site's T may lie from the mean
+REACH = (-2, -1, 0, 1, 2)  # how far a site's T may lie from the mean
 HALVINGS = 60
 
 
 def allocate(coding: Gated, atoms: Atoms) -> dict[str, Tensor]:
-    """Parameters of all sites, each at the T that the budget gives it.
+    """Parameters of all sites, each at the T that the budget or the price of a spike gives it.
 
     Least sum over sites of predicted loss + price * cost, where the cost of a site is its T or its
     spikes weighted by fan-out, at the smallest price that keeps within the budget (Shoham & Gersho
@@ -34,13 +34,20 @@ def allocate(coding: Gated, atoms: Atoms) -> dict[str, Tensor]:
     assert coding.sensitivity is not None
     statistic = atoms.statistics[coding.sensitivity.name]
     loss = torch.stack([predicted_loss(coding, atoms, p, statistic) for p in fits], -1)
+    spikes = torch.stack([error_and_spikes(coding, atoms, p)[1] for p in fits], -1)
+    if coding.allocation == "price":
+        index = (loss + coding.objective(atoms)[1][:, None] * spikes).argmin(-1)
+        return _picked(fits, index)
     if coding.budget == "timesteps":
         cost = torch.tensor(choices, dtype=torch.float64).expand_as(loss)
     else:
-        spikes = torch.stack([error_and_spikes(coding, atoms, p)[1] for p in fits], -1)
         cost = spikes * statistic["macs"][:, None]
     allowed = float(cost[:, choices.index(coding.timesteps)].sum())
-    index = _cheapest(loss, cost, allowed)
+    return _picked(fits, _cheapest(loss, cost, allowed))
+
+
+def _picked(fits: list[dict[str, Tensor]], index: Tensor) -> dict[str, Tensor]:
+    """Every site's parameters out of the fit that `index` [sites] names."""
     stacked = {name: torch.stack([p[name] for p in fits], 1) for name in fits[0]}
     rows = torch.arange(len(index))
     return {name: t[rows, index] for name, t in stacked.items()}

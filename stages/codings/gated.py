@@ -23,7 +23,7 @@ from stages.codings.range_search import (
     nested_ranges,
 )
 from stages.errors import InputError
-from stages.llm.sensitivity import Sensitivity, relative_weight
+from stages.llm.sensitivity import Sensitivity, loss_weight
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -38,11 +38,13 @@ class Gated:
     spikes. n neurons are log2(n) more bits: compare at equal T + log2(n) too.
 
     `offset`: neuron k codes |x| - tau_(k-1) for one more spike, so that all n 2^T levels differ.
-    `grain_steps`: T_k - T of every neuron (None: all T). `mu`: the fit minimises
-    E(SN(x) - x)^2 / E x^2 + mu E[spikes]. `sensitivity`: errors weigh as much as the loss curves at
-    their magnitude. `allocation` budget: T differs from site to site, least predicted loss at a mean
-    T over sites (`budget` timesteps) or at the spikes, weighted by fan-out, that T everywhere
-    would give (`budget` spikes).
+    `grain_steps`: T_k - T of every neuron (None: all T). `mu` is the price of a spike: the fit
+    minimises E(SN(x) - x)^2 / E x^2 + mu E[spikes]; with `sensitivity`, where errors weigh what they
+    cost the model at their magnitude, the predicted loss in nats a token + mu times the spikes a
+    value weighted by the site's part in all multiplications. `allocation` lets T differ by site:
+    `budget` has the least predicted loss at a mean T over sites (`budget` timesteps) or at the
+    spikes, weighted by fan-out, of T everywhere (`budget` spikes); `price` the least predicted loss
+    + mu times spikes, so that a sweep over mu draws the frontier.
     """
 
     name: str
@@ -81,9 +83,9 @@ class Gated:
                 f"coding.allocation={self.allocation!r}, coding.budget={self.budget!r} for "
                 f"{self.name}: choose {' or '.join(ALLOCATIONS)}, and {' or '.join(BUDGETS)}"
             )
-        if self.allocation == "budget" and self.sensitivity is None:
+        if self.allocation != "uniform" and self.sensitivity is None:
             raise InputError(
-                f"coding.allocation=budget for {self.name} weighs sites by their measured "
+                f"coding.allocation={self.allocation} for {self.name} weighs sites by their measured "
                 "sensitivity: give coding.sensitivity (conf/coding/gated_budget.yaml has one)"
             )
 
@@ -102,7 +104,7 @@ class Gated:
     @property
     def longest(self) -> int:
         """Steps of the longest neuron that the fit may choose."""
-        reach = REACH[-1] if self.allocation == "budget" else 0
+        reach = 0 if self.allocation == "uniform" else REACH[-1]
         return max(self.steps(min(self.timesteps + reach, MAX_TIMESTEPS)))
 
     def steps(self, timesteps: int) -> tuple[int, ...]:
@@ -110,53 +112,64 @@ class Gated:
         return tuple(timesteps + more for more in self.grain_steps or (0,) * self.grains)
 
     def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        if self.allocation == "budget":
-            return Fit(allocate(self, atoms))
-        return Fit(self.fit_at(atoms, self.timesteps))
+        if self.allocation == "uniform":
+            return Fit(self.fit_at(atoms, self.timesteps))
+        return Fit(allocate(self, atoms))
 
     def fit_at(self, atoms: Atoms, timesteps: int) -> dict[str, Tensor]:
         """Parameters of all sites where T = `timesteps`."""
-        rows = torch.arange(len(atoms.value)).split(SITES_AT_ONCE)
-        parts = [self._fit(atoms.rows(index), timesteps) for index in rows]
+        weight, price = self.objective(atoms)
+        steps = self.steps(timesteps)
+        rows = torch.arange(len(price)).split(SITES_AT_ONCE)
+        parts = [self._fit(atoms.rows(i), weight[i], price[i], steps) for i in rows]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _fit(self, atoms: Atoms, timesteps: int) -> dict[str, Tensor]:
-        steps = self.steps(timesteps)
-        weight = atoms.weight
-        if self.sensitivity is not None:
-            weight = weight * relative_weight(atoms.statistics[self.sensitivity.name], atoms)
+    def objective(self, atoms: Atoms) -> tuple[Tensor, Tensor]:
+        """What a squared error at every atom [S, K] and a spike a value at every site [S] cost."""
+        if self.sensitivity is None:
+            power = atoms.power()
+            return atoms.weight / power[:, None], torch.full_like(power, self.mu)
+        statistic = atoms.statistics[self.sensitivity.name]
+        return loss_weight(statistic, atoms), self.mu * statistic["macs"] / statistic["macs"].sum()
+
+    def _fit(
+        self, atoms: Atoms, weight: Tensor, price: Tensor, steps: tuple[int, ...]
+    ) -> dict[str, Tensor]:
         scale = nested_ranges(atoms.value, atoms.spread, weight, steps)
         if self.offset or self.mu or self.grain_steps:
             starts = [scale]
             if self.offset:
                 starts.append(adjacent_ranges(atoms.value, weight, steps))
-            scale = self._refine(atoms, weight, starts, steps)
+            scale = self._refine(atoms, weight, price, starts, steps)
         return dict(self._bank(scale, steps))
 
     def _bank(self, scale: Tensor, steps: tuple[int, ...]) -> Params:
         """Parameters of neurons with these scales [..., n]."""
         p = {"scale": scale}
-        if set(steps) != {self.timesteps} or self.allocation == "budget":
+        if set(steps) != {self.timesteps} or self.allocation != "uniform":
             p["steps"] = (2.0 ** torch.tensor(steps)).to(scale).expand_as(scale)
         if self.offset:
             p["floor"] = torch.nn.functional.pad(scale[..., :-1], (1, 0))
         return p
 
     def _refine(
-        self, atoms: Atoms, weight: Tensor, starts: list[Tensor], steps: tuple[int, ...]
+        self,
+        atoms: Atoms,
+        weight: Tensor,
+        price: Tensor,
+        starts: list[Tensor],
+        steps: tuple[int, ...],
     ) -> Tensor:
         """The best outcome of a coordinate search from every start, [sites, n]."""
         x, own = atoms.points()
-        importance = weight / atoms.weight.clamp(min=1e-300)
-        heavy = own * importance.repeat_interleave(x.shape[1] // importance.shape[1], -1)
-        x = x.float()[:, None]
-        power = (heavy * x[:, 0].double() ** 2).sum(-1, keepdim=True)
+        inside = x.shape[1] // weight.shape[1]
+        heavy = (weight / inside).repeat_interleave(inside, -1).float()[..., None]
+        x, own = x.float()[:, None], own.float()[..., None]
 
         def cost(scale: Tensor, p: Params) -> Tensor:
             value, count = self.quantise(x, {name: t.float() for name, t in p.items()})
-            error = ((value - x).square() @ heavy.float()[..., None]).squeeze(-1) / power
-            spikes = (count @ own.float()[..., None]).squeeze(-1)
-            return error + self.mu * spikes
+            error = ((value - x).square() @ heavy).squeeze(-1)
+            return error + price[:, None] * (count @ own).squeeze(-1)
 
         found = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
         costs = torch.cat([cost(s[:, None], self._bank(s[:, None], steps)) for s in found], -1)

@@ -14,8 +14,8 @@ SITES_AT_ONCE = 16
 OCTAVES = 16
 PER_OCTAVE = 6
 REFINEMENTS = (1 / 24, 1 / 96, 1 / 384)
-MOVES = (1 / 6, 1 / 24, 1 / 96, 1 / 384)  # octaves a step of the coordinate search
-PASSES = 3
+MOVES = (1 / 6, 1 / 24, 1 / 96)  # octaves a step of the coordinate search
+PASSES = 2
 
 Cost = Callable[[Tensor, Params], Tensor]
 

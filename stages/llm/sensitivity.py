@@ -138,11 +138,11 @@ def curvature(statistic: Mapping[str, Tensor]) -> Tensor:
     return (total + PRIOR * mean) / (count + PRIOR)
 
 
-def relative_weight(statistic: Mapping[str, Tensor], atoms: Atoms) -> Tensor:
-    """f at every atom, [S, K], in units of the mean of its site."""
-    f = curvature(statistic)
-    mean = statistic["total"].sum(-1, keepdim=True) / statistic["count"].sum(-1, keepdim=True)
-    return (f / mean.clamp(min=1e-300)).gather(-1, cell(atoms.value))
+def loss_weight(statistic: Mapping[str, Tensor], atoms: Atoms) -> Tensor:
+    """What a squared error of one at every atom adds to the loss, in nats a token, [S, K]."""
+    f = curvature(statistic).gather(-1, cell(atoms.value))
+    values = statistic["count"].sum(-1) / statistic["tokens"]
+    return atoms.weight * f / 2 * values[:, None]
 
 
 def predicted_loss(

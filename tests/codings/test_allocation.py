@@ -69,9 +69,30 @@ def test_the_budget_is_kept_and_the_predicted_loss_falls(budget: str) -> None:
         assert 0.9 * allowed < spent <= allowed * (1 + 1e-6)
 
 
+def test_a_price_takes_the_least_of_loss_and_spikes() -> None:
+    """A dearer spike gives fewer of them and more predicted loss; no other T of a site is cheaper."""
+    atoms = observed()
+    statistic = atoms.statistics["sensitivity"]
+    share = statistic["macs"] / statistic["macs"].sum()
+    points = []
+    for mu in (0.01, 1.0, 100.0):
+        coding = Gated("gated", 5, 2, mu=mu, sensitivity=SENSITIVITY, allocation="price")
+        p = coding.fit(atoms, None).params
+        loss = predicted_loss(coding, atoms, p, statistic)
+        spikes = error_and_spikes(coding, atoms, p)[1] * share
+        points.append((float(loss.sum()), float(spikes.sum())))
+        for timesteps in (3, 4, 5, 6, 7):
+            other = coding.fit_at(atoms, timesteps)
+            rival = predicted_loss(coding, atoms, other, statistic)
+            rival = rival + mu * error_and_spikes(coding, atoms, other)[1] * share
+            assert bool((loss + mu * spikes <= rival * (1 + 1e-9)).all())
+    for (loss, spikes), (more, fewer) in itertools.pairwise(points):
+        assert more > loss and fewer < spikes
+
+
 def test_a_site_that_matters_nothing_gets_the_fewest_steps() -> None:
     atoms = observed()
     atoms.statistics["sensitivity"]["total"][2] = 0
     coding = Gated("gated", 5, 2, sensitivity=SENSITIVITY, allocation="budget")
     steps = coding.fit(atoms, None).params["steps"][:, 0].log2()
-    assert float(steps[2]) == 2
+    assert float(steps[2]) == 3
