@@ -8,7 +8,7 @@ import pandas as pd
 
 from pipeline import figures, tracking
 from pipeline.settings import Settings
-from stages.codings.coding import Coding, site_params
+from stages.codings.coding import Coding, Tokenwise, site_params
 from stages.distribution import Densities
 from stages.fitting import FittedNeurons
 
@@ -55,10 +55,10 @@ def draw(run: Run, sites: pd.DataFrame) -> dict[str, Figure]:
     if "fitting" not in run.artifacts:
         return {}
     coding: Coding = run.settings.coding  # type: ignore[assignment]
-    pictures = {
-        "density_and_levels": figures.density_with_levels(role_densities(run, coding)),
-        "error_per_layer": figures.error_per_layer(sites),
-    }
+    pictures = {"error_per_layer": figures.error_per_layer(sites)}
+    if not isinstance(coding, Tokenwise):  # those have other levels in every token
+        shown = role_densities(run, coding)
+        pictures["density_and_levels"] = figures.density_with_levels(shown)
     if coding.neuron:
         pictures["spike_rate_per_layer"] = figures.spike_rate_per_layer(sites)
     return pictures
@@ -72,9 +72,11 @@ def role_densities(run: Run, coding: Coding) -> dict[str, figures.RoleDensity]:
     x = (edges[1:] * edges[:-1]).sqrt().numpy()
     middle = (max(densities.layers) + 1) // 2
     shown = {}
-    for index, (role, layer) in enumerate(zip(densities.roles, densities.layers, strict=True)):
-        if layer in (middle, -1):
-            levels = coding.table(site_params(neurons.fit.params, index)).double()
+    rows = {site: row for row, site in enumerate(neurons.sites)}
+    for index, site in enumerate(densities.sites):
+        role, layer = densities.roles[index], densities.layers[index]
+        if layer in (middle, -1) and site in rows:
+            levels = coding.table(site_params(neurons.fit.params, rows[site])).double()
             shown[role] = figures.RoleDensity(
                 x,
                 densities.tensors["density"][index].numpy(),

@@ -14,10 +14,12 @@ import pandas as pd
 from stages.errors import InputError
 
 COUNTS = ("grains", "timesteps")
-NAMES = ("model", "coding", "variant", "transform")
+NAMES = ("model", "coding", "variant", "setting", "transform")
 TEXT = (*NAMES, "trained", "convention")
 # Left out where no row has one.
-OPTIONAL = ("variant", "transform", "bits", "trained", "convention")
+OPTIONAL = ("variant", "setting", "transform", "bits", "trained", "convention")
+# Overrides of a job that columns of their own tell, or that no row needs.
+TOLD = {"variant", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains", "model"}
 # Where a result keeps the totals of a convention and phase; the empty name is its top level.
 ENERGIES = {
     ("paper", "prefill"): "paper",
@@ -33,9 +35,11 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     Perplexities and accuracies come in the order they are first met; the standard errors and
     item counts of accuracies stand last. What a result leaves out or gives as null is missing.
-    The variant is told where the other names leave rows of several variants alike.
+    The variant is told where the other names leave rows of several variants alike, and so is the
+    setting: the job's own overrides that no column tells.
     """
-    rows = _named([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
+    rows = _set([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
+    rows = _named(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     accuracy = [name for name in names if name.startswith("acc_")]
     extra = [name for name in accuracy if name.endswith(("_stderr", "_n"))]
@@ -83,6 +87,17 @@ def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["trained"] = "yes" if row["trained"] else "no"
     ambiguous = any(len(variants) > 1 for variants in seen.values())
     return [row | {"variant": variant(row) if ambiguous else None} for row in rows]
+
+
+def _set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the overrides that differ between them and that no other column tells."""
+    given = [
+        {o for o in (row.get("run") or {}).get("overrides", ()) if o.partition("=")[0] not in TOLD}
+        for row in rows
+    ]
+    common = set.intersection(*given) if given else set()
+    settings = [" ".join(sorted(own - common)).replace("coding.", "") for own in given]
+    return [row | {"setting": own or None} for row, own in zip(rows, settings, strict=True)]
 
 
 def _fitting_seconds(result: Mapping[str, Any]) -> float | None:

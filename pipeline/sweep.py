@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import comparisons, convergence, levels, tables
+from pipeline import comparisons, convergence, levels, quantiles, roles, tables
 from pipeline.rows import distinct, sweep_results
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ SUFFIXES = ("png", "pdf")
 def draw(folder: Path, name: str, into: Path) -> list[Path]:
     """Reads the results below a sweep's folder and writes `into`/`name`_*; returns what is written.
 
-    A convergence table where the surrogate's slope varies; pictures unless runtime.figures is false.
+    A table of errors by role; one of convergence where the surrogate's slope varies, one of errors
+    by quantile where the level density's exponent does; pictures unless runtime.figures is false.
     """
     results = sweep_results(folder)
     kept = {id(result) for result in distinct(results.values())}
@@ -31,6 +32,12 @@ def draw(folder: Path, name: str, into: Path) -> list[Path]:
         text = convergence.caption(frame)
         written += tables.write(frame, into / f"{name}_convergence", text)
         pictures["convergence"] = convergence.limit_by_slope(frame)
+    by_role = roles.role_frame(jobs)
+    if len(by_role):
+        written += tables.write(by_role, into / f"{name}_roles", roles.CAPTION)
+    by_quantile = quantiles.quantile_frame(jobs)
+    if len(by_quantile):
+        written += tables.write(by_quantile, into / f"{name}_quantiles", quantiles.CAPTION)
     if not any(levels.job_config(job).runtime.figures for job in jobs):
         return written
     pictures |= _comparisons(jobs)

@@ -105,6 +105,8 @@ def _column(frame: pd.DataFrame, name: str) -> list[str]:
 def _formatter(column: str) -> Callable[[Any], str]:
     if column.startswith("ppl_"):
         return _perplexity
+    if column.startswith(("relative_", "nmse_")):
+        return lambda value: _scientific(value, 1)
     by_name: dict[str, Callable[[Any], str]] = {
         "nmse": lambda value: _scientific(value, 1),
         "spikes_per_value": "{:.3f}".format,
@@ -122,7 +124,8 @@ def _formatter(column: str) -> Callable[[Any], str]:
         "last_relative": "{:.4f}".format,
         "R2": "{:.3f}".format,
     }
-    return by_name.get(column, "{:.3f}".format if column.startswith("acc_") else str)
+    fraction = column.startswith(("acc_", "share_"))
+    return by_name.get(column, "{:.3f}".format if fraction else str)
 
 
 def _perplexity(value: float) -> str:
