@@ -183,4 +183,4 @@ class Gated:
         return ranges.table(p, self.timesteps, self.longest)
 
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        return ranges.quantise(x, p, self.timesteps, self.longest, self.signed)
+        return ranges.quantise(x, p, self.timesteps, self.signed)

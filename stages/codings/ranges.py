@@ -75,7 +75,8 @@ def threshold(steps: Tensor, t: int) -> Tensor:
 def encode(x: Tensor, p: Params, timesteps: int, longest: int, signed: bool) -> RangeSpikes:
     """Runs the chosen neuron of one site over `longest` steps; it stays silent after its own last.
 
-    Binary: v(1) = u + 2^-(T+1), s = [v >= 2^-t]. Signed: v(1) = u, s = sign(v) [|v| >= theta(t)].
+    Binary: v(1) = u + 2^-(T+1), s = [v >= 2^-t]. Signed: v(1) = u, s = [v >= theta(t)] -
+    [v < -theta(t)]; halves round up in both.
     """
     magnitude = x.float().abs()
     width, floor, steps, grain = Bank.of(p, timesteps).gate(magnitude)
@@ -84,7 +85,8 @@ def encode(x: Tensor, p: Params, timesteps: int, longest: int, signed: bool) -> 
     train = []
     for t in range(1, longest + 1):
         if signed:
-            spike = torch.where(v.abs() >= threshold(steps, t), v.sign(), 0.0)
+            theta = threshold(steps, t)
+            spike = (v >= theta).to(v.dtype) - (v < -theta).to(v.dtype)
         else:
             spike = ((v >= 2.0**-t) & (steps * 2.0**-t >= 1)).to(v.dtype)
         v = v - spike * 2.0**-t
@@ -99,28 +101,32 @@ def table(p: Params, timesteps: int, longest: int) -> Tensor:
     return (level * bank.width[..., None] + bank.floor[..., None]).flatten(-2)
 
 
-def quantise(
-    x: Tensor, p: Params, timesteps: int, longest: int, signed: bool
-) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, p: Params, timesteps: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Value (float32) and spikes of every x in one elementwise expression."""
     magnitude = x.float().abs()
     width, floor, steps, _ = Bank.of(p, timesteps).gate(magnitude)
     u = (magnitude - floor) / width
     if signed:
-        level, count = _digits(u.clamp(0, 1), steps, longest)
+        place = u * steps  # steps are a power of two, so this and what follows is exact
+        whole = torch.floor(place)
+        code = whole + (place - whole >= 0.5).to(place.dtype)
     else:
         code = torch.floor((u + 0.5 / steps) * steps)
-        code = torch.minimum(code.clamp(min=0), steps - 1)
-        level, count = code / steps, popcount(code)
-    return torch.sign(x).float() * (level * width + floor), count + (floor > 0)
+    code = torch.minimum(code.clamp(min=0), steps - 1)
+    count = digits(code.float(), steps.float()) if signed else popcount(code)
+    return torch.sign(x).float() * (code / steps * width + floor), count + (floor > 0)
 
 
-def _digits(v: Tensor, steps: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    level, count = torch.zeros_like(v), torch.zeros_like(v)
-    for t in range(1, longest + 1):
-        fires = (v.abs() >= threshold(steps, t)).to(v.dtype)
-        spike = fires * v.sign()
-        v = v - spike * 2.0**-t
-        level = level + spike * 2.0**-t
-        count = count + fires
-    return level, count
+def digits(code: Tensor, steps: Tensor) -> Tensor:
+    """Spikes of the signed code of whole numbers 0 <= code < steps = 2^T, in closed form.
+
+    Up to 2/3 of 2^T they are the non-zero digits of the non-adjacent form, the ones of code XOR
+    3 code. A larger code starts with spikes of weight 1/2, 1/4, … that leave r = 2^T - code to the
+    next power of two; the last of them leaves 2^K, the largest power of two below 3 r.
+    """
+    rest = steps - code
+    power = (3 * rest).view(torch.int32) & 0x7F800000  # the exponent; 3 r is no power of two itself
+    power = torch.minimum(power, steps.view(torch.int32))
+    low = (power.view(torch.float32) - rest).to(torch.int32)
+    leading = (steps.view(torch.int32) - power) >> 23
+    return leading + popcount(low ^ (3 * low))

@@ -110,7 +110,7 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
             weight, code, sign = weight / two, 2 * code, 0
             if t <= own and coding.signed:
                 reach = (2 ** (own - t) * 2 // 3 + 0.5) / 2**own
-                sign = 0 if abs(v) < np.float32(reach) else int(np.sign(v))
+                sign = int(v >= np.float32(reach)) - int(v < -np.float32(reach))
             elif t <= own:
                 sign = int(v >= weight)
             v = v - np.float32(sign) * weight

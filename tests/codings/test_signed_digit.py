@@ -31,6 +31,15 @@ def test_no_signed_code_of_a_level_has_fewer_spikes(timesteps: int) -> None:
     assert count.tolist() == [fewest_digits(int(level), timesteps) for level in levels]
 
 
+@pytest.mark.parametrize("timesteps", [12, 16])
+def test_the_closed_form_counts_the_spikes_of_every_code(timesteps: int) -> None:
+    coding, p = SignedDigit("signed_digit", timesteps, 1), {"scale": torch.tensor([2.0**timesteps])}
+    levels = torch.arange(2**timesteps)
+    train = coding.encode(levels.float(), p)
+    assert torch.equal(train.code, levels)
+    assert torch.equal(train.count.float(), coding.quantise(levels.float(), p)[1])
+
+
 def test_seven_is_eight_less_one() -> None:
     """Scale 16, T=4: 7 = +8 -1, 7.4 rounds to it, 13 = 8 + 4 + 1 has no shorter form below 16."""
     coding, p = SignedDigit("signed_digit", 4, 1), {"scale": torch.tensor([16.0])}
