@@ -102,6 +102,38 @@ def test_perplexity_of_gated_neurons_is_near_the_dense_one(
     assert measured(base2) > 5 * dense  # one range is not enough: the ranges are what does it
 
 
+@pytest.mark.parametrize(("timesteps", "part"), [(6, 0.90), (8, 0.86)])
+def test_signed_digits_spare_spikes_at_the_same_levels(
+    run: runner.Run, densities: Densities, timesteps: int, part: float
+) -> None:
+    """Weighted by fan-out, behind the same gate of two ranges."""
+    use_compiler(True)
+    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
+    ids = corpus.windows(inputs.load_tokens(found), 1, 512)
+    model, _ = run.model.load()
+    rates, errors = [], []
+    for coding in ("gated", "signed_digit"):
+        choice = (f"coding={coding}", f"coding.timesteps={timesteps}", "coding.grains=2")
+        conversion = fitted(densities, *choice)
+        counters = perplexity(model, ids, conversion, 1, "wikipedia").counters
+        rates.append(counters["acs"].sum() / counters["macs"].sum())
+        errors.append(conversion.neurons.nmse)
+    assert rates[1] <= part * rates[0]
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
+
+
+def test_a_rotation_leaves_the_model_what_it_was(run: runner.Run) -> None:
+    """Norm scales fused, embedding and head untied, 1536 = 512 * 3 inputs rotated online."""
+    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
+    ids = corpus.windows(inputs.load_tokens(found), 1, 512)
+    values = []
+    for transform in ("none", "rotate"):
+        model, _ = runner.start(configured("coding=dense", f"transform={transform}")).model.load()
+        with torch.inference_mode():
+            values.append(model(ids).logits)
+    assert float((values[1] - values[0]).abs().max()) < 1e-3 * float(values[0].abs().max())
+
+
 def test_the_model_is_plain_safetensors_after_the_first_time(run: runner.Run) -> None:
     """A copy that was dequantised once is plain safetensors: no GGUF code runs any more."""
     assert (Path(run.model.source) / "model.safetensors").is_file()
