@@ -143,7 +143,7 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     assert expected <= written
     check_roles(pd.read_csv(tables / f"{experiment}_roles.csv"), frame)
     assert ("_quantiles.md" in written) == (experiment == "compander")
-    assert ("_convergence.md" in written) == (experiment == "algorithm1")
+    assert ("_convergence.md" in written) == (experiment in ("algorithm1", "convergence"))
     if experiment == "codings":
         assert {"_ppl_timesteps.pdf", "_levels.pdf"} <= written
         check_codings(done, frame)
