@@ -85,6 +85,22 @@ def test_the_stepped_neuron_gives_the_same(convention: str, shape: tuple[int, ..
         assert not bool(later[spikes.grain == 0].any())
 
 
+@pytest.mark.parametrize(
+    ("convention", "spikes"), [("unary", [0, 1, 3, 6]), ("bit_plane", [0, 1, 2, 4])]
+)
+def test_a_token_worked_out_by_hand(convention: str, spikes: list[int]) -> None:
+    """-2 0 3 4 with L=4, T=2 and the last channel salient: the range 6 is 3 ordinary steps of 2 above
+    the zero point 1, or 6 salient ones of 1 above 2. 3 rounds to 4; 4 is code 6, emitted as 3 and 3."""
+    gif = Gif("gif", 2, 4, 0.25, convention, None)
+    p = {"steps": torch.tensor(2.0), "salient": torch.tensor([0.0, 0.0, 0.0, 1.0])}
+    x = torch.tensor([[-2.0, 0.0, 3.0, 4.0]])
+    value, count = gif.quantise(x, p)
+    train = gif.encode(x, p)
+    assert value.tolist() == [[-2.0, 0.0, 4.0, 4.0]]
+    assert train.train[:, 0].T.tolist() == [[0, 0], [1, 0], [3, 0], [3, 3]]
+    assert count[0].tolist() == train.count[0].tolist() == spikes
+
+
 def test_heads_are_tokens_of_their_own_with_their_own_mask() -> None:
     """[B, H, S, D]: channel d of head h is channel h D + d of the mask."""
     p = parameters(GIF, [1, 5, 6])

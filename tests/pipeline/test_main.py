@@ -53,7 +53,9 @@ def test_the_main_job_prints_and_writes_one_table_of_all_codings(quickstart):
     assert [result["coding"] for result in quickstart.results] == ROWS
     tables = quickstart.cwd / "outputs/tables"
     assert {path.name for path in tables.iterdir()} == {
-        f"quickstart{part}.{suffix}" for part in ("", "_energy") for suffix in ("md", "csv", "tex")
+        f"quickstart{part}.{suffix}"
+        for part in ("", "_energy", "_roles")
+        for suffix in ("md", "csv", "tex")
     }
     frame = pd.read_csv(tables / "quickstart.csv")
     accuracy = ["acc_piqa", "acc_piqa_stderr", "acc_piqa_n"]
