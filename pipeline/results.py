@@ -53,7 +53,7 @@ def result(
         row |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
     coded = sites.dropna(subset=["acs"])
     fanout = float(coded["macs"].sum())
-    row["nmse"] = _geometric_mean(sites["nmse"])
+    row["nmse"] = geometric_mean(sites["nmse"])
     row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
     totals, savings = energy["total"], energy["saving"]
     flat = {
@@ -93,7 +93,8 @@ def _kind(coding: Coding | Dense) -> dict[str, Any]:
     }
 
 
-def _geometric_mean(values: pd.Series) -> float | None:
+def geometric_mean(values: pd.Series) -> float | None:
+    """Of the values that are known; None without any."""
     known = values.dropna()
     if known.empty:
         return None

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.figures import ROLES
+from pipeline.results import geometric_mean
 from pipeline.rows import NAMES, result_frame
 
 CAPTION = "nmse by role: geometric mean over its sites, on held-out activations of the dense model."
@@ -22,9 +23,8 @@ def role_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for (folder, _), (_, row) in zip(jobs.items(), frame.iterrows(), strict=True):
         sites = pd.read_parquet(folder / "per_site.parquet").dropna(subset=["nmse"])
-        logs = np.log(sites["nmse"].clip(lower=1e-30)).groupby(sites["role"]).mean()
-        if len(logs):
-            means = np.exp(logs)
-            by_role = {f"nmse_{r}": float(means[r]) if r in means else np.nan for r in ROLES}
+        if len(sites):
+            means = sites.groupby("role")["nmse"].agg(geometric_mean)
+            by_role = {f"nmse_{role}": means.get(role, np.nan) for role in ROLES}
             rows.append({name: row[name] for name in names} | by_role)
     return pd.DataFrame(rows)

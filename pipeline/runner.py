@@ -104,6 +104,12 @@ def _calibration(run: Run) -> Artifact:
     return inputs.tokens(corpus, "calibration", run.model, run.store)
 
 
+def _calibration_windows(run: Run, calibration: Artifact) -> torch.Tensor:
+    """The ids [windows, length] that everything is measured and fitted on."""
+    spec = run.settings.calibration
+    return text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+
+
 def _prefix(run: Run) -> Artifact:
     """The tokens that a transform keeps in front of every text, found on the untouched model."""
     s, spec = run.settings, run.settings.calibration
@@ -111,7 +117,7 @@ def _prefix(run: Run) -> Artifact:
     calibration = _calibration(run)
 
     def make(out: Path) -> None:
-        ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+        ids = _calibration_windows(run, calibration)
         model, tokenizer = run.model.load()
         result = search.run(model, tokenizer, ids, s.runtime.batch)
         (out / inputs.PREFIX).write_text(json.dumps(result, indent=1))
@@ -127,7 +133,7 @@ def convert(run: Run, calibration: Artifact) -> Conversion:
     keys = {"model": run.model.key, "tokens": calibration.key}
 
     def sketch(out: Path) -> None:
-        ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+        ids = _calibration_windows(run, calibration)
         model, _ = run.model.load()
         sites = select(find_sites(model), s.sites)
         s.capture.run(model, ids, sites, s.runtime.batch).save(out)
@@ -183,7 +189,7 @@ def _statistics(run: Run, calibration: Artifact) -> dict[str, Artifact]:
     for statistic in s.coding.statistics:
 
         def measure(out: Path, statistic: Any = statistic) -> None:
-            ids = text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+            ids = _calibration_windows(run, calibration)
             model, _ = run.model.load()
             sites = select(find_sites(model), s.sites)
             tensors = statistic.run(model, ids, sites, s.runtime.batch)

@@ -34,14 +34,13 @@ def allocate(coding: Gated, atoms: Atoms) -> dict[str, Tensor]:
     assert coding.sensitivity is not None
     statistic = atoms.statistics[coding.sensitivity.name]
     loss = torch.stack([predicted_loss(coding, atoms, p, statistic) for p in fits], -1)
-    spikes = torch.stack([error_and_spikes(coding, atoms, p)[1] for p in fits], -1)
-    if coding.allocation == "price":
-        index = (loss + coding.objective(atoms)[1][:, None] * spikes).argmin(-1)
-        return _picked(fits, index)
-    if coding.budget == "timesteps":
+    if coding.allocation == "budget" and coding.budget == "timesteps":
         cost = torch.tensor(choices, dtype=torch.float64).expand_as(loss)
     else:
-        cost = spikes * statistic["macs"][:, None]
+        spikes = torch.stack([error_and_spikes(coding, atoms, p)[1] for p in fits], -1)
+        cost = spikes * statistic["macs"][:, None] / statistic["macs"].sum()
+    if coding.allocation == "price":
+        return _picked(fits, (loss + coding.mu * cost).argmin(-1))
     allowed = float(cost[:, choices.index(coding.timesteps)].sum())
     return _picked(fits, _cheapest(loss, cost, allowed))
 

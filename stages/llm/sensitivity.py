@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.attention import View
-from stages.llm.kernels import masked_softmax
-from stages.llm.ports import allowed, attached, real_rows
+from stages.llm.counters import Counters, SiteCounter
+from stages.llm.ports import DensePort, attached
 from stages.llm.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ class Sensitivity:
                 "more calibration.windows"
             )
         generator = torch.Generator(device=model.device).manual_seed(self.seed)
-        ports = {site.name: _CurvaturePort(model.device) for site in sites}
+        counters = Counters(sites, model.device)
+        ports = {
+            s.name: _CurvaturePort(SiteCounter(counters, i), model.device)
+            for i, s in enumerate(sites)
+        }
         embedding = model.get_input_embeddings()
         follow = embedding.register_forward_hook(lambda _, args, x: x.detach().requires_grad_())
         learns = [p for p in model.parameters() if p.requires_grad]
@@ -87,29 +91,24 @@ class Sensitivity:
         return {
             "total": torch.stack([port.total for port in rows]).cpu(),
             "count": torch.stack([port.count for port in rows]).cpu(),
-            "macs": torch.stack([port.macs for port in rows]).cpu(),
+            "macs": torch.from_numpy(counters.frame(set())["macs"].to_numpy().copy()),
             "tokens": torch.full((len(rows),), tokens, dtype=torch.float64),
         }
 
 
-class _CurvaturePort:
+class _CurvaturePort(DensePort):
     """Passes a value on, and adds the squares of its derivative by magnitude when it comes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, counter: SiteCounter, device: torch.device) -> None:
+        super().__init__(counter)
         self.total, self.count = torch.zeros(2, CELLS, dtype=torch.float64, device=device)
-        self.macs = torch.zeros((), dtype=torch.float64, device=device)
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        rows = x.shape[:-1]
-        each = torch.as_tensor(fanout, device=x.device).expand(rows)
-        self.macs += each.sum(dtype=torch.float64) * x.shape[-1]
-        self._follow(x, None)
+        self._follow(super().__call__(x, real, fanout), None)
         return x
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        assert real_rows(view) is None  # calibration windows are full
-        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
-        self.macs += allowed(view, scores.shape[1]) * fanout
+        probs = super().softmax(scores, scaling, view, fanout)
         self._follow(probs, view.mask)
         return probs
 
