@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.attention import View
 from stages.llm.kernels import fused, masked_softmax
-from stages.llm.ports import attached
-from stages.llm.sites import Site, find_sites
+from stages.llm.ports import stream
+from stages.llm.sites import Site
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 
@@ -41,10 +40,7 @@ class Capture:
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
-        with torch.inference_mode(), attached(model, find_sites(model), ports):
-            batches = ids.to(model.device).split(batch)
-            for tokens in tqdm(batches, desc="capture", unit="batch", disable=None):
-                model(tokens, use_cache=False, logits_to_keep=0)
+        stream(model, ids, batch, ports, "capture")
         named = [(site.name, site.role, site.layer) for site in sites]
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in sites])
         sketches.check_finite()

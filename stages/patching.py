@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding, site_params
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
 from stages.llm.counters import Counters, SiteCounter
-from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached
+from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached, stream
 from stages.llm.sites import Site, find_sites
 
 
@@ -78,10 +77,7 @@ class Patching:
             )
             for index, site in enumerate(kept)
         }
-        with torch.inference_mode(), attached(model, sites, ports):
-            batches = ids.to(model.device).split(batch)
-            for tokens in tqdm(batches, desc="patching", unit="batch", disable=None):
-                model(tokens, use_cache=False)
+        stream(model, ids, batch, ports, "patching")
         frame = counters.frame(set(converted))
         frame["nmse"] = frame["error"] / frame["power"]
         if not conversion.coding.neuron:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding
@@ -22,7 +23,7 @@ from stages.llm.attention import (
 )
 from stages.llm.counters import SiteCounter
 from stages.llm.kernels import masked_softmax, row_kernel, softmax_kernel
-from stages.llm.sites import ATTENTION_PORTS, Site
+from stages.llm.sites import ATTENTION_PORTS, Site, find_sites
 
 
 class DensePort:
@@ -136,6 +137,26 @@ def attached(
             set_ports(modules[path], None)
         for handle in handles:
             handle.remove()
+
+
+def stream(
+    model: PreTrainedModel,
+    ids: Tensor,
+    batch: int,
+    ports: Mapping[str, Port],
+    name: str,
+    after: Callable[[], None] = lambda: None,
+    logits: int = 0,
+) -> None:
+    """Runs full windows ids [W, S] through the dense model with `ports` on its sites.
+
+    `after` is called once a batch; the head sees the last `logits` tokens of a window, 0 for all.
+    """
+    with torch.inference_mode(), attached(model, find_sites(model), ports):
+        batches = ids.to(model.device).split(batch)
+        for tokens in tqdm(batches, desc=name, unit="batch", disable=None):
+            model(tokens, use_cache=False, logits_to_keep=logits)
+            after()
 
 
 def _attention_ports(

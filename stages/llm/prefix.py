@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
 from stages.llm.attention import View
-from stages.llm.ports import DensePort, attached
+from stages.llm.ports import DensePort, stream
 from stages.llm.sites import find_sites
 
 _RECORD = "prefix_ids"
@@ -48,9 +47,7 @@ class PrefixSearch:
         """
         sites = [site for site in find_sites(model) if site.role == "mlp.down"]
         ports = {site.name: PeakPort() for site in sites}
-        with torch.inference_mode(), attached(model, find_sites(model), ports):
-            for tokens in tqdm(ids.to(model.device).split(batch), desc="prefix", disable=None):
-                model(tokens, use_cache=False, logits_to_keep=1)
+        stream(model, ids, batch, ports, "prefix", logits=1)
         found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
         means = found.sum(-1).double().mean(-1)  # [sites]
         most = int(means.argmax())

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from stages.codings.coding import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
-from stages.llm.ports import DensePort, attached
+from stages.llm.ports import DensePort, attached, stream
 from stages.llm.sites import Site, architecture, find_sites
-from stages.llm.statistics import Saliency, Watch, padded, watch
+from stages.llm.statistics import Saliency, Watch, padded
 
 SMOOTHED = ("attn.in", "attn.out", "mlp.in")  # scales of a range and of the weights it meets
 SMALLEST = 1e-5
@@ -228,7 +228,7 @@ def _blocks(model: PreTrainedModel, ids: Tensor, batch: int, alpha: float) -> li
 
         return Watch(note)
 
-    watch(model, ids, batch, {site.name: see(site.name) for site in sites}, "ranges")
+    stream(model, ids, batch, {site.name: see(site.name) for site in sites}, "ranges")
     groups, heads = model.config.num_key_value_heads, model.config.num_attention_heads
     logs: dict[int, dict[str, Tensor]] = {}
     for site in sites:

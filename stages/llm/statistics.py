@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.attention import View
-from stages.llm.ports import DensePort, attached
+from stages.llm.ports import DensePort, stream
 from stages.llm.sites import Site, find_sites
 
 See = Callable[[Tensor], None]
@@ -35,23 +34,6 @@ class Watch(DensePort):
         for see in self._see:
             see(probs)
         return probs
-
-
-def watch(
-    model: PreTrainedModel,
-    ids: Tensor,
-    batch: int,
-    watches: Mapping[str, Watch],
-    name: str,
-    after: Callable[[], None] = lambda: None,
-) -> None:
-    """Runs full windows ids [W, S] through the dense model with `watches` on its sites; `after` is
-    called once a batch."""
-    with torch.inference_mode(), attached(model, find_sites(model), watches):
-        batches = ids.to(model.device).split(batch)
-        for tokens in tqdm(batches, desc=name, unit="batch", disable=None):
-            model(tokens, use_cache=False, logits_to_keep=0)
-            after()
 
 
 def padded(rows: Sequence[Tensor | None], rest: float) -> Tensor:
@@ -98,7 +80,7 @@ class RunningMaximum:
             for average in averages:
                 average.close()
 
-        watch(model, ids, batch, watches, self.name, after)
+        stream(model, ids, batch, watches, self.name, after)
         return {"maximum": torch.stack([average.maximum() for average in averages])}
 
 
@@ -173,7 +155,7 @@ class Saliency:
                 sums[site.name] = linear.score
                 sees.setdefault(site.name, []).append(linear.see)
         watches = {name: Watch(*each) for name, each in sees.items()}
-        watch(model, ids, batch, watches, self.name)
+        stream(model, ids, batch, watches, self.name)
         rows = [sums[s.name].total if s.name in sums else None for s in sites]
         operand = torch.tensor([float(site.port in ("k", "v")) for site in sites])
         return {
