@@ -68,7 +68,7 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _run(settings: Settings, cfg: DictConfig, folder: Path) -> None:
-    from pipeline import report, results, runner
+    from pipeline import pictures, results, runner
 
     log.info("%s", settings.name)
     result, sites, run = runner.execute(settings)
@@ -78,7 +78,7 @@ def _run(settings: Settings, cfg: DictConfig, folder: Path) -> None:
     results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
     if settings.tracking.enabled:
         config = OmegaConf.to_yaml(cfg, resolve=True)
-        report.track(settings, result, sites, run, config, _parent(settings, folder))
+        pictures.track(settings, result, sites, run, config, _parent(settings, folder))
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
