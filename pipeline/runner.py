@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import inputs
-from pipeline.results import per_site, result
+from pipeline.chain import Chain, chain
+from pipeline.results import collect
 from pipeline.settings import Settings
-from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages import evaluation as evaluating
 from stages.codings.coding import Coding, Observing
@@ -32,39 +32,27 @@ from stages.patching import Conversion
 from stages.sketch import SketchSet
 
 log = logging.getLogger(__name__)
-# What a stage's result may depend on beyond its own fields: the modules that compute it.
-MODULES = {
-    "prefix": ("stages.llm.loading",),  # and what defines the search
-    "capture": ("stages.capture", "stages.llm.loading"),
-    "distribution": ("stages.distribution",),
-    "statistics": ("stages.llm.loading",),  # and what defines the statistic
-    "fitting": ("stages.fitting",),
-    "patching": ("stages.patching", "stages.llm.loading"),
-    "evaluation": ("stages.evaluation", "stages.llm.loading"),
-    "energy": ("stages.energy", "stages.llm.operations"),
-}
 
 
 @dataclass
 class Run:
-    """The artifacts of one run, by stage in the order they were needed."""
+    """The steps of one configuration and the artifacts that are there, by label in their order."""
 
-    settings: Settings
     store: Store
-    model: inputs.ModelSource
+    chain: Chain
     artifacts: dict[str, Artifact] = field(default_factory=dict)
 
-    def build(
-        self,
-        stage: str,
-        spec: Any,
-        keys: dict[str, str],
-        make: Callable[[Path], None],
-        part: str = "",
-    ) -> Artifact:
-        """The artifact of a stage, or of one `part` of it, logged with its seconds or as a hit."""
-        artifact = self.store.build(Step(stage, spec, keys, MODULES[stage]), make)
-        label = f"{stage} {part}".strip()
+    @property
+    def settings(self) -> Settings:
+        return self.chain.settings
+
+    @property
+    def model(self) -> inputs.ModelSource:
+        return self.chain.model
+
+    def build(self, label: str, make: Callable[[Path], None]) -> Artifact:
+        """The artifact of a step, logged with its seconds or as a hit."""
+        artifact = self.store.build(self.chain.steps[label], make)
         state = "cached" if artifact.hit else "built"
         log.info("%-24s %-6s %s  %.1f s", label, state, artifact.key[:8], artifact.seconds)
         self.artifacts[label] = artifact
@@ -72,7 +60,7 @@ class Run:
 
 
 def start(settings: Settings) -> Run:
-    """Resolves the model and its transform; nothing is loaded before a stage needs it."""
+    """Finds the device and the steps; nothing is loaded or built before it is needed."""
     runtime = settings.runtime
     device = runtime.device
     if device == "auto":
@@ -80,23 +68,29 @@ def start(settings: Settings) -> Run:
     root = Path(settings.store.path)
     use_compiler(runtime.compile, (root / ".compiled").absolute())
     store = Store(root, runtime={**asdict(runtime), "device": device})
-    run = Run(settings, store, inputs.model_source(settings.model, store, device))
-    prefix = None if settings.transform.search is None else _prefix(run)
-    run.model = run.model.transformed(settings.transform, prefix)
-    return run
+    return Run(store, chain(settings, store, device))
+
+
+def stored(settings: Settings) -> tuple[Run, list[str]]:
+    """A run as the store holds it, without building anything, and the labels of what is missing."""
+    store = Store(Path(settings.store.path))
+    run = Run(store, chain(settings, store))
+    found = {label: store.find(step) for label, step in run.chain.steps.items()}
+    run.artifacts = {label: artifact for label, artifact in found.items() if artifact is not None}
+    return run, [label for label in found if label not in run.artifacts]
 
 
 def execute(settings: Settings) -> tuple[dict[str, Any], pd.DataFrame, Run]:
     """All stages of one run: the result, the per-site table, and the artifacts behind them."""
     run = start(settings)
-    dense = isinstance(settings.coding, Dense)
-    calibration = None if dense and settings.transform.search is None else _calibration(run)
-    conversion = None if dense or calibration is None else convert(run, calibration)
-    perplexities = _perplexities(run, conversion, calibration)
-    accuracies = _accuracies(run, conversion)
-    energy = _energy(run, conversion, perplexities)
-    sites = per_site(run, perplexities)
-    return result(run, perplexities, accuracies, energy, sites), sites, run
+    if "prefix" in run.chain.steps:
+        _prefix(run)
+    conversion = None if isinstance(settings.coding, Dense) else convert(run)
+    _perplexities(run, conversion)
+    _accuracies(run, conversion)
+    _energy(run, conversion)
+    row, sites = collect(run)
+    return row | {"compiled": compiled()}, sites, run
 
 
 def _calibration(run: Run) -> Artifact:
@@ -104,169 +98,118 @@ def _calibration(run: Run) -> Artifact:
     return inputs.tokens(corpus, "calibration", run.model, run.store)
 
 
-def _calibration_windows(run: Run, calibration: Artifact) -> torch.Tensor:
+def _calibration_windows(run: Run) -> torch.Tensor:
     """The ids [windows, length] that everything is measured and fitted on."""
-    spec = run.settings.calibration
-    return text.windows(inputs.load_tokens(calibration), **_shape(spec), name=spec.corpus)
+    spec, ids = run.settings.calibration, inputs.load_tokens(_calibration(run))
+    return text.windows(ids, spec.windows, spec.length, name=spec.corpus)
 
 
-def _prefix(run: Run) -> Artifact:
+def _prefix(run: Run) -> None:
     """The tokens that a transform keeps in front of every text, found on the untouched model."""
-    s, spec = run.settings, run.settings.calibration
+    s = run.settings
     search: Any = s.transform.search
-    calibration = _calibration(run)
 
     def make(out: Path) -> None:
-        ids = _calibration_windows(run, calibration)
-        model, tokenizer = run.model.load()
-        result = search.run(model, tokenizer, ids, s.runtime.batch)
+        model, tokenizer = inputs.model_source(s.model, run.store, run.model.device).load()
+        result = search.run(model, tokenizer, _calibration_windows(run), s.runtime.batch)
         (out / inputs.PREFIX).write_text(json.dumps(result, indent=1))
 
-    keys = {"model": run.model.key, "tokens": calibration.key}
-    return run.build("prefix", {"search": search} | _windows(spec), keys, make)
+    run.build("prefix", make)
 
 
-def convert(run: Run, calibration: Artifact) -> Conversion:
+def convert(run: Run) -> Conversion:
     """Stages 1 to 4: capture, distribution, fitting, patching."""
     s, spec = run.settings, run.settings.calibration
-    windows = _windows(spec)
-    keys = {"model": run.model.key, "tokens": calibration.key}
+    coding: Coding = s.coding  # type: ignore[assignment]
 
     def sketch(out: Path) -> None:
-        ids = _calibration_windows(run, calibration)
+        ids = _calibration_windows(run)
         model, _ = run.model.load()
         sites = select(find_sites(model), s.sites)
         s.capture.run(model, ids, sites, s.runtime.batch).save(out)
 
-    sketches = run.build(
-        "capture", {"capture": s.capture, "sites": s.sites} | windows, keys, sketch
-    )
+    sketches = run.build("capture", sketch)
     densities = run.build(
         "distribution",
-        s.distribution,
-        {"capture": sketches.key},
         lambda out: s.distribution.run(SketchSet.load(sketches.path)).save(out),
     )
-    coding: Coding = s.coding  # type: ignore[assignment]
-    fitting = s.fitting.for_coding(coding)
-    measured = _statistics(run, calibration)
+    statistics = _statistics(run)
 
     def fit(out: Path) -> None:
         tensors = {
-            name: load_file(a.path / "statistic.safetensors") for name, a in measured.items()
+            name: load_file(a.path / "statistic.safetensors") for name, a in statistics.items()
         }
+        fitting = s.fitting.for_coding(coding)
         fitting.run(Densities.load(densities.path), coding, tensors).save(out)
 
-    fitted = run.build(
-        "fitting",
-        {"fitting": fitting, "coding": coding},
-        {"distribution": densities.key} | {name: a.key for name, a in measured.items()},
-        fit,
-    )
-    conversion = Conversion(coding, FittedNeurons.load(fitted.path))
+    conversion = Conversion(coding, FittedNeurons.load(run.build("fitting", fit).path))
 
     def measure(out: Path) -> None:
-        ids = inputs.load_tokens(calibration)
-        skip = spec.windows * spec.length
+        ids, skip = inputs.load_tokens(_calibration(run)), spec.windows * spec.length
         held_out = text.windows(ids, s.patching.windows, spec.length, skip, name=spec.corpus)
         model, _ = run.model.load()
         frame = s.patching.run(model, held_out, conversion, s.runtime.batch)
         frame.to_parquet(out / "sites.parquet")
         log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
 
-    spec_patching = {"patching": s.patching, "coding": coding} | windows
-    run.build("patching", spec_patching, keys | {"fitting": fitted.key}, measure)
+    run.build("patching", measure)
     return conversion
 
 
-def _statistics(run: Run, calibration: Artifact) -> dict[str, Artifact]:
+def _statistics(run: Run) -> dict[str, Artifact]:
     """What the coding needs beyond the distribution, each its own artifact by its name."""
-    s, spec = run.settings, run.settings.calibration
+    s = run.settings
     if not isinstance(s.coding, Observing):
         return {}
-    keys = {"model": run.model.key, "tokens": calibration.key}
     found = {}
     for statistic in s.coding.statistics:
 
         def measure(out: Path, statistic: Any = statistic) -> None:
-            ids = _calibration_windows(run, calibration)
+            ids = _calibration_windows(run)
             model, _ = run.model.load()
             sites = select(find_sites(model), s.sites)
             tensors = statistic.run(model, ids, sites, s.runtime.batch)
             save_file(tensors, out / "statistic.safetensors")
 
-        fields = {"statistic": statistic, "sites": s.sites} | _windows(spec)
-        name = statistic.name
-        found[name] = run.build("statistics", fields, keys, measure, name)
+        found[statistic.name] = run.build(f"statistics {statistic.name}", measure)
     return found
 
 
-def _windows(spec: Any) -> dict[str, int]:
-    return {"windows": spec.windows, "length": spec.length}
-
-
-def _shape(spec: Any) -> dict[str, int]:
-    return {"count": spec.windows, "length": spec.length}
-
-
-def _perplexities(
-    run: Run, conversion: Conversion | None, calibration: Artifact | None
-) -> dict[str, evaluating.Perplexity]:
-    s = run.settings
-    found = {}
-    for name in s.evaluation.corpora:
+def _perplexities(run: Run, conversion: Conversion | None) -> None:
+    s, spec = run.settings, run.settings.evaluation
+    calibrated = conversion is not None or "prefix" in run.artifacts
+    calibration = _calibration(run) if calibrated else None
+    for name in spec.corpora:
         tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
         if calibration is not None:
             inputs.refuse_overlap(calibration, tokens)
 
         def make(out: Path, name: str = name, tokens: Artifact = tokens) -> None:
-            ids = text.windows(inputs.load_tokens(tokens), **_shape(s.evaluation), name=name)
+            ids = text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
             model, _ = run.model.load()
             batch = s.runtime.evaluation_batch
             evaluating.perplexity(model, ids, conversion, batch, name).save(out)
 
-        spec = {"perplexity": name, "coding": s.coding} | _shape(s.evaluation)
-        keys = {"model": run.model.key, "tokens": tokens.key} | _fitted(run)
-        artifact = run.build("evaluation", spec, keys, make, f"ppl_{name}")
-        found[name] = evaluating.Perplexity.load(artifact.path)
-    return found
+        run.build(f"evaluation ppl_{name}", make)
 
 
-def _accuracies(run: Run, conversion: Conversion | None) -> dict[str, dict[str, Any]]:
-    s = run.settings
-    found = {}
-    for spec, path, identity in inputs.questions(
-        [s.tasks[n] for n in s.evaluation.tasks], run.store
-    ):
+def _accuracies(run: Run, conversion: Conversion | None) -> None:
+    s, spec = run.settings, run.settings.evaluation
+    specs = [s.tasks[name] for name in spec.tasks]
+    for task in specs:
 
-        def make(out: Path, spec: Any = spec, path: Path | None = path) -> None:
+        def make(out: Path, task: Any = task) -> None:
+            questions = [(task, inputs.question_file(task, specs, run.store))]
             model, tokenizer = run.model.load()
-            scores = evaluating.accuracy(
-                model,
-                tokenizer,
-                conversion,
-                [(spec, path)],
-                s.evaluation.items,
-                s.runtime.task_batch,
-            )
-            (out / "metrics.json").write_text(json.dumps(scores[spec.name], indent=1))
+            batch = s.runtime.task_batch
+            scores = evaluating.accuracy(model, tokenizer, conversion, questions, spec.items, batch)
+            (out / "metrics.json").write_text(json.dumps(scores[task.name], indent=1))
 
-        fields = {"task": replace(spec, path=None), "coding": s.coding, "items": s.evaluation.items}
-        keys = {"model": run.model.key, "data": identity} | _fitted(run)
-        artifact = run.build("evaluation", fields, keys, make, f"acc_{spec.name}")
-        found[spec.name] = json.loads((artifact.path / "metrics.json").read_text())
-    return found
+        run.build(f"evaluation acc_{task.name}", make)
 
 
-def _fitted(run: Run) -> dict[str, str]:
-    fitted = run.artifacts.get("fitting")
-    return {} if fitted is None else {"fitting": fitted.key}
-
-
-def _energy(
-    run: Run, conversion: Conversion | None, perplexities: dict[str, evaluating.Perplexity]
-) -> dict[str, Any]:
-    """Summary by convention and phase, on the counters of the first corpus."""
+def _energy(run: Run, conversion: Conversion | None) -> None:
+    """Cost of every operation, and sums by convention and phase, on the first corpus' counters."""
     s = run.settings
     corpus = s.evaluation.corpora[0]
     tokens = s.energy.tokens or s.evaluation.length
@@ -277,13 +220,11 @@ def _energy(
         dense = account(untransformed(plan), s.energy, tokens)
         spiking = account(plan, s.energy, tokens)
         if conversion is not None:
-            counters = perplexities[corpus].counters
+            source = run.artifacts[f"evaluation ppl_{corpus}"].path
+            counters = evaluating.Perplexity.load(source).counters
             spiking = account(plan, s.energy, tokens, counters, conversion.coding)
         spiking.to_parquet(out / "operations.parquet")
         totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
 
-    spec = {"energy": replace(s.energy, tokens=tokens), "coding": s.coding}
-    source = run.artifacts[f"evaluation ppl_{corpus}"]
-    artifact = run.build("energy", spec, {"evaluation": source.key}, make)
-    return dict(json.loads((artifact.path / "summary.json").read_text()))
+    run.build("energy", make)

@@ -40,8 +40,7 @@ def run() -> runner.Run:
 @pytest.fixture(scope="module")
 def densities(run: runner.Run) -> Densities:
     use_compiler(True)
-    found = inputs.tokens(run.settings.corpus["wikipedia"], "calibration", run.model, run.store)
-    runner.convert(run, found)
+    runner.convert(run)
     return Densities.load(run.artifacts["distribution"].path)
 
 

@@ -1,0 +1,52 @@
+"""The jobs that a command line stands for: the axes of its experiment, expanded and composed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from pipeline.settings import Settings
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep: its overrides, as Hydra would give them to it, and its configuration."""
+
+    overrides: tuple[str, ...]
+    config: DictConfig
+
+    @property
+    def settings(self) -> Settings:
+        settings: Settings = instantiate(self.config)
+        return settings
+
+    @property
+    def command(self) -> str:
+        """The command that runs this job alone."""
+        quoted = (f"'{o}'" if set(o) & set("[]{}(), ") else o for o in self.overrides)
+        return f"python -m pipeline {' '.join(quoted)} hydra.mode=RUN"
+
+
+def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
+    """The jobs in the order of the sweep. `overrides` win over the experiment's own axes.
+
+    Raises what Hydra raises for what it cannot parse or compose.
+    """
+    given = OverridesParser.create().parse_overrides(list(overrides))
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        fixed = [o.input_line for o in given if not o.is_sweep_override() and o.input_line]
+        whole = compose("config", fixed, return_hydra_config=True)
+        params = whole.hydra.sweeper.params or {}
+        axes = [f"{name}={value}" for name, value in params.items()]
+        every = OverridesParser.create().parse_overrides([*axes, *overrides])
+        (batch,) = BasicSweeper.split_arguments(every, None)
+        return [Job(tuple(job), compose("config", list(job))) for job in batch]
