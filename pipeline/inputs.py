@@ -80,6 +80,11 @@ class ModelSource:
         key = Step("transform", transform, keys, ("stages.llm.transforms",)).key()
         return replace(self, key=key, transform=transform, prefix=prefix)
 
+    @property
+    def plain(self) -> ModelSource:
+        """The same model without its transform."""
+        return replace(self, key=self.weights, transform=Untouched(), prefix=None)
+
     def _prefix(self) -> tuple[int, ...]:
         if self.prefix is None:
             return ()
@@ -102,6 +107,11 @@ def _loaded(key: str, origin: _Origin, transform: Transform, prefix: tuple[int, 
     model, tokenizer = load(**asdict(origin))
     transform.apply(model, prefix)
     return model, tokenizer
+
+
+def forget() -> None:
+    """Lets go of the model that stays in memory between runs."""
+    _loaded.cache_clear()
 
 
 def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:

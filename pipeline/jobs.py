@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,7 @@ class Job:
     @property
     def command(self) -> str:
         """The command that runs this job alone."""
-        quoted = (f"'{o}'" if set(o) & set("[]{}(), ") else o for o in self.overrides)
-        return f"python -m pipeline {' '.join(quoted)} hydra.mode=RUN"
+        return shlex.join(["python", "-m", "pipeline", *self.overrides, "hydra.mode=RUN"])
 
 
 def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
@@ -47,6 +47,11 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
         whole = compose("config", fixed, return_hydra_config=True)
         params = whole.hydra.sweeper.params or {}
         axes = [f"{name}={value}" for name, value in params.items()]
-        every = OverridesParser.create().parse_overrides([*axes, *overrides])
+        own = [
+            o.input_line
+            for o in given
+            if not str(o.key_or_group).startswith("hydra") and o.input_line
+        ]
+        every = OverridesParser.create().parse_overrides([*axes, *own])
         (batch,) = BasicSweeper.split_arguments(every, None)
         return [Job(tuple(job), compose("config", list(job))) for job in batch]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import inputs
 from pipeline.chain import Chain, chain
+from pipeline.devices import resolve
 from pipeline.results import collect
 from pipeline.settings import Settings
 from pipeline.store import Artifact, Store
@@ -62,9 +63,7 @@ class Run:
 def start(settings: Settings) -> Run:
     """Finds the device and the steps; nothing is loaded or built before it is needed."""
     runtime = settings.runtime
-    device = runtime.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve(runtime.device)
     root = Path(settings.store.path)
     use_compiler(runtime.compile, (root / ".compiled").absolute())
     store = Store(root, runtime={**asdict(runtime), "device": device})
@@ -93,14 +92,14 @@ def execute(settings: Settings) -> tuple[dict[str, Any], pd.DataFrame, Run]:
     return row | {"compiled": compiled()}, sites, run
 
 
-def _calibration(run: Run) -> Artifact:
+def _calibration(run: Run, model: inputs.ModelSource) -> Artifact:
     corpus = run.settings.corpus[run.settings.calibration.corpus]
-    return inputs.tokens(corpus, "calibration", run.model, run.store)
+    return inputs.tokens(corpus, "calibration", model, run.store)
 
 
-def _calibration_windows(run: Run) -> torch.Tensor:
+def _calibration_windows(run: Run, model: inputs.ModelSource) -> torch.Tensor:
     """The ids [windows, length] that everything is measured and fitted on."""
-    spec, ids = run.settings.calibration, inputs.load_tokens(_calibration(run))
+    spec, ids = run.settings.calibration, inputs.load_tokens(_calibration(run, model))
     return text.windows(ids, spec.windows, spec.length, name=spec.corpus)
 
 
@@ -110,8 +109,9 @@ def _prefix(run: Run) -> None:
     search: Any = s.transform.search
 
     def make(out: Path) -> None:
-        model, tokenizer = inputs.model_source(s.model, run.store, run.model.device).load()
-        result = search.run(model, tokenizer, _calibration_windows(run), s.runtime.batch)
+        ids = _calibration_windows(run, run.model.plain)
+        model, tokenizer = run.model.plain.load()
+        result = search.run(model, tokenizer, ids, s.runtime.batch)
         (out / inputs.PREFIX).write_text(json.dumps(result, indent=1))
 
     run.build("prefix", make)
@@ -123,7 +123,7 @@ def convert(run: Run) -> Conversion:
     coding: Coding = s.coding  # type: ignore[assignment]
 
     def sketch(out: Path) -> None:
-        ids = _calibration_windows(run)
+        ids = _calibration_windows(run, run.model)
         model, _ = run.model.load()
         sites = select(find_sites(model), s.sites)
         s.capture.run(model, ids, sites, s.runtime.batch).save(out)
@@ -145,7 +145,7 @@ def convert(run: Run) -> Conversion:
     conversion = Conversion(coding, FittedNeurons.load(run.build("fitting", fit).path))
 
     def measure(out: Path) -> None:
-        ids, skip = inputs.load_tokens(_calibration(run)), spec.windows * spec.length
+        ids, skip = inputs.load_tokens(_calibration(run, run.model)), spec.windows * spec.length
         held_out = text.windows(ids, s.patching.windows, spec.length, skip, name=spec.corpus)
         model, _ = run.model.load()
         frame = s.patching.run(model, held_out, conversion, s.runtime.batch)
@@ -165,7 +165,7 @@ def _statistics(run: Run) -> dict[str, Artifact]:
     for statistic in s.coding.statistics:
 
         def measure(out: Path, statistic: Any = statistic) -> None:
-            ids = _calibration_windows(run)
+            ids = _calibration_windows(run, run.model)
             model, _ = run.model.load()
             sites = select(find_sites(model), s.sites)
             tensors = statistic.run(model, ids, sites, s.runtime.batch)
@@ -178,7 +178,7 @@ def _statistics(run: Run) -> dict[str, Artifact]:
 def _perplexities(run: Run, conversion: Conversion | None) -> None:
     s, spec = run.settings, run.settings.evaluation
     calibrated = conversion is not None or "prefix" in run.artifacts
-    calibration = _calibration(run) if calibrated else None
+    calibration = _calibration(run, run.model) if calibrated else None
     for name in spec.corpora:
         tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
         if calibration is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         if command is gc:
             sub.add_argument("--older-than", type=float, metavar="DAYS")
             sub.add_argument("--keep-file", type=Path, metavar="FILE", help="one key a line")
+            sub.add_argument(
+                "--keep",
+                action="append",
+                nargs="+",
+                metavar=("EXPERIMENT", "OVERRIDE"),
+                help="an experiment whose artifacts stay, with its overrides; may be repeated",
+            )
             sub.add_argument("--yes", action="store_true", help="delete, not only preview")
     return parser
 
@@ -86,8 +93,12 @@ def verify(store: Store, arguments: argparse.Namespace) -> int:
 def gc(store: Store, arguments: argparse.Namespace) -> int:
     """Preview or delete what is neither young enough, nor named, nor an input of what is."""
     doomed = store.orphans()
-    if arguments.older_than is not None or arguments.keep_file is not None:
-        doomed += _unneeded(store, arguments.older_than, arguments.keep_file)
+    days, file, experiments = arguments.older_than, arguments.keep_file, arguments.keep
+    if any(choice is not None for choice in (days, file, experiments)):
+        named = set() if file is None else _named(file)
+        for experiment in experiments or ():
+            named |= _reachable(store, experiment)
+        doomed += _unneeded(store, days, named, file or experiments)
     for path in doomed:
         done = "would delete"
         if arguments.yes:
@@ -97,17 +108,36 @@ def gc(store: Store, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _unneeded(store: Store, days: float | None, keep_file: Path | None) -> list[Path]:
+def _unneeded(store: Store, days: float | None, named: set[str], source: Any) -> list[Path]:
     """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
     known = {path: _read(path) for path in store.folders()}
-    roots = set() if keep_file is None else _named(keep_file)
-    if keep_file is not None and not roots & {path.name for path in known}:
-        raise InputError(f"no key in {keep_file} is in {store.root}; this would delete everything")
+    if source and not named & {path.name for path in known}:
+        raise InputError(
+            f"nothing that {source} names is in {store.root}; this would delete everything"
+        )
+    roots = set(named)
     if days is not None:
         roots |= {path.name for path, record in known.items() if record and _age(record) < days}
     inputs = {path.name: record["inputs"].values() for path, record in known.items() if record}
     needed = _closure(roots, inputs)
     return [path for path, record in known.items() if record is None or path.name not in needed]
+
+
+def _reachable(store: Store, experiment: Sequence[str]) -> set[str]:
+    """Keys of all that an experiment's jobs use, from the model's file to the energy."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.chain import chain
+    from pipeline.errors import one_line
+    from pipeline.jobs import jobs
+
+    name, *overrides = experiment
+    try:
+        chains = [chain(job.settings, store) for job in jobs([f"experiment={name}", *overrides])]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(one_line(error)) from None
+    return {step.key() for each in chains for step in (each.sources | each.steps).values()}
 
 
 def _named(keep_file: Path) -> set[str]:

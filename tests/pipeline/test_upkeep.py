@@ -10,6 +10,7 @@ import pytest
 from pipeline import manifest
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
+from tests.pipeline.conftest import Tiny
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -143,3 +144,21 @@ def test_gc_removes_leftovers_of_the_dead_only(store: Store) -> None:
 
     assert not store.build(step(), collect).hit
     assert store.find(step()) is not None
+
+
+def test_gc_keeps_what_an_experiment_reaches(tiny_run: Tiny, command, tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "experiment=none", "coding=las,gated")
+    kept = set(done.results[1]["keys"].values())
+    lost = set(done.results[0]["keys"].values()) - kept
+    root = tmp_path / "outputs/store"
+    keep = ["--keep", "none", "coding=gated", *tiny_run.overrides]
+    preview = cli(root, "gc", *keep)
+    assert preview.returncode == 0, preview.stderr
+    assert f"{len(lost)} folders; --yes deletes them" in preview.stdout
+    assert cli(root, "gc", *keep, "--yes").returncode == 0
+    found = {path.name for path in Store(root).folders()}
+    assert kept <= found and not lost & found
+    assert {path.parent.name for path in Store(root).folders()} >= {"tokens", "capture"}
+    unknown = cli(root, "gc", "--keep", "nonsense", "--yes")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert "nonsense" in unknown.stderr and {p.name for p in Store(root).folders()} == found
