@@ -1,9 +1,10 @@
-"""Figures that compare the runs of a sweep; a series has the same look in all of them."""
+"""Figures of perplexity that compare the runs of a sweep, and the looks of its series."""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,25 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from pipeline.figures import ROLES, SHOWN_DECADES, STYLE, WIDTH, Array
-from pipeline.rows import variant
-from pipeline.tables import DIVERGED
+from pipeline.columns import DIVERGED
+from pipeline.figures import STYLE, WIDTH, Array
+from pipeline.rows import result_frame, variant
 
-LOOKS = tuple(ROLES.values())  # colours and markers that tell eleven series apart; then dashes
-DASHES = ("-", "--", ":")
-CODINGS_A_PANEL = 5
-SHOWN_X = 5  # decades of magnitudes, below which the densities are level
+Looks = dict[str, dict[str, Any]]
+# A row of panels shows this many series and the others in grey: more cannot be told apart on a
+# page. The colours are Okabe and Ito's, safe for colour-blind readers; none tells a series alone.
+LOOKS = (
+    *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")),
+    *(("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "X")),
+)
+LEVEL: dict[str, Any] = {"marker": "", "linestyle": "-."}  # a series that does not depend on T
+DENSE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.9, "marker": ""}
+OTHER: dict[str, Any] = {"color": "0.82", "linewidth": 0.7, "marker": "", "zorder": 1}
+THIN: dict[str, Any] = {"linewidth": 0.6}  # leads the eye from T to T
+FRONT: dict[str, Any] = {"color": "0.6", "linewidth": 3, "alpha": 0.6, "marker": "", "zorder": 1.5}
+PANELS_A_ROW = 3
 AXES = {"timesteps": "timesteps T", "bits": "bits: T + log$_2$ n of n neurons per activation"}
 
 
@@ -29,8 +39,6 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run: series, panel (model and transform), timesteps, bits, ppl of the first corpus,
     energy_J (causal, prefill), dense."""
     names = [name for result in results for name in result if name.startswith("ppl_")]
-    if not names:
-        return pd.DataFrame()
     rows = [
         {
             "series": series,
@@ -48,16 +56,31 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The variant of every result, with n where a variant has several (n = T is no choice of n)."""
+    """The variant of every result, with n and the job's settings where a variant has several.
+
+    n = T is no choice of n.
+    """
+    frame = result_frame(results)
+    settings = frame["setting"].fillna("") if "setting" in frame else [""] * len(frame)
     grains: dict[str, set[Any]] = {}
-    for result in results:
+    given: dict[str, set[str]] = {}
+    for result, setting in zip(results, settings, strict=True):
+        given.setdefault(variant(result), set()).add(setting)
         if result.get("grains") != result.get("timesteps"):
             grains.setdefault(variant(result), set()).add(result.get("grains"))
-    several = {name for name, counts in grains.items() if len(counts) > 1}
-    return [
-        f"{name} n={result['grains']}" if name in several else name
-        for name, result in zip(map(variant, results), results, strict=True)
-    ]
+    found = []
+    for result, setting in zip(results, settings, strict=True):
+        name = variant(result)
+        told = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
+        told += [_short(setting)] if setting and len(given[name]) > 1 else []
+        found.append(" ".join([name, *told]))
+    return found
+
+
+def _short(setting: str) -> str:
+    """The overrides of a job as a legend has room for: the last part of keys, three digits."""
+    keys = re.sub(r"(?:\w+\.)+(\w+=)", r"\1", setting)
+    return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", keys)
 
 
 def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -70,50 +93,75 @@ def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> s
     return ", ".join(parts)
 
 
+def looks(frame: pd.DataFrame) -> list[Looks]:
+    """The series of a sweep in their order, shared out evenly to the rows of a figure."""
+    series = frame.loc[~frame["dense"], "series"].unique()
+    rows = max(1, -(-len(series) // len(LOOKS)))
+    return [
+        {str(name): {"color": c, "marker": m} for name, (c, m) in zip(share, LOOKS, strict=False)}
+        for share in np.array_split(np.array(series, dtype=object), rows)
+    ]
+
+
 @rc_context(STYLE)
 def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
     """Perplexity against `timesteps` or `bits`. A series of one T in all is a level line."""
-    drawn, note = _shown(frame.dropna(subset=["ppl"]))
-    looks = _looks(frame)
-    figure, panels = _panels(frame)
-    single = frame.groupby("series")["timesteps"].nunique() < 2
-    for name, axes in panels.items():
-        for series, rows in drawn[drawn["panel"] == name].groupby("series", sort=False):
-            if single[series]:
-                look = looks[series] | {"marker": "", "linestyle": "-."}
-                axes.axhline(rows["ppl"].iloc[0], **look)
+    steps = frame.groupby("series")["timesteps"]
+    level = steps.nunique() < 2
+    fixed = {
+        str(name): f"{name} (T={last:.0f})"
+        for name, last in steps.max().dropna().items()
+        if level[str(name)]
+    }
+    rows = [
+        {name: look | (LEVEL if level[name] else {}) for name, look in row.items()}
+        for row in looks(frame)
+    ]
+    frame = frame.dropna(subset=["ppl"])
+    figure, cells = _panels(frame, rows, fixed)
+    for axes, runs, own in cells:
+        for series, points in runs[~runs["dense"]].groupby("series", sort=False):
+            look = own.get(str(series), OTHER)
+            if level[series]:
+                axes.axhline(points["height"].iloc[0], **look)
             else:
-                rows = rows.sort_values(axis)
-                axes.plot(rows[axis], rows["ppl"], **looks[series])
+                points = points.sort_values(axis)
+                axes.plot(points[axis], points["height"], **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fixed = {str(s): int(t) for s, t in frame.groupby("series")["timesteps"].max().dropna().items()}
-    labels = {s: f"{s} (T={fixed[s]})" for s in looks if single[s] and s in fixed}
-    level = {series: {"marker": "", "linestyle": "-."} for series in looks if single[series]}
-    _legend(figure, {s: look | level.get(s, {}) for s, look in looks.items()}, labels)
-    figure.supxlabel(_lines(AXES[axis], note), fontsize=8)
+    figure.supxlabel(noted(AXES[axis], _diverged(frame)), fontsize=8)
     return figure
 
 
 @rc_context(STYLE)
 def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     """Perplexity against energy, with the Pareto front of every panel and T at its points."""
-    drawn, note = _shown(frame.dropna(subset=["ppl", "energy_J"]))
-    looks = _looks(frame[frame["energy_J"].notna()])
-    figure, panels = _panels(frame)
-    for name, axes in panels.items():
-        rows = drawn[drawn["panel"] == name]
-        front = rows[pareto(rows["energy_J"].to_numpy(), rows["ppl"].to_numpy())]
+    rows = looks(frame)
+    frame = frame.dropna(subset=["ppl", "energy_J"])
+    legend = Line2D([], [], **FRONT, label="Pareto front of all, with T")
+    figure, cells = _panels(frame, rows, {}, [legend])
+    for axes, runs, own in cells:
+        axes.margins(0.08)  # for the T beside the points
+        front = runs[pareto(runs["energy_J"].to_numpy(), runs["ppl"].to_numpy())]
         front = front.sort_values("energy_J")
-        axes.plot(front["energy_J"], front["ppl"], color="0.6", linewidth=3, alpha=0.6, zorder=1)
-        for series, points in rows.groupby("series", sort=False):
-            axes.plot(points["energy_J"], points["ppl"], **looks[series] | {"linestyle": ""})
-        for _, row in front[front["timesteps"].notna()].iterrows():
-            at = (row["energy_J"], row["ppl"])
-            text = f"{row['timesteps']:.0f}"
-            axes.annotate(text, at, (0, 5), textcoords="offset points", fontsize=6, ha="center")
-    front_line = Line2D([], [], color="0.6", linewidth=3, alpha=0.6, label="Pareto front, with T")
-    _legend(figure, {s: look | {"linestyle": ""} for s, look in looks.items()}, {}, [front_line])
-    figure.supxlabel(_lines("energy of a prefill [J], causal convention", note), fontsize=8)
+        axes.plot(front["energy_J"], front["height"], **FRONT)
+        for series, points in runs.groupby("series", sort=False):
+            look = own.get(str(series), OTHER | {"linestyle": "", "marker": "."})
+            look = {"color": "black", "marker": "*"} if points["dense"].any() else look
+            points = points.sort_values("energy_J")
+            axes.plot(points["energy_J"], points["height"], **THIN | look)
+        for _, run in front[front["series"].isin(list(own))].iterrows():
+            axes.annotate(  # below and left of a point of the front there is no other point
+                f"{run['timesteps']:.0f}",
+                (run["energy_J"], run["height"]),
+                (-2, -2),
+                textcoords="offset points",
+                color=own[run["series"]]["color"],
+                fontsize=7,
+                ha="right",
+                va="top",
+            )
+    label = "energy of a prefill [J], causal convention"
+    figure.supxlabel(noted(label, _diverged(frame)), fontsize=8)
     return figure
 
 
@@ -124,126 +172,82 @@ def pareto(cost: Array, loss: Array) -> np.ndarray:
     return np.asarray(~(as_good & better).any(0))
 
 
-@dataclass(frozen=True)
-class SiteLevels:
-    """One site: p and lambda* on x, and the density of levels of every coding there, by series.
+def _panels(
+    frame: pd.DataFrame,
+    rows: Sequence[Looks],
+    labels: Mapping[Any, str],
+    more: Sequence[Line2D] = (),
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame, Looks]]]:
+    """Empty axes, each with its runs and the looks of the series that it shows in colour.
 
-    All per unit of magnitude and integrating to about one; NaN beyond a coding's largest level.
+    The runs' `height` is the perplexity, or its excess over the dense model's in percent where
+    every panel has one: a scale of perplexity tells nothing apart near the dense model.
     """
-
-    name: str
-    x: Array
-    density: Array
-    optimal: Array
-    levels: Mapping[str, Array]
-
-
-@rc_context(STYLE)
-def level_densities(sites: Sequence[SiteLevels], note: str) -> Figure:
-    """Rows of sites; in every column p, lambda* and the level densities of a few codings."""
-    series = list(dict.fromkeys(name for site in sites for name in site.levels))
-    columns = max(1, -(-len(series) // CODINGS_A_PANEL))
-    share = -(-len(series) // columns)
-    figure = Figure(figsize=(WIDTH, 1.7 * len(sites) + 1.3), layout="constrained")
-    grid = figure.subplots(len(sites), columns, squeeze=False, sharex="row", sharey="row")
-    for row, site in zip(grid, sites, strict=True):
-        row[0].set_ylabel(site.name)
-        for column, axes in enumerate(row):
-            _levels_panel(axes, site, series[column * share : (column + 1) * share])
-    for column, axes in enumerate(grid[-1]):
+    dense = frame[frame["dense"]].groupby("panel")["ppl"].first()
+    names, present = list(frame["panel"].unique()), set(frame["series"])
+    relative = set(names) <= set(dense.index)
+    base = frame["panel"].map(dense)
+    frame = frame.assign(height=100 * (frame["ppl"] / base - 1) if relative else frame["ppl"])
+    drawn = frame[frame["ppl"] <= DIVERGED]
+    rows = [{name: look for name, look in row.items() if name in present} for row in rows]
+    rows = [row for row in rows if row] or [{}]
+    blocks = -(-len(names) // PANELS_A_ROW)  # of panels, in each row of series
+    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)), layout="constrained")
+    columns = min(len(names), PANELS_A_ROW)
+    grid = figure.subplots(len(rows) * blocks, columns, squeeze=False, sharex=True, sharey=True)
+    cells = []
+    for number, row in enumerate(rows):
+        block = grid[number * blocks : (number + 1) * blocks]
+        for axes, name in zip(block.ravel(), names, strict=False):
+            cells.append((axes, drawn[drawn["panel"] == name], row))
+            told = [name] if name else []
+            told += [f"dense {dense[name]:.4g}"] if name in dense else []
+            if number == 0 or blocks > 1:
+                axes.set_title(", ".join(told))
+            if name in dense:
+                axes.axhline(0 if relative else dense[name], **DENSE)
+        for axes in block.ravel()[len(names) :]:
+            axes.set_axis_off()
         handles = [
-            Line2D([], [], color=LOOKS[i][0], label=name)
-            for i, name in enumerate(series[column * share : (column + 1) * share])
+            Line2D([], [], **row[name], label=_wrapped(labels.get(name, name))) for name in row
         ]
-        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    common = [
-        Line2D([], [], color="0.65", linewidth=3, label="density p(|x|)"),
-        Line2D([], [], color="black", linestyle="--", label="optimal λ* ∝ p$^{1/3}$"),
-    ]
-    figure.legend(handles=common, loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(_lines("magnitude |x|", note), fontsize=8)
-    figure.supylabel("density per unit of |x|", fontsize=8)
-    return figure
+        block[0, -1].legend(
+            handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+        )
+    _scale(grid[0, 0], relative)
+    handles = [Line2D([], [], **DENSE, label="dense")] if len(dense) else []
+    if len(rows) > 1:
+        handles.append(Line2D([], [], **OTHER, label="series of the other rows"))
+    figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=3, frameon=False)
+    figure.supylabel("perplexity over the dense model's" if relative else "perplexity", fontsize=8)
+    return figure, cells
 
 
-def _levels_panel(axes: Axes, site: SiteLevels, series: Sequence[str]) -> None:
-    drawn = [site.levels[name] for name in series if name in site.levels]
-    peak = max(np.nanmax(values, initial=0) for values in (site.optimal, *drawn))
-    axes.plot(site.x, _positive(site.density), color="0.65", linewidth=3)
-    axes.plot(site.x, _positive(site.optimal), color="black", linestyle="--", zorder=3)
-    for place, ((colour, _), name) in enumerate(zip(LOOKS, series, strict=False)):
-        if name in site.levels:  # thinner and thinner, so that equal densities are all seen
-            width = 2.6 - 0.45 * place
-            axes.plot(site.x, _positive(site.levels[name]), color=colour, linewidth=width)
-    axes.set(xscale="log", yscale="log")
-    seen = site.x[site.density > 0]
-    axes.set_xlim(max(seen[0], seen[-1] * 10.0**-SHOWN_X) / 1.5, seen[-1] * 1.5)
-    lowest = np.nanmin(_positive(site.optimal))
-    axes.set_ylim(max(lowest / 10, peak * 10.0**-SHOWN_DECADES), peak * 3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=5))
-    axes.minorticks_off()
-
-
-def _positive(values: Array) -> Array:
-    return np.where(values > 0, values, np.nan)
-
-
-def _looks(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
-    """The colour, marker and line of every series, by its place in the sweep."""
-    found: dict[Any, dict[str, Any]] = {}
-    for number, series in enumerate(frame.loc[~frame["dense"], "series"].unique()):
-        lap, place = divmod(number, len(LOOKS))
-        colour, marker = LOOKS[place]
-        fill = "white" if lap % 2 else colour
-        dashes = DASHES[lap % len(DASHES)]
-        found[series] = {"color": colour, "marker": marker, "linestyle": dashes}
-        found[series] |= {"markerfacecolor": fill}
-    dense = {"color": "0.4", "marker": "_", "linestyle": ":", "markerfacecolor": "0.4"}
-    return dict.fromkeys(frame.loc[frame["dense"], "series"].unique(), dense) | found
-
-
-def _shown(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows with a perplexity that says something, and which series have lost some."""
-    diverged = ~(frame["ppl"] <= DIVERGED)
-    lost = frame[diverged].groupby("series", sort=False).size()
-    if lost.empty:
-        return frame, ""
-    parts = ", ".join(f"{series} {count}" for series, count in lost.items())
-    return frame[~diverged], f"not drawn, perplexity above {DIVERGED:g}: {parts} (rows)"
-
-
-def _panels(frame: pd.DataFrame) -> tuple[Figure, dict[str, Axes]]:
-    names = list(frame["panel"].unique())
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    grid = figure.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
-    for name, axes in zip(names, grid, strict=True):
-        axes.set(yscale="log", title=name)
+def _scale(axes: Axes, relative: bool) -> None:
+    """Give the shared vertical axis decades of perplexity, or of percent and linear within 1 %."""
+    if relative:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([-1, 0, *(10.0**k for k in range(6))])
+        axes.yaxis.set_major_formatter(lambda percent, _: f"{percent:+g} %" if percent else "0")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    grid[0].set_ylabel("perplexity")
-    return figure, dict(zip(names, grid, strict=True))
 
 
-def _legend(
-    figure: Figure,
-    looks: Mapping[Any, Mapping[str, Any]],
-    labels: Mapping[Any, str],
-    more: Sequence[Line2D] = (),
-) -> None:
-    handles = [Line2D([], [], **look, label=labels.get(s, s)) for s, look in looks.items()]
-    figure.legend(
-        handles=[*handles, *more],
-        loc="outside upper center",
-        ncols=5,
-        frameon=False,
-        handlelength=3,
-    )
+def _diverged(frame: pd.DataFrame) -> str:
+    """Which series have lost points because their perplexity says nothing, and how many."""
+    lost = frame[~(frame["ppl"] <= DIVERGED)].groupby("series", sort=False).size()
+    parts = ", ".join(f"{series} {count}" for series, count in lost.items())
+    return f"points not drawn, perplexity above {DIVERGED:g}: {parts}" if parts else ""
 
 
-def _lines(label: str, note: str, width: int = 110) -> str:
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, 20))
+
+
+def noted(label: str, note: str, width: int = 95) -> str:
     """An axis' label with a note below it, broken where the page ends."""
-    import textwrap
-
     return "\n".join([label, *textwrap.wrap(note, width)])

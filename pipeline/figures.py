@@ -1,20 +1,29 @@
 """Draw the figures of one run; a role has the same colour and marker in all of them."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
-WIDTH = 7.0  # inches, the text width of a page
+WIDTH = 5.5  # inches, the text width of a page of ICLR and NeurIPS
 COLUMNS = 3
+MAPS_A_ROW = 4
+MAP = "viridis"  # rises in lightness alone, so it is read in grey and by every eye
+HEAD = "head.in"
+GAP = 0.4  # between the layers' roles and the head
 SHOWN_DECADES = 10  # a density is drawn this far below its peak
 SHOWN_BELOW = 100  # and magnitudes down to this part of the smallest level: below, it is flat
 STYLE: dict[Any, Any] = {
@@ -33,6 +42,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.1,
     "lines.markersize": 4,
     "figure.dpi": 200,
+    "hatch.linewidth": 0.4,
+    "pdf.fonttype": 42,  # TrueType: journals refuse matplotlib's default, type 3
 }
 # Paul Tol's "muted" scheme, its pale grey darkened, and black: safe for colour-blind readers
 ROLES = {
@@ -105,48 +116,93 @@ def _density_panel(axes: Axes, role: str, density: RoleDensity) -> None:
 
 
 @rc_context(STYLE)
-def error_per_layer(per_site: pd.DataFrame) -> Figure:
-    """Draw the error of each role by layer, the geometric mean where a layer has several sites."""
-    logarithm = np.log(per_site["nmse"].where(per_site["nmse"] > 0))
-    error = np.exp(logarithm.groupby([per_site["role"], per_site["layer"]]).mean())
-    figure, axes = _by_layer(error)
-    axes.set(title="Conversion error on held-out activations", ylabel="NMSE", yscale="log")
-    return figure
+def error_per_layer(runs: Mapping[str, pd.DataFrame]) -> Figure:
+    """Map the error of every role and layer, the geometric mean where a layer has several sites.
+
+    `runs` are per-site tables by title, a panel each; a colour means the same in all of them.
+    """
+    cells = {}
+    for name, sites in runs.items():
+        logarithm = np.log(sites["nmse"].where(sites["nmse"] > 0))
+        cells[name] = np.exp(logarithm.groupby([sites["role"], sites["layer"]]).mean())
+    return _heat_maps(cells, LogNorm(), "NMSE, held-out activations")
 
 
 @rc_context(STYLE)
-def spike_rate_per_layer(per_site: pd.DataFrame) -> Figure:
-    """Draw the spikes per value of each role by layer, pooled where a layer has several sites."""
-    sums = per_site.groupby(["role", "layer"])[["spikes", "values"]].sum()
-    figure, axes = _by_layer(sums["spikes"] / sums["values"])
-    axes.set(title="Spike rate", ylabel="spikes per value")
-    axes.set_ylim(bottom=0)
+def spike_rate_per_layer(runs: Mapping[str, pd.DataFrame]) -> Figure:
+    """Map the spikes per value of every role and layer, pooled where a layer has several sites."""
+    cells = {}
+    for name, sites in runs.items():
+        groups = sites.groupby(["role", "layer"])
+        cells[name] = groups["spikes"].sum(min_count=1) / groups["values"].sum()
+    return _heat_maps(cells, PowerNorm(0.5, vmin=0), "spikes per value")
+
+
+def _heat_maps(runs: Mapping[str, pd.Series], norm: Normalize, label: str) -> Figure:
+    """Draw panels of series indexed by (role, layer), with the values as they are in colour."""
+    found = {role for series in runs.values() for role in series.index.unique("role")}
+    roles = sorted(found.union(ROLES), key=_order)
+    layers = 1 + max(max(series.index.unique("layer"), default=0) for series in runs.values())
+    values = np.concatenate([series.to_numpy(float) for series in runs.values()])
+    norm.autoscale_None(values[np.isfinite(values)])
+    columns = min(len(runs), MAPS_A_ROW)
+    rows = -(-len(runs) // columns)
+    titles = [textwrap.fill(name, 80 // columns) for name in runs]
+    lines = len(roles) + 1 + max(title.count("\n") + 1 for title in titles)
+    inches = 0.108 * lines  # a role needs the height of its name
+    figure = Figure(figsize=(WIDTH, 0.5 + rows * inches), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    holes = []
+    for axes, title, series in zip(panels, titles, runs.values(), strict=False):
+        grid = series.unstack("layer").reindex(index=roles, columns=range(-1, layers))
+        holes.append(_heat_map(axes, grid, norm))
+        axes.set_title(title, fontsize=7)
+    for axes in panels[len(runs) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(runs) - columns) : len(runs)]:
+        axes.tick_params(labelbottom=True)  # those that have no panel below
+    if np.isfinite(values).any():
+        colours = ScalarMappable(norm, MAP)
+        figure.colorbar(colours, ax=panels, label=label, shrink=min(1, 2 / rows), pad=0.01)
+    figure.supxlabel("layer (hatched: no value)" if any(holes) else "layer", fontsize=8)
     return figure
 
 
-def _by_layer(series: pd.Series) -> tuple[Figure, Axes]:
-    """Draw a series indexed by (role, layer); the head, layer -1, comes after the last layer."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.subplots()
-    series = series[np.isfinite(series)]
-    layers = series.index.get_level_values("layer")
-    head = max(layers, default=0) + 1
-    for role in sorted(series.index.unique("role"), key=_order):
-        line = series[role]
-        colour, marker = _appearance(role)
-        dashes = "--" if role.startswith("mlp.") else "-"
-        x = [layer if layer >= 0 else head for layer in line.index]
-        axes.plot(x, line, color=colour, marker=marker, linestyle=dashes, label=role)
-    if series.empty:
-        axes.text(0.5, 0.5, "undefined for this run", ha="center", transform=axes.transAxes)
-    else:
-        figure.legend(loc="outside right center", frameon=False, handlelength=3)
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if -1 in layers:
-        ticks = [tick for tick in axes.get_xticks() if 0 <= tick < head - 0.5]
-        axes.set_xticks([*ticks, head], [*(f"{tick:.0f}" for tick in ticks), "head"])
-    return figure, axes
+def _heat_map(axes: Axes, grid: pd.DataFrame, norm: Normalize) -> bool:
+    """Draw a row a role, the head as one bar below them; returns whether a cell has no value."""
+    layers = len(grid.columns) - 1  # the first column is the head's
+    centres, holes = np.arange(len(grid)) + GAP * (grid.index == HEAD), False
+    head = grid.index == HEAD
+    for rows, columns in ((~head, slice(1, None)), (head, slice(0, 1))):
+        cells = grid.to_numpy(float)[rows, columns]
+        edges = np.linspace(-0.5, layers - 0.5, cells.shape[1] + 1)
+        shown = np.isfinite(cells)
+        for row, column in zip(*np.nonzero(~shown), strict=True):
+            corner = (edges[column], centres[rows][row] - 0.5)
+            box = Rectangle(corner, edges[1] - edges[0], 1, facecolor="white", hatch="//////")
+            axes.add_patch(box).set(edgecolor="0.6", linewidth=0)
+            holes = True
+        borders = np.append(centres[rows] - 0.5, centres[rows][-1] + 0.5)
+        masked = np.ma.masked_array(cells, ~shown)
+        axes.pcolormesh(edges, borders, masked, norm=norm, cmap=MAP)
+    axes.set(xlim=(-0.5, layers - 0.5), ylim=(centres.max() + 0.5, -0.5))
+    axes.set_yticks(centres, grid.index)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    return holes
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write stem.png and stem.pdf with embedded fonts; the same figure gives the same bytes."""
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf")]
+    with rc_context(STYLE):  # the type of the fonts is decided when a file is written
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # both have the layout that has just been found
+        for path in paths:
+            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    return paths
 
 
 def _order(role: str) -> tuple[int, str]:

@@ -1,13 +1,13 @@
-"""What a finished run shows: its pictures, and its entry in the tracking database."""
+"""The pictures of one finished run, from its artifacts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pipeline import figures, tracking
-from pipeline.settings import Settings
+from pipeline import figures
 from stages.codings.coding import Coding, Tokenwise, site_params
 from stages.distribution import Densities
 from stages.fitting import FittedNeurons
@@ -15,59 +15,28 @@ from stages.fitting import FittedNeurons
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pipeline.runner import Run
 
+def draw(
+    name: str, coding: Coding, sites: pd.DataFrame, densities: Path, neurons: Path
+) -> dict[str, Figure]:
+    """Density with levels, error by layer and spike rate by layer, as far as the coding has them.
 
-def track(
-    settings: Settings,
-    result: dict[str, Any],
-    sites: pd.DataFrame,
-    run: Run,
-    config_yaml: str,
-    parent_run_id: str | None,
-) -> None:
-    """Logs a run with its per-site table and pictures; a failure is a warning."""
-    pictures = draw(run, sites) if settings.runtime.figures else {}
-    git = result["run"]["git"]
-    tags = {
-        "sweep": result["run"]["id"],
-        "git.revision": str(git["revision"]),
-        "git.dirty": str(git["dirty"]),
-    }
-    logged = {k: v for k, v in result.items() if k not in ("run", "axes", "evaluation", "label")}
-    for name, metrics in result["evaluation"].items():
-        tags |= {f"{name}.{k}": str(v) for k, v in metrics.items() if k != "perplexity"}
-    tracking.log_run(
-        settings.tracking,
-        name=settings.name,
-        result=logged,
-        axes=settings.axes,
-        per_site=sites,
-        figures=pictures,
-        config_yaml=config_yaml,
-        tags=tags,
-        parent_run_id=parent_run_id,
-    )
-
-
-def draw(run: Run, sites: pd.DataFrame) -> dict[str, Figure]:
-    """Density with levels, error by layer and spike rate by layer; none for the dense model."""
-    if "fitting" not in run.artifacts:
-        return {}
-    coding: Coding = run.settings.coding  # type: ignore[assignment]
-    pictures = {"error_per_layer": figures.error_per_layer(sites)}
+    `sites` is the per-site table, `densities` and `neurons` are the folders of the distribution and
+    of the fitting.
+    """
+    pictures = {"error_per_layer": figures.error_per_layer({name: sites})}
     if not isinstance(coding, Tokenwise):  # those have other levels in every token
-        shown = role_densities(run, coding)
+        shown = role_densities(coding, Densities.load(densities), FittedNeurons.load(neurons))
         pictures["density_and_levels"] = figures.density_with_levels(shown)
     if coding.neuron:
-        pictures["spike_rate_per_layer"] = figures.spike_rate_per_layer(sites)
+        pictures["spike_rate_per_layer"] = figures.spike_rate_per_layer({name: sites})
     return pictures
 
 
-def role_densities(run: Run, coding: Coding) -> dict[str, figures.RoleDensity]:
+def role_densities(
+    coding: Coding, densities: Densities, neurons: FittedNeurons
+) -> dict[str, figures.RoleDensity]:
     """The middle layer's density of every role, and the levels of the neuron fitted to it."""
-    densities = Densities.load(run.artifacts["distribution"].path)
-    neurons = FittedNeurons.load(run.artifacts["fitting"].path)
     edges = densities.tensors["edges"]
     x = (edges[1:] * edges[:-1]).sqrt().numpy()
     middle = (max(densities.layers) + 1) // 2

@@ -6,13 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import comparisons, convergence, levels, quantiles, roles, tables
+import pandas as pd
+from omegaconf import OmegaConf
+
+from pipeline import comparisons, convergence, figures, levels, quantiles, roles, tables
 from pipeline.rows import distinct, sweep_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUFFIXES = ("png", "pdf")
+MAPS = 24  # as many runs as one page has room for
+
+
+def experiment(folder: Path) -> str | None:
+    """The experiment that a sweep's folder is of, if one was chosen; None for a single run."""
+    choice = folder / "multirun.yaml"
+    if not choice.exists():
+        return None
+    name = OmegaConf.load(choice).hydra.runtime.choices.experiment
+    return None if name in (None, "none") else str(name)
 
 
 def draw(folder: Path, name: str, into: Path) -> list[Path]:
@@ -42,32 +54,48 @@ def draw(folder: Path, name: str, into: Path) -> list[Path]:
         return written
     pictures |= _comparisons(jobs)
     for kind, figure in pictures.items():
-        written += _save(figure, into / f"{name}_{kind}")
+        written += figures.save(figure, into / f"{name}_{kind}")
     return written
 
 
 def _comparisons(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Figure]:
-    """Perplexity against whatever has two values at least, and the densities of levels."""
+    """Perplexity against whatever has two values at least, densities of levels, maps of sites."""
     frame = comparisons.comparison_frame(list(jobs.values()))
     found = {}
-    if len(frame):
-        # An axis is worth a figure where a series moves along it: codings of fixed T do not.
-        moving = frame[~frame["dense"]].groupby("series")
-        for axis in comparisons.AXES:
-            if frame[axis].notna().any() and (moving[axis].nunique() > 1).any():
-                found[f"ppl_{axis}"] = comparisons.perplexity_by(frame, axis)
-        if frame["energy_J"].nunique() > 1:
-            found["ppl_energy"] = comparisons.perplexity_by_energy(frame)
+    # An axis is worth a figure where a series moves along it: codings of fixed T do not.
+    moving = frame[~frame["dense"]].groupby("series")
+    for axis in comparisons.AXES:
+        if frame[axis].notna().any() and (moving[axis].nunique() > 1).any():
+            found[f"ppl_{axis}"] = comparisons.perplexity_by(frame, axis)
+    if frame["energy_J"].nunique() > 1:
+        found["ppl_energy"] = comparisons.perplexity_by_energy(frame)
     sites, note = levels.site_levels(jobs)
     if sites:
-        found["levels"] = comparisons.level_densities(sites, note)
+        found["levels"] = levels.level_densities(sites, comparisons.looks(frame), note)
+    maps = site_tables(jobs)
+    for kind, column, drawn in (
+        ("error_per_layer", "nmse", figures.error_per_layer),
+        ("spike_rate_per_layer", "spikes", figures.spike_rate_per_layer),
+    ):
+        if shown := {name: sites for name, sites in maps.items() if sites[column].notna().any()}:
+            found[kind] = drawn(shown)
     return found
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as png and pdf, without the date, so that the same figure is the same file."""
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in SUFFIXES]
-    for path in paths:
-        dateless = {"CreationDate": None} if path.suffix == ".pdf" else None
-        figure.savefig(path, metadata=dateless)
-    return paths
+def site_tables(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+    """The per-site tables of converted jobs, by a title that tells them apart.
+
+    Where a page has no room for all, those of one T and transform.
+    """
+    frame = comparisons.comparison_frame(list(jobs.values())).set_index(pd.Index(jobs))
+    shown = frame[~frame["dense"]]
+    if len(shown) > MAPS:
+        chosen, _ = levels.chosen(jobs)
+        shown = shown.loc[list(chosen.values())[:MAPS]]
+    told = [name for name in ("timesteps", "panel") if shown[name].nunique() > 1]
+    found = {}
+    for folder, row in shown.iterrows():
+        parts = {"timesteps": f" T={row['timesteps']:.0f}", "panel": f", {row['panel']}"}
+        title = row["series"] + "".join(parts[name] for name in told)
+        found[title] = pd.read_parquet(Path(str(folder)) / "per_site.parquet")
+    return found

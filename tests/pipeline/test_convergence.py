@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.optimize import least_squares
 
+from pipeline import convergence
 from stages.convergence import fit_decay
 from stages.errors import InputError
 
@@ -80,3 +82,27 @@ def test_an_oscillating_curve_is_not_called_a_good_fit():
 def test_what_cannot_be_fitted_is_refused(bad):
     with pytest.raises(InputError, match="loss curves"):
         fit_decay(bad)
+
+
+def test_convergence_is_summed_up_by_role_and_counted():
+    nan = float("nan")
+    numbers = {"C_relative": 0.5, "last_relative": 0.6, "R2": 0.9}
+    fits = pd.DataFrame(
+        [
+            {"role": "mlp.in", "rho": 0.9, "C": 1.0, "settled": True} | numbers,
+            {"role": "mlp.in", "rho": 0.8, "C": 3.0, "settled": False} | numbers,
+            {"role": "head.in", "rho": nan, "C": 5.0, "settled": False} | numbers,
+        ]
+    )
+    summed = convergence.by_role(fits).set_index("role")
+    assert summed.loc["mlp.in", ["sites", "fell", "settled"]].tolist() == [2, 2, 1]
+    assert summed.loc["head.in", ["sites", "fell", "settled"]].tolist() == [1, 0, 0]
+    assert summed.loc["mlp.in", "C"] == 2 and summed.loc["mlp.in", "rho"] == pytest.approx(0.85)
+    less = summed.reset_index().assign(slope=5.0, C=[2.0, 5.0])
+    more = less.assign(slope=80.0, C=[1.0, 6.0])
+    both = pd.concat([less, more])
+    text = convergence.caption(both)
+    assert "from slope 5 to 80 C shrinks in 1 of 2 rows" in text and "in 0 of 2 rows" in text
+    lines = convergence.limit_by_slope(both).axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["mlp.in", "head.in"]
+    assert all(list(line.get_xdata()) == [5, 80] for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from stages.codings.dense import Dense
 from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+MAIN = "dense,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,gated2,gated3,\
+gated_budget,signed_digit2"
 # What the smoke run takes of an axis where that is not its first two values.
 CUT = {
     "codings": {"variant": "dense,ttfs,gif,oat_rounded,gated2,gated2_offset,lloyd_max"},
@@ -31,6 +34,11 @@ CUT = {
         "variant": "learn_neither,learn_neuron,learn_bases,learn_both",
     },
     "paper": {"timesteps": "6", "variant": "dense,las,paper2,paper3"},
+    "grain_timestep": {"variant": "dense,multigrain1,multigrain2,gated1,gated3"},
+    "main_table": {"timesteps": "6", "variant": MAIN},
+    "energy_table": {"timesteps": "6", "variant": "dense,two_spike,paper2,gated2"},
+    "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
+    "v0_ablation": {"timesteps": "6", "variant": "las,phase,multigrain2"},
 }
 Command = Callable[..., Finished]
 
@@ -109,15 +117,69 @@ def test_algorithm1_varies_one_setting_at_a_time():
     assert set().union(*changed) == names | {"data", "samples"}
 
 
-def test_the_papers_setting_is_the_papers():
-    for steps, grains in itertools.product(axes("paper")["timesteps"], (2, 3)):
-        settings = instantiate(composed("paper", timesteps=steps, variant=f"paper{grains}"))
+@pytest.mark.parametrize("experiment", ["paper", "main_table", "energy_table"])
+def test_the_papers_setting_is_the_papers(experiment):
+    for steps, grains in itertools.product(axes(experiment)["timesteps"], (2, 3)):
+        settings = instantiate(composed(experiment, timesteps=steps, variant=f"paper{grains}"))
         assert (settings.calibration.windows, settings.calibration.length) == (64, 512)
         assert "mlp.up" not in settings.sites.roles and "head.in" in settings.sites.roles
         assert settings.transform.name == "rotate_prefix"
         coding = settings.coding
         assert (coding.name, coding.grains, coding.tau) == ("multigrain", grains, "running_maximum")
-    assert axes("paper")["timesteps"] == ["6", "8", "10"]
+    assert axes(experiment)["timesteps"] == ["6", "8", "10"]
+
+
+def test_the_grid_of_grains_and_timesteps_is_complete():
+    found = axes("grain_timestep")
+    grid = []
+    for steps, name in itertools.product(found["timesteps"], found["variant"]):
+        coding = instantiate(composed("grain_timestep", timesteps=steps, variant=name)).coding
+        if not isinstance(coding, Dense):
+            grid.append((coding.name, coding.grains, coding.timesteps))
+    assert sorted(grid) == sorted(itertools.product(("multigrain", "gated"), (1, 2, 3), (6, 8, 10)))
+
+
+def test_the_main_table_has_every_method_once_and_the_energy_table_shares_its_evaluations():
+    whole = axes("main_table")["variant"]
+    assert whole == MAIN.split(",")
+    codings = [instantiate(composed("main_table", variant=name)).coding for name in whole]
+    assert len(set(codings)) == len(codings)
+    assert set(axes("energy_table")["variant"]) <= set(whole)
+    one, other = (
+        instantiate(composed(name, variant="gated2")) for name in ("main_table", "energy_table")
+    )
+    tasks = one.evaluation.tasks
+    assert (
+        tasks == ("piqa", "arc_easy", "winogrande", "arc_challenge") and not other.evaluation.tasks
+    )
+    silent = {"tasks": tasks, "items": one.evaluation.items}
+    assert replace(other, evaluation=replace(other.evaluation, **silent)) == one
+
+
+def test_v0_is_all_that_the_rows_of_its_ablation_differ_in():
+    found = axes("v0_ablation")
+    assert found["variant"] == ["las", "phase", "multigrain2"]
+    assert found["coding.v0"] == ["zero", "half_step"]
+    for steps, name in itertools.product(found["timesteps"], found["variant"]):
+        zero, half = (
+            instantiate(composed("v0_ablation", timesteps=steps, variant=name, **{"coding.v0": v0}))
+            for v0 in found["coding.v0"]
+        )
+        assert (zero.coding.v0, half.coding.v0) == ("zero", "half_step")
+        assert replace(zero, coding=replace(zero.coding, v0="half_step")) == half
+
+
+def test_calibration_varies_its_tokens_its_corpus_and_the_seed():
+    found = axes("calibration_ablation")
+    assert found["calibration.windows"] == ["4", "16", "64"] and "calibration.corpus" in found
+    assert found["variant"] == ["multigrain2", "gated2"] and len(found["fitting.seed"]) >= 3
+    for corpus in ("wikipedia", "c4"):  # whatever text a user names
+        given = {"calibration.corpus": corpus, "calibration.windows": "4", "fitting.seed": "1"}
+        settings = instantiate(composed("calibration_ablation", variant="multigrain2", **given))
+        calibration = settings.calibration
+        assert (calibration.corpus, calibration.windows, calibration.length) == (corpus, 4, 512)
+        # A seed only matters where values are drawn.
+        assert (settings.fitting.data, settings.fitting.seed) == ("samples", 1)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +198,9 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     frame = pd.read_csv(tables / f"{experiment}.csv")
     assert not frame.drop(columns=["fitting_s", "conversion_s"]).duplicated().any()
     assert frame["ppl_wikipedia"].gt(1).all()
+    assert {f"{experiment}_error_per_layer.{kind}" for kind in ("png", "pdf")} <= {
+        path.name for path in tables.glob("*")
+    }
     written = {path.name.removeprefix(experiment) for path in tables.glob(f"{experiment}*")}
     expected = {f"{part}.{kind}" for part in ("", "_energy") for kind in ("md", "csv", "tex")}
     if experiment != "compander":  # a bound has no spikes, so no energy
@@ -151,6 +216,10 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
         check_quantiles(frame, pd.read_csv(tables / "compander_quantiles.csv"))
     if experiment == "spike_price":  # rows that only the price tells apart
         assert sorted(frame["setting"].unique()) == ["mu=0.02", "mu=0.05"]
+    if experiment == "v0_ablation":
+        check_v0(frame)
+    if experiment == "calibration_ablation":
+        check_calibration(done)
     if experiment == "algorithm1":
         check_convergence(pd.read_csv(tables / "algorithm1_convergence.csv"))
 
@@ -165,6 +234,28 @@ def check_codings(done: Finished, frame: pd.DataFrame) -> None:
     assert [i + 1 for i in at["oat_rounded"]] == at["gated2"]
     together = frame.loc[at["gated2"], ["timesteps", "transform"]].to_numpy()
     assert (frame.loc[at["oat_rounded"], ["timesteps", "transform"]].to_numpy() == together).all()
+
+
+def check_v0(frame: pd.DataFrame) -> None:
+    """Half a step of v0 rounds: a quarter of the squared error of base 2 for well filled steps."""
+    assert len(frame) == 6 and set(frame["setting"]) == {"v0=zero", "v0=half_step"}
+    error = frame.pivot(index="coding", columns="setting", values="nmse")
+    assert error.loc["las", "v0=half_step"] < error.loc["las", "v0=zero"] / 2
+    assert (error["v0=half_step"] != error["v0=zero"]).all()
+
+
+def check_calibration(done: Finished) -> None:
+    """A seed changes a fit to samples and nothing before it, windows change what is captured."""
+    rows = sweep_results(done.runs).values()
+    assert len(rows) == 8  # 2 lengths of text x 2 codings x 2 seeds
+
+    def keys(stage: str, coding: str) -> list[str]:
+        return [row["keys"][stage] for row in rows if row["coding"] == coding]
+
+    for stage in ("capture", "distribution"):
+        assert len(set(keys(stage, "multigrain") + keys(stage, "gated"))) == 2
+    assert len(set(keys("fitting", "multigrain"))) == 4
+    assert len(set(keys("fitting", "gated"))) == 2
 
 
 def check_roles(found: pd.DataFrame, frame: pd.DataFrame) -> None:

@@ -1,24 +1,29 @@
-"""Figures: what is drawn equals the data, every role can be told apart, nothing is cut off."""
+"""Figures: what is drawn equals the data, what is missing is seen, and files are fit for a paper."""
 
+import os
+import re
+import subprocess
 import sys
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from matplotlib.colors import to_hex
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import rgb_to_hsv
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
-from pipeline import comparisons, convergence, figures, levels
-from stages.codings.gated import Gated
-from stages.codings.las import Las
+from pipeline import comparisons, figures
 
 LAYERS = 4
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def per_site() -> pd.DataFrame:
+def sites() -> pd.DataFrame:
+    """Every role of a few layers and the head, all with numbers of their own."""
     rows = []
     for number, role in enumerate(figures.ROLES):
         for layer in [-1] if role == "head.in" else range(LAYERS):
@@ -30,15 +35,16 @@ def per_site() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+@pytest.fixture
+def per_site() -> pd.DataFrame:
+    return sites()
+
+
 def role_density() -> figures.RoleDensity:
     """Give an exponential density on a grid that starts at zero, with a hole in its tail."""
     x = np.concatenate([[0.0], np.geomspace(1e-6, 20, 400)])
     density = np.where((x > 12) & (x < 13), 0, np.exp(-x))
     return figures.RoleDensity(x, density, np.exp(-x / 3) / 3, np.arange(64) / 4)
-
-
-def lines(figure):
-    return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
 def png(figure) -> np.ndarray:
@@ -47,20 +53,45 @@ def png(figure) -> np.ndarray:
     return imread(BytesIO(buffer.getvalue()))
 
 
-def test_error_by_layer_is_the_data_on_a_log_axis(per_site):
-    figure = figures.error_per_layer(per_site)
-    assert figure.axes[0].get_yscale() == "log"
-    for role, line in lines(figure).items():
-        np.testing.assert_allclose(line.get_ydata(), per_site[per_site.role == role].nmse)
+def cells(axes) -> dict[tuple[str, int], float]:
+    """What a heat map shows: its values by role and layer, -1 for the head."""
+    names = dict(
+        zip(axes.get_yticks(), (t.get_text() for t in axes.get_yticklabels()), strict=True)
+    )
+    found = {}
+    for mesh in axes.collections:
+        assert isinstance(mesh, QuadMesh)
+        corners, values = mesh.get_coordinates(), mesh.get_array()
+        for (row, column), value in np.ndenumerate(values.filled(np.nan)):
+            box = corners[row : row + 2, column : column + 2].reshape(4, 2)
+            role, x = names[box[:, 1].mean()], box[:, 0].mean()
+            found[role, -1 if role == figures.HEAD else round(x)] = float(value)
+    return found
 
 
-def test_spike_rate_by_layer_is_the_data(per_site):
-    for role, line in lines(figures.spike_rate_per_layer(per_site)).items():
-        expected = per_site[per_site.role == role].spikes_per_value
-        np.testing.assert_allclose(line.get_ydata(), expected)
+def holes(axes) -> int:
+    return len([p for p in axes.patches if isinstance(p, Rectangle) and p.get_hatch()])
 
 
-def test_several_sites_of_a_layer_are_one_point():
+@pytest.mark.parametrize(
+    ("draw", "column"),
+    [
+        (figures.error_per_layer, "nmse"),
+        (figures.spike_rate_per_layer, "spikes_per_value"),
+    ],
+)
+def test_a_heat_map_has_every_site_and_the_head_as_a_cell_of_its_own(per_site, draw, column):
+    axes, bar = draw({"a": per_site}).axes
+    expected = per_site.set_index(["role", "layer"])[column]
+    assert cells(axes) == pytest.approx(expected.to_dict())
+    assert holes(axes) == 0 and len(axes.collections) == 2
+    layers, head = (mesh.get_coordinates() for mesh in axes.collections)
+    assert head[0, 0, 1] > layers[-1, 0, 1]  # a gap: the axis points downwards
+    assert np.ptp(head[..., 0]) == np.ptp(layers[..., 0])
+    assert (bar.get_yscale() == "log") == (column == "nmse")
+
+
+def test_several_sites_of_a_layer_are_one_cell():
     experts = pd.DataFrame(
         {
             "role": "mlp.down",
@@ -70,43 +101,113 @@ def test_several_sites_of_a_layer_are_one_point():
             "nmse": [1e-4, 1e-2],
         }
     )
-    error = lines(figures.error_per_layer(experts))["mlp.down"]
-    rate = lines(figures.spike_rate_per_layer(experts))["mlp.down"]
-    np.testing.assert_allclose(error.get_ydata(), [1e-3])
-    np.testing.assert_allclose(rate.get_ydata(), [700 / 400])
+    error = cells(figures.error_per_layer({"a": experts}).axes[0])
+    rate = cells(figures.spike_rate_per_layer({"a": experts}).axes[0])
+    assert error["mlp.down", 0] == pytest.approx(1e-3)
+    assert rate["mlp.down", 0] == pytest.approx(700 / 400)
 
 
-def test_the_head_stands_after_the_last_layer(per_site):
-    figure = figures.error_per_layer(per_site)
-    assert list(lines(figure)["head.in"].get_xdata()) == [LAYERS]
-    labels = {tick.get_text(): tick.get_position()[0] for tick in figure.axes[0].get_xticklabels()}
-    assert labels["head"] == LAYERS and labels["0"] == 0
-    assert str(LAYERS) not in labels
+def test_cells_without_a_value_are_hatched_and_said(per_site):
+    lost = (per_site["role"] == "mlp.up") | (per_site["site"].isin(["1.attn.q", "-1.head.in"]))
+    figure = figures.error_per_layer({"a": per_site[~lost]})
+    axes = figure.axes[0]
+    assert holes(axes) == LAYERS + 1 + 1
+    shown = cells(axes)
+    empty = {place for place, value in shown.items() if np.isnan(value)}
+    assert empty == {("attn.q", 1), ("head.in", -1), *(("mlp.up", i) for i in range(LAYERS))}
+    assert "hatched" in figure._supxlabel.get_text()
+    whole = figures.error_per_layer({"a": per_site})
+    assert "hatched" not in whole._supxlabel.get_text()
+    # A hatched cell is what is seen there: white with lines, no colour.
+    pixels = png(figure)
+    x, y = axes.transData.transform([(0.5, 1)])[0]
+    width = axes.transData.transform([(1, 1)])[0][0] - x
+    box = pixels[:, int(x + 0.3 * width) : int(x + 1.7 * width)]
+    colours = rgb_to_hsv(box[int(box.shape[0] - y) - 3 : int(box.shape[0] - y) + 3, :, :3])
+    assert colours[..., 1].max() < 0.05 < colours[..., 2].max()
 
 
-def test_every_role_can_be_told_apart(per_site):
-    figure = figures.error_per_layer(per_site)
-    drawn = lines(figure)
-    assert list(drawn) == list(figures.ROLES)
-    assert len({to_hex(line.get_color()) for line in drawn.values()}) == len(figures.ROLES)
-    assert len({line.get_marker() for line in drawn.values()}) == len(figures.ROLES)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(figures.ROLES)
+def test_a_colour_means_the_same_in_every_panel(per_site):
+    worse = per_site.assign(nmse=per_site["nmse"] * 1e3)
+    figure = figures.error_per_layer({"better": per_site, "worse": worse})
+    better, other, bar = figure.axes
+    assert [axes.get_title() for axes in (better, other)] == ["better", "worse"]
+    scales = {(m.norm.vmin, m.norm.vmax) for axes in (better, other) for m in axes.collections}
+    (scale,) = scales
+    assert scale == pytest.approx((per_site["nmse"].min(), worse["nmse"].max()))
 
 
-def test_legend_is_outside_the_axes_and_inside_the_page(per_site):
-    figure = figures.error_per_layer(per_site)
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
-    legend = figure.legends[0].get_window_extent()
-    assert legend.x0 >= figure.axes[0].get_window_extent().x1
-    assert legend.x1 <= figure.bbox.x1
+def test_a_page_has_room_for_as_many_maps_as_a_sweep_draws(per_site):
+    from pipeline.sweep import MAPS
+
+    runs = {f"signed_digit{i} T=6": per_site for i in range(MAPS)}
+    figure = figures.error_per_layer(runs)
+    assert figure.get_figheight() < 9  # inches, the height of a page of ICLR and NeurIPS
+    png(figure)
+    boxes = [axes.title.get_window_extent() for axes in figure.axes[:MAPS]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    labels = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    upper, lower = labels[:-1], labels[1:]
+    # A box has some air around its letters.
+    assert not any(
+        a.shrunk(1, 0.8).overlaps(b.shrunk(1, 0.8)) for a, b in zip(upper, lower, strict=True)
+    )
 
 
 @pytest.mark.parametrize("nmse", [None, float("nan")])
 def test_an_undefined_error_is_said_not_drawn(per_site, nmse):
-    figure = figures.error_per_layer(per_site.assign(nmse=pd.Series(nmse, per_site.index, float)))
-    assert not lines(figure)
-    assert "undefined" in figure.axes[0].texts[0].get_text()
+    bare = per_site.assign(nmse=pd.Series(nmse, per_site.index, float))
+    figure = figures.error_per_layer({"a": bare})
+    assert np.isnan(list(cells(figure.axes[0]).values())).all()
+    assert holes(figure.axes[0]) == len(per_site) and len(figure.axes) == 1
     png(figure)
+
+
+def written(folder: Path) -> dict[str, list[Path]]:
+    """One figure of each kind as files."""
+    per_site = sites()
+    results = [
+        {"model": "tiny", "coding": name, "label": f"{name} T={steps}", "timesteps": steps}
+        | {"grains": 1, "bits": steps, "ppl_a": 20 + steps, "energy_J": steps}
+        for name in ("las", "gated")
+        for steps in (4, 6)
+    ]
+    frame = comparisons.comparison_frame(results)
+    drawn = {
+        "error": figures.error_per_layer({"a": per_site[per_site["role"] != "mlp.up"]}),
+        "density": figures.density_with_levels({"attn.in": role_density()}),
+        "bits": comparisons.perplexity_by(frame, "bits"),
+        "energy": comparisons.perplexity_by_energy(frame),
+    }
+    for figure in drawn.values():
+        for text in figure.findobj(Text):
+            assert text.get_fontsize() >= 7 or not text.get_text()
+    return {name: figures.save(figure, folder / name) for name, figure in drawn.items()}
+
+
+def test_files_have_the_width_of_a_page_and_embedded_fonts(tmp_path):
+    for png_file, pdf_file in written(tmp_path).values():
+        assert imread(png_file).shape[1] == round(5.5 * 200)
+        pdf = pdf_file.read_bytes()
+        (box,) = re.findall(rb"/MediaBox \[ *0 0 ([\d.]+) ([\d.]+) *\]", pdf)
+        assert float(box[0]) == 5.5 * 72
+        fonts, files = (len(re.findall(p, pdf)) for p in (rb"/Type /Font\b(?!D)", rb"/FontFile2"))
+        assert files >= 1 and fonts >= files
+        assert b"/Type3" not in pdf and b"CreationDate" not in pdf
+
+
+def test_the_same_frame_gives_the_same_bytes_in_another_process(tmp_path):
+    """Its sets have another order and its clock has gone on."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    written(here)
+    script = f"from tests.pipeline.test_figures import *; written(Path({str(there)!r}))"
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+    names = sorted(path.name for path in here.iterdir())
+    assert len(names) == 8
+    assert [(here / n).read_bytes() == (there / n).read_bytes() for n in names] == [True] * 8
 
 
 def test_density_panel_shows_both_densities_and_every_level_but_zero():
@@ -139,139 +240,6 @@ def test_a_neuron_without_levels_still_has_its_density():
 
 
 def test_no_figure_is_left_with_pyplot(per_site):
-    figures.spike_rate_per_layer(per_site)
+    figures.spike_rate_per_layer({"a": per_site})
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
-
-
-def result(name: str, steps: int | None, ppl: float, energy: float | None, **more) -> dict:
-    label = name if steps is None else f"{name} T={steps} n={more.get('grains', 1)}"
-    numbers = {"timesteps": steps, "grains": 1, "ppl_a": ppl, "energy_J": energy}
-    return {"model": "tiny", "coding": name, "label": label} | numbers | more
-
-
-RESULTS = [
-    result("dense", None, 20, 1, grains=None),
-    result("las", 6, 800, 0.3),
-    result("las", 4, 3e6, 0.2),
-    result("las", 8, 30, 0.5),
-    result("ttfs", 128, 40, 0.6),
-    result("bound", 6, 21, None),
-    result("bound", 8, 20.5, None),
-]
-
-
-def test_perplexity_by_steps_is_the_data_in_order_and_diverged_rows_are_named():
-    frame = comparisons.comparison_frame(RESULTS)
-    figure = comparisons.perplexity_by(frame, "timesteps")
-    (axes,) = figure.axes
-    drawn = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker()]
-    moving = [points for points in drawn if points[0][0] >= 4]
-    assert [[6, 800], [8, 30]] in moving and [[6, 21], [8, 20.5]] in moving
-    level = sorted(line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == "-.")
-    assert level == [20, 40] and axes.get_yscale() == "log"
-    assert "las 1" in figure._supxlabel.get_text() and "ttfs" not in figure._supxlabel.get_text()
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["dense", "las", "ttfs (T=128)", "bound"]
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
-
-
-def test_a_series_is_told_by_its_grains_only_where_they_vary():
-    names = comparisons.series_names(
-        [
-            *(result("multigrain", 6, 1, 1, grains=n) for n in (2, 3)),
-            *(result("free", n, 1, 1, grains=n) for n in (4, 6)),
-            result("gated2", 6, 1, 1, grains=2),
-        ]
-    )
-    assert names == ["multigrain n=2", "multigrain n=3", "free", "free", "gated2"]
-
-
-def test_transforms_have_panels_of_their_own():
-    turned = [r | {"transform": t} for t in ("none", "rotate") for r in RESULTS]
-    figure = comparisons.perplexity_by_energy(comparisons.comparison_frame(turned))
-    assert [axes.get_title() for axes in figure.axes] == ["transform none", "transform rotate"]
-
-
-def test_the_pareto_front_is_what_no_point_beats():
-    draw = np.random.default_rng(0)
-    cost, loss = draw.integers(0, 12, 60).astype(float), draw.integers(0, 12, 60).astype(float)
-    expected = []
-    for i in range(60):
-        beaten = False
-        for j in range(60):
-            as_good = cost[j] <= cost[i] and loss[j] <= loss[i]
-            beaten |= as_good and (cost[j] < cost[i] or loss[j] < loss[i])
-        expected.append(not beaten)
-    assert comparisons.pareto(cost, loss).tolist() == expected and 0 < sum(expected) < 60
-
-
-def test_the_energy_figure_marks_the_front_and_leaves_bounds_out():
-    figure = comparisons.perplexity_by_energy(comparisons.comparison_frame(RESULTS))
-    front, *points = figure.axes[0].get_lines()
-    assert front.get_xydata().tolist() == [[0.3, 800], [0.5, 30], [1, 20]]
-    assert sum(len(line.get_xydata()) for line in points) == 4
-    assert [text.get_text() for text in figure.axes[0].texts] == ["6", "8"]
-
-
-def test_evenly_spaced_levels_have_the_density_of_their_number():
-    x = np.linspace(0.01, 5, 300)
-    density = levels.level_density(np.arange(64) / 64 * 4, x)
-    inside = x < 4 * 63 / 64
-    np.testing.assert_allclose(density[inside], 1 / 4)
-    assert np.isnan(density[~inside]).all()
-
-
-def test_a_companded_code_has_the_density_it_was_made_with():
-    count = 4096
-    made = -np.log(1 - (np.arange(count) + 0.5) / count)  # quantiles of exp(-x)
-    x = np.linspace(0.1, 2, 50)
-    np.testing.assert_allclose(levels.level_density(made, x), np.exp(-x), rtol=0.05)
-
-
-def test_the_levels_of_a_gated_neuron_are_those_some_value_is_given():
-    gated, las = Gated("gated", 4, 2), Las("las", 4, "half_step")
-    reached = levels.reached(gated, {"scale": torch.tensor([1.0, 8.0])}, 8.0)
-    coarse = np.arange(2, 16) / 2  # half a step below 1 is where the finer range ends
-    np.testing.assert_allclose(reached, np.concatenate([np.arange(16) / 16, coarse]))
-    reached = levels.reached(las, {"scale": torch.tensor([2.0])}, 2.0)
-    np.testing.assert_allclose(reached, np.arange(16) / 8)
-
-
-def test_level_densities_have_a_row_a_site_and_a_curve_a_coding():
-    x = np.geomspace(1e-3, 10, 100)
-    curves = {f"c{i}": np.full(100, 0.1 * (i + 1)) for i in range(7)}
-    sites = [
-        comparisons.SiteLevels(name, x, np.exp(-x), np.exp(-x / 3) / 3, curves) for name in "ab"
-    ]
-    figure = comparisons.level_densities(sites, "T = 6")
-    assert len(figure.axes) == 4  # two columns of at most five
-    drawn = [len(axes.get_lines()) - 2 for axes in figure.axes]
-    assert drawn == [4, 3, 4, 3]
-    last = figure.axes[3].get_lines()[-1]
-    np.testing.assert_allclose(last.get_ydata(), 0.7)
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
-
-
-def test_convergence_is_summed_up_by_role_and_counted():
-    nan = float("nan")
-    numbers = {"C_relative": 0.5, "last_relative": 0.6, "R2": 0.9}
-    fits = pd.DataFrame(
-        [
-            {"role": "mlp.in", "rho": 0.9, "C": 1.0, "settled": True} | numbers,
-            {"role": "mlp.in", "rho": 0.8, "C": 3.0, "settled": False} | numbers,
-            {"role": "head.in", "rho": nan, "C": 5.0, "settled": False} | numbers,
-        ]
-    )
-    summed = convergence.by_role(fits).set_index("role")
-    assert summed.loc["mlp.in", ["sites", "fell", "settled"]].tolist() == [2, 2, 1]
-    assert summed.loc["head.in", ["sites", "fell", "settled"]].tolist() == [1, 0, 0]
-    assert summed.loc["mlp.in", "C"] == 2 and summed.loc["mlp.in", "rho"] == pytest.approx(0.85)
-    less = summed.reset_index().assign(slope=5.0, C=[2.0, 5.0])
-    more = less.assign(slope=80.0, C=[1.0, 6.0])
-    both = pd.concat([less, more])
-    text = convergence.caption(both)
-    assert "from slope 5 to 80 C shrinks in 1 of 2 rows" in text and "in 0 of 2 rows" in text
-    lines = convergence.limit_by_slope(both).axes[0].get_lines()
-    assert [line.get_label() for line in lines] == ["mlp.in", "head.in"]
-    assert all(list(line.get_xdata()) == [5, 80] for line in lines)
