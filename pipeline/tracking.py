@@ -1,42 +1,51 @@
-"""Log runs and sweeps to MLflow: every call of it is here, and none can fail a run.
+"""Every call of MLflow: what the database is told of a run, and that no fault of it costs a result.
 
-The result of a run is on disk before it is logged, so whatever goes wrong with the database or
-the server costs a warning and a missing row in the dashboard, never a result.
+A run is on disk before it is logged. Where the database or its server fails, one warning says so,
+the process goes on without it, and `python -m pipeline.tracking sync` logs what is missing.
 """
 
+from __future__ import annotations
+
+import json
 import logging
-import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import BaseFileLock, FileLock
 
+from pipeline import view
+from pipeline.entry import Entry, flat, measured
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 120
+BATCH = 100  # params or tags a request, MLflow's limit
+DIGEST = 36  # characters of a data set's digest, MLflow's limit
+SYNC = "`python -m pipeline.tracking sync` logs what is missing"
 # what a user has set in the environment stands
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+_lost: set[str] = set()  # addresses that failed in this process, which are not tried again
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class TrackingSpec:
     """Where runs are logged: `sqlite:///outputs/mlflow/mlflow.db` or a server's address.
 
     `artifacts` is the folder of the tables and figures beside a database; a server uses its own.
+    `patience` is how many seconds logging one run may take before it is left to a later sync.
     Raises InputError for an address that MLflow cannot log to.
     """
 
@@ -51,6 +61,7 @@ class TrackingSpec:
     experiment: str
     artifacts: str
     enabled: bool = True
+    patience: float = 20.0
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.uri).scheme.partition("+")[0]
@@ -72,96 +83,104 @@ class TrackingSpec:
         return Path(name) if parts.scheme.startswith("sqlite") and name else None
 
 
-def log_run(
+@dataclass(frozen=True)
+class Database:
+    """A connected client, its experiment with its chart view, and when (monotonic) to give up."""
+
+    client: MlflowClient
+    experiment: str
+    view: str | None
+    deadline: float
+
+    def check(self) -> None:
+        """TimeoutError once the time for this attempt is over."""
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("the server is too slow (tracking.patience)")
+
+
+def attempt(
     spec: TrackingSpec,
-    *,
-    name: str,
-    result: Mapping[str, Any],
-    axes: Mapping[str, Any],
-    per_site: "pd.DataFrame | None",
-    figures: "Mapping[str, Figure | Path]",
-    config_yaml: str,
-    tags: Mapping[str, str],
-    parent_run_id: str | None,
-) -> str | None:
-    """Log one finished run and return its id, or None where it could not be logged.
+    what: str,
+    prepare: Callable[[], Entry],
+    send: Callable[[Database, Entry], T],
+) -> T | None:
+    """What `send` returns, or None where nothing was sent or something failed, which is a warning.
 
-    Axes become params. Every other number of `result` becomes a metric, nested names joined by
-    `/` (`seconds/capture`), its strings tags; an infinite or undefined number is the tag
-    `nonfinite.<metric>`, because MLflow would store it as 1.8e308.
+    A server that is down or slow is not tried again by this process; what a single run lacks stops
+    only that run.
     """
-
-    def send() -> str:
-        client, experiment = _connect(spec)
-        run_id = _create(client, experiment, name, tags, parent_run_id)
-        try:
-            _log_values(client, run_id, result, axes)
-            _log_files(client, run_id, per_site, figures, config_yaml)
-        except BaseException:
-            with suppress(Exception):  # the first error is the one to report
-                client.set_terminated(run_id, "FAILED")
-            raise
-        client.set_terminated(run_id)
-        return run_id
-
-    return _attempt(spec, f"run {name}", send)
-
-
-def start_sweep(spec: TrackingSpec, name: str, tags: Mapping[str, str]) -> str | None:
-    """Open the parent run of a sweep's jobs and return its id, or None where that failed."""
-    return _attempt(
-        spec, f"sweep {name}", lambda: _create(*_connect(spec), name, tags, parent_run_id=None)
-    )
-
-
-def end_sweep(spec: TrackingSpec, run_id: str | None, status: str = "FINISHED") -> None:
-    """Close the parent run (`status` FINISHED, FAILED or KILLED); without a run id do nothing."""
-    if run_id is not None:
-        _attempt(
-            spec,
-            f"end of sweep {run_id}",
-            lambda: _connect(spec)[0].set_terminated(run_id, status),
-        )
-
-
-def _attempt(spec: TrackingSpec, what: str, send: Callable[[], T]) -> T | None:
-    if not spec.enabled:
+    if not spec.enabled or spec.uri in _lost:
         return None
     try:
-        return send()
+        entry = prepare()
+    except Exception as error:
+        _warn(f"{what} not logged: {_reason(error)}; {SYNC}")
+        return None
+    try:
+        return send(connect(spec), entry)
     # MLflow lets errors of sqlalchemy, alembic, requests and the file system through; none of
     # them may cost the caller a result
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        log.warning("%s not logged to %s: %s: %s", what, spec.uri, type(error).__name__, reason)
-        log.debug("tracking failed", exc_info=True)
+        rest = ""
+        if unreachable(error):
+            _lost.add(spec.uri)
+            rest = ", nor is what follows in this process"
+        _warn(f"{what} not logged to {spec.uri}{rest}: {_reason(error)}; {SYNC}")
         return None
 
 
-def _connect(spec: TrackingSpec) -> "tuple[MlflowClient, str]":
-    """Return a client and the id of the experiment, both created on first use."""
+def lost(spec: TrackingSpec) -> bool:
+    """Whether this process has given the address up."""
+    return spec.uri in _lost
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether an error is of the way to the database or its disk, not of what was sent."""
+    from sqlalchemy.exc import OperationalError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError | OperationalError):  # an error of requests is an OSError
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _warn(line: str) -> None:
+    log.warning("%s", line)
+    log.debug("tracking failed", exc_info=True)
+
+
+def connect(spec: TrackingSpec) -> Database:
+    """Connect to the database and the experiment, both created on first use."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning is ours
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     with _set_up_lock(spec):
         client = MlflowClient(tracking_uri=spec.uri)
         found = client.get_experiment_by_name(spec.experiment)
-        if found is not None:
-            return client, found.experiment_id
-        location = None if urlsplit(spec.uri).scheme.startswith("http") else spec.artifacts
-        try:
-            return client, client.create_experiment(spec.experiment, location)
-        except MlflowException:  # on a server another process may have been first
+        if found is None:
+            location = None if urlsplit(spec.uri).scheme.startswith("http") else spec.artifacts
+            # on a server another process may be first
+            with suppress(MlflowException):
+                client.create_experiment(spec.experiment, location)
             found = client.get_experiment_by_name(spec.experiment)
-            if found is None:
-                raise
-            return client, found.experiment_id
+    if found is None:
+        raise ConnectionError(f"experiment {spec.experiment} cannot be created")
+    # a new sqlite database takes seconds, which are no slowness of a server
+    deadline = time.monotonic() + spec.patience
+    return Database(client, found.experiment_id, found.tags.get(view.TAG), deadline)
 
 
-def _set_up_lock(spec: TrackingSpec) -> "BaseFileLock | nullcontext[None]":
+def _set_up_lock(spec: TrackingSpec) -> BaseFileLock | nullcontext[None]:
     """Return the lock without which two processes would create one sqlite database at once."""
     if spec.database is None:
         return nullcontext()
@@ -169,57 +188,79 @@ def _set_up_lock(spec: TrackingSpec) -> "BaseFileLock | nullcontext[None]":
     return FileLock(f"{spec.database}.lock", timeout=LOCK_SECONDS)
 
 
-def _create(
-    client: "MlflowClient",
-    experiment: str,
-    name: str,
-    tags: Mapping[str, str],
-    parent_run_id: str | None,
-) -> str:
-    parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-    run = client.create_run(experiment, tags={**tags, **parent}, run_name=name)
+def find(db: Database, identity: Mapping[str, str]) -> list[str]:
+    """The ids of the runs that have these tags."""
+    text = " and ".join(f"tags.`{name}` = '{value}'" for name, value in identity.items())
+    return [run.info.run_id for run in db.client.search_runs([db.experiment], text)]
+
+
+def create(db: Database, entry: Entry, parent: str | None = None) -> str:
+    """Open a run, as a child if `parent` is given, and return its id."""
+    tags = dict(entry.identity) | ({"mlflow.parentRunId": parent} if parent else {})
+    start = round(1000 * entry.started)
+    run = db.client.create_run(db.experiment, start, tags, entry.name)
     return str(run.info.run_id)
 
 
-def _log_values(
-    client: "MlflowClient", run_id: str, result: Mapping[str, Any], axes: Mapping[str, Any]
-) -> None:
+def complete(db: Database, run_id: str, entry: Entry) -> None:
+    """Log all of an entry into an open run and close it; then it is the only one of its identity.
+
+    What a failed attempt has left is deleted only now, so that no run is missing in between.
+    """
+    client = db.client
+    try:
+        for part in _parts(client, run_id, entry):
+            part()
+            db.check()
+    except BaseException as error:
+        if not unreachable(error):
+            with suppress(Exception):  # the first error is the one to report
+                client.set_terminated(run_id, "FAILED")
+        raise
+    if state := view.with_charts(db.view, entry.result):
+        client.set_experiment_tag(db.experiment, view.TAG, state)
+    client.set_terminated(run_id, entry.status, round(1000 * entry.ended))
+    for other in find(db, entry.identity):
+        if other != run_id:
+            client.delete_run(other)
+
+
+def _parts(client: MlflowClient, run_id: str, entry: Entry) -> Iterator[Callable[[], Any]]:
+    """The requests that log an entry."""
     from mlflow.entities import Metric, Param, RunTag
 
-    now = int(time.time() * 1000)
-    metrics, tags = [], []
-    results = {name: value for name, value in result.items() if name not in (*axes, "axes")}
-    for name, value in _flat(results):
-        if isinstance(value, int | float) and math.isfinite(value):
-            metrics.append(Metric(name, float(value), now, 0))
-        elif isinstance(value, int | float):
-            tags.append(RunTag(f"nonfinite.{name}", str(value)))
-        elif value is not None:
-            tags.append(RunTag(name, str(value)))
-    params = [Param(name, str(value)) for name, value in _flat(axes)]
-    client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
+    numbers, labels = measured(entry)
+    at = round(1000 * entry.ended)
+    metrics = [Metric(name, value, at, 0) for name, value in numbers.items()]
+    yield partial(client.log_batch, run_id, metrics=metrics)
+    params = [Param(name, str(value)) for name, value in flat(entry.params)]
+    tags = [RunTag(name, value) for name, value in labels.items()]
+    for i in range(0, max(len(params), len(tags)), BATCH // 2):
+        some = slice(i, i + BATCH // 2)  # the limit is on both together
+        yield partial(client.log_batch, run_id, params=params[some], tags=tags[some])
+    if entry.data:
+        yield partial(client.log_inputs, run_id, _inputs(entry))
+    for name, document in entry.documents.items():
+        yield partial(client.log_text, run_id, document, name)
+    for name, table in entry.tables.items():
+        yield partial(client.log_table, run_id, table, name)
+    for folder, paths in entry.files.items():
+        for path in paths:
+            yield partial(client.log_artifact, run_id, str(path), folder)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
+def _inputs(entry: Entry) -> list[DatasetInput]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for text in entry.data:
+        source, profile = json.dumps(dict(text.source)), json.dumps(dict(text.profile))
+        told = Dataset(text.name, text.digest[:DIGEST], text.source_type, source, None, profile)
+        inputs.append(DatasetInput(told, [InputTag("mlflow.data.context", text.context)]))
+    return inputs
 
 
-def _log_files(
-    client: "MlflowClient",
-    run_id: str,
-    per_site: "pd.DataFrame | None",
-    figures: "Mapping[str, Figure | Path]",
-    config_yaml: str,
-) -> None:
-    client.log_text(run_id, config_yaml, "config.yaml")
-    if per_site is not None:
-        client.log_table(run_id, per_site, "per_site.json")
-    for name, figure in figures.items():
-        if isinstance(figure, Path):
-            client.log_artifact(run_id, figure, "figures")
-        else:
-            client.log_figure(run_id, figure, f"figures/{name}.png")
+if __name__ == "__main__":
+    from pipeline.sync import main
+
+    sys.exit(main())

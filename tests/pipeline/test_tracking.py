@@ -1,26 +1,27 @@
 """Tracking: everything logged comes back, in parallel too, and no fault of it reaches the run."""
 
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline import tracking
+from pipeline.entry import Entry, Text
 from pipeline.tracking import TrackingSpec
 from stages.errors import InputError
 
 RESULT = {
     "model": "tiny",
-    "coding": "gated",
-    "grains": 2,
     "ppl_wikipedia": 21.5,
     "ppl_c4": float("inf"),
     "acc_piqa": float("nan"),
@@ -29,7 +30,6 @@ RESULT = {
     "hits": {"capture": True, "fitting": False},
     "keys": {"capture": "0123abcd"},
     "paper": {"energy_J": 2.5},
-    "axes": {"timesteps": 6},
 }
 AXES = {"coding": "gated", "grains": 2, "timesteps": 6, "seed": 0, "sites": ["attn.in", "mlp.in"]}
 
@@ -55,17 +55,33 @@ def cold(tmp_path) -> TrackingSpec:
     return database(tmp_path, "test")
 
 
-def log_run(spec: TrackingSpec, name: str = "run", **changes) -> str | None:
+@pytest.fixture(autouse=True)
+def nothing_lost(monkeypatch):
+    """What a process remembers of servers that failed is not for the next test."""
+    monkeypatch.setattr(tracking, "_lost", set())
+
+
+def entry(name: str = "run", **changes) -> Entry:
     values = {
+        "identity": {"sweep": "s1", "job": name},
+        "started": 1_700_000_000.5,
+        "ended": 1_700_000_007.0,
+        "params": AXES,
         "result": RESULT,
-        "axes": AXES,
-        "per_site": None,
-        "figures": {},
-        "config_yaml": "coding: gated\n",
-        "tags": {"sweep": "s1"},
-        "parent_run_id": None,
+        "documents": {"config.yaml": "coding: gated\n"},
     }
-    return tracking.log_run(spec, name=name, **(values | changes))
+    return Entry(name, **(values | changes))
+
+
+def log_run(
+    spec: TrackingSpec, name: str = "run", parent: str | None = None, **changes
+) -> str | None:
+    def send(db, what):
+        run_id = tracking.create(db, what, parent)
+        tracking.complete(db, run_id, what)
+        return run_id
+
+    return tracking.attempt(spec, f"run {name}", lambda: entry(name, **changes), send)
 
 
 def fetch(spec: TrackingSpec, run_id: str | None) -> Run:
@@ -90,6 +106,61 @@ def test_axes_metrics_and_tags_come_back(spec):
     assert "coding" not in run.data.tags
 
 
+def test_a_run_has_the_times_of_its_computation_not_of_its_logging(spec):
+    info = fetch(spec, log_run(spec)).info
+    assert (info.start_time, info.end_time) == (1_700_000_000_500, 1_700_000_007_000)
+
+
+def test_the_experiment_has_a_chart_of_every_perplexity_against_energy(spec):
+    assert log_run(spec) and log_run(spec, "other", result={"ppl_c4": 1.0, "ppl_ptb": 2.0})
+    db = tracking.connect(spec)
+    state = json.loads(
+        db.client.get_experiment(db.experiment).tags["mlflow.sharedViewState.energy"]
+    )
+    charts = [(c["xaxis"]["key"], c["yaxis"]["key"]) for c in state["compareRunCharts"]]
+    names = ["wikipedia", "c4", "ptb"]
+    assert charts == [("energy_J", f"{y}_{name}") for name in names for y in ("ppl", "nll")]
+
+
+def test_more_params_and_tags_than_one_request_can_hold(spec):
+    many = {f"name{i}": str(i) for i in range(230)}
+    run = fetch(spec, log_run(spec, params=many, tags=many, result={}))
+    assert run.data.params == many and many.items() <= run.data.tags.items()
+
+
+def test_texts_are_inputs_with_their_context_and_source(spec):
+    texts = [
+        Text("c4", 40 * "a", "calibration", "hub", {"id": "allenai/c4"}, {"windows": 16}),
+        Text("wikipedia", "b", "evaluation", "local", {"uri": "text.jsonl"}, {"windows": 3}),
+    ]
+    inputs = fetch(spec, log_run(spec, data=texts)).inputs.dataset_inputs
+    seen = {(i.tags[0].value, i.dataset.name, i.dataset.digest, i.dataset.source) for i in inputs}
+    assert seen == {
+        ("calibration", "c4", 36 * "a", '{"id": "allenai/c4"}'),
+        ("evaluation", "wikipedia", "b", '{"uri": "text.jsonl"}'),
+    }
+
+
+def test_logging_a_run_again_leaves_one_of_it(spec, monkeypatch):
+    """As after a server that died on the way: with half of it there, and with all of it there."""
+
+    def broken(*args: object) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_text", broken)
+        assert log_run(spec) is None
+    client = MlflowClient(tracking_uri=spec.uri)
+    experiment = client.get_experiment_by_name(spec.experiment).experiment_id
+    (half,) = client.search_runs([experiment])
+    assert half.info.status == "RUNNING"
+    tracking._lost.clear()
+    other = log_run(spec, "other")
+    whole, again = log_run(spec), log_run(spec)
+    assert {run.info.run_id for run in client.search_runs([experiment])} == {other, again}
+    assert whole != again and fetch(spec, again).info.status == "FINISHED"
+
+
 def test_non_finite_numbers_are_tags_not_huge_metrics(spec):
     run = fetch(spec, log_run(spec))
     assert run.data.tags["nonfinite.ppl_c4"] == "inf"
@@ -100,18 +171,17 @@ def test_non_finite_numbers_are_tags_not_huge_metrics(spec):
 
 def test_table_figures_and_config_come_back(spec, tmp_path):
     per_site = pd.DataFrame({"site": ["a:in", "b:in"], "layer": [0, -1], "nmse": [1e-4, None]})
-    figure = Figure(figsize=(1, 1))
-    figure.subplots().plot([1, 2])
     drawn = tmp_path / "drawn.png"
-    figure.savefig(drawn)
-    run_id = log_run(spec, per_site=per_site, figures={"error": figure, "density": drawn})
+    drawn.write_bytes(b"\x89PNG")
+    files = {"figures": [drawn], "": [drawn]}
+    run_id = log_run(spec, tables={"per_site.json": per_site}, files=files)
     client = MlflowClient(tracking_uri=spec.uri)
     logged = {file.path for file in client.list_artifacts(run_id, "figures")}
-    assert logged == {"figures/error.png", "figures/drawn.png"}
+    assert logged == {"figures/drawn.png"}
     folder = Path(client.download_artifacts(run_id, "", str(tmp_path)))
     assert (folder / "config.yaml").read_text() == "coding: gated\n"
-    assert (folder / "figures" / "error.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "figures" / "drawn.png").read_bytes() == drawn.read_bytes()
+    assert (folder / "drawn.png").exists()
     pd.testing.assert_frame_equal(
         pd.read_json(folder / "per_site.json", orient="split"), per_site, check_dtype=False
     )
@@ -120,36 +190,40 @@ def test_table_figures_and_config_come_back(spec, tmp_path):
 
 
 def test_jobs_hang_below_their_sweep(spec):
-    sweep = tracking.start_sweep(spec, "quickstart", {"kind": "sweep"})
-    assert fetch(spec, sweep).info.status == "RUNNING"
-    jobs = [log_run(spec, f"job{number}", parent_run_id=sweep) for number in range(2)]
-    tracking.end_sweep(spec, sweep, "FAILED")
-    assert fetch(spec, sweep).info.status == "FAILED"
-    client = MlflowClient(tracking_uri=spec.uri)
-    experiment = client.get_experiment_by_name(spec.experiment).experiment_id
-    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{sweep}'")
+    sweep = entry("sweep", status="FAILED")
+    db = tracking.connect(spec)
+    parent = tracking.create(db, sweep)
+    assert fetch(spec, parent).info.status == "RUNNING"
+    jobs = [log_run(spec, f"job{number}", parent) for number in range(2)]
+    tracking.complete(db, parent, sweep)
+    assert fetch(spec, parent).info.status == "FAILED"
+    children = db.client.search_runs([db.experiment], f"tags.mlflow.parentRunId = '{parent}'")
     assert {run.info.run_id for run in children} == set(jobs)
 
 
 def test_disabled_tracking_touches_nothing(cold, tmp_path):
     off = TrackingSpec(cold.uri, cold.experiment, cold.artifacts, enabled=False)
-    assert tracking.start_sweep(off, "quickstart", {}) is None
     assert log_run(off) is None
-    tracking.end_sweep(off, None)
     assert not list(tmp_path.iterdir())
 
 
 JOB = """
 import sys
-from pipeline.tracking import TrackingSpec, log_run
+from pipeline.entry import Entry
+from pipeline.tracking import TrackingSpec, attempt, complete, create
 uri, artifacts, worker = sys.argv[1:]
+
+def send(db, entry):
+    run_id = create(db, entry)
+    complete(db, run_id, entry)
+    return run_id
+
 spec = TrackingSpec(uri, "test", artifacts)
 sys.stdin.readline()
 for number in range(3):
-    assert log_run(
-        spec, name=f"{worker}.{number}", result={"ppl": number}, axes={"worker": worker},
-        per_site=None, figures={}, config_yaml="", tags={}, parent_run_id=None,
-    )
+    name = f"{worker}.{number}"
+    entry = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, documents={"config.yaml": ""})
+    assert attempt(spec, name, lambda: entry, send)
 """
 
 
@@ -186,25 +260,49 @@ def dead_server() -> str:
 
 
 @pytest.mark.parametrize("server", ["dead_server", "silent_server"])
-def test_a_lost_server_is_one_warning_each(server, request, caplog, monkeypatch):
+def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     spec = TrackingSpec(request.getfixturevalue(server), "test", "unused")
     with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
-        assert tracking.start_sweep(spec, "quickstart", {}) is None
-        assert log_run(spec) is None
-    ours = [record.getMessage() for record in caplog.records if record.name == "pipeline.tracking"]
-    assert len(ours) == 2
-    assert "sweep quickstart not logged" in ours[0] and "run run not logged" in ours[1]
-    assert not any("\n" in line for line in ours)
+        assert log_run(spec, "first") is None
+        start = time.monotonic()
+        assert [log_run(spec, str(number)) for number in range(50)] == [None] * 50
+        assert time.monotonic() - start < 0.5
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
+    assert "run first not logged to http" in line and "pipeline.tracking sync" in line
+    assert "\n" not in line and tracking.lost(spec)
 
 
-def test_a_failure_half_way_is_a_warning_and_a_failed_run(spec, caplog, tmp_path):
-    assert log_run(spec, figures={"lost": tmp_path / "nowhere.png"}) is None
-    assert "run run not logged" in caplog.text
+def test_a_slow_database_costs_no_more_than_the_patience(spec, caplog, monkeypatch):
+    log_batch = MlflowClient.log_batch
+
+    def slow(*args, **named):
+        time.sleep(0.3)
+        return log_batch(*args, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    tags = {f"name{i}": "x" for i in range(2000)}  # forty requests
+    start = time.monotonic()
+    assert log_run(replace(spec, patience=1.0), tags=tags) is None
+    assert time.monotonic() - start < 5
+    assert "too slow" in caplog.text and tracking.lost(spec)
+
+
+def test_what_one_run_lacks_costs_no_other(spec, caplog):
+    """An entry that cannot be made, and one that MLflow refuses."""
+
+    def broken() -> Entry:
+        raise FileNotFoundError("per_site.parquet")
+
+    assert tracking.attempt(spec, "run broken", broken, lambda db, what: "never") is None
+    assert "run broken not logged: FileNotFoundError" in caplog.text
+    assert log_run(spec, "refused", params={"a\nb": 1}) is None
+    assert "run refused not logged" in caplog.text and not tracking.lost(spec)
     client = MlflowClient(tracking_uri=spec.uri)
     experiment = client.get_experiment_by_name(spec.experiment).experiment_id
     assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
+    assert log_run(spec) is not None
 
 
 @pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "", "ftp://host"])

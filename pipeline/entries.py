@@ -1,0 +1,225 @@
+"""A finished job's or sweep's folder as an entry of the tracking database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from hydra.utils import instantiate
+from matplotlib import rc_context
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import manifest, pictures
+from pipeline.entry import Entry, Text
+from pipeline.figures import STYLE
+from pipeline.levels import artifact, job_config
+from pipeline.rows import distinct, result_frame, sweep_results, variant
+from pipeline.sweep import experiment
+from stages.llm.sources import HubText, PackageFile
+
+if TYPE_CHECKING:
+    from stages.codings.coding import Coding
+    from stages.llm.corpus import Purpose
+
+# Groups of the configuration whose fields are params by group.field.
+GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
+FIGURES = (".png", ".pdf")
+NOTE = 7500  # characters of a description; MLflow cuts it at 8000
+
+
+def job_entry(job: Path) -> Entry:
+    """What the database is told of a finished job; with pictures unless runtime.figures is false."""
+    result = json.loads((job / "result.json").read_text())
+    config, sites = job_config(job), pd.read_parquet(job / "per_site.parquet")
+    axes = _axes(job, config, result)
+    written = (job / "result.json").stat().st_mtime
+    told = ("run", "axes", "evaluation", "label", *axes)
+    return Entry(
+        name=result["label"],
+        identity={"kind": "job", "sweep": job.parent.name, "job": job.name},
+        started=result["run"].get("started", written),
+        ended=result["run"].get("ended", written),
+        tags=_tags(job, axes, result),
+        params=axes | _fields(config),
+        result={name: value for name, value in result.items() if name not in told}
+        | {f"nll_{name}": metrics["nll"] for name, metrics in result["evaluation"].items()},
+        data=_texts(config, result),
+        documents={"config.yaml": OmegaConf.to_yaml(config, resolve=True)},
+        tables={"per_site.json": sites},
+        files={
+            "": [job / "energy_by_kind.csv"],
+            "figures": _pictures(job, config, result, sites) if config.runtime.figures else [],
+        },
+    )
+
+
+def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
+    """What the database is told of a sweep: its name, and once it has ended everything.
+
+    `files` are its tables and figures; the main table is also the run's description. All of it can
+    be logged again, as params and `log_table` could not: a sweep may be closed before its end.
+    """
+    name = experiment(folder)
+    multirun = folder / "multirun.yaml"
+    opened = Entry(
+        name=f"{name or 'sweep'} {folder.name}",
+        identity={"kind": "sweep", "sweep": folder.name},
+        started=multirun.stat().st_mtime,
+        ended=0,
+    )
+    if files is None:
+        return opened
+    end = json.loads((folder / "ended.json").read_text())
+    failed = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/failed.json")}
+    results = sweep_results(folder)
+    axes = [_axes(job, job_config(job), result) for job, result in results.items()]
+    documents = {"multirun.yaml": multirun.read_text()}
+    if failed:
+        documents["failed.json"] = json.dumps(failed, indent=1)
+    frame = result_frame(distinct(results.values()))
+    documents["table.json"] = frame.to_json(orient="split", index=False)
+    table = "".join(path.read_text() for path in files if path.name == f"{name or folder.name}.md")
+    return replace(
+        opened,
+        ended=end["ended"],
+        status=end["status"],
+        tags=_origin(next(iter(results.values())))
+        | {key: _distinct(axis[key] for axis in axes) for key in axes[0]}
+        | {
+            "experiment": name or "none",
+            "mlflow.note.content": _cut(table),
+            "mlflow.loggedArtifacts": json.dumps([{"path": "table.json", "type": "table"}]),
+        },
+        result={"jobs": len(results), "failed": len(failed)},
+        documents=documents,
+        files={
+            "tables": [path for path in files if path.suffix not in FIGURES],
+            "figures": [path for path in files if path.suffix in FIGURES],
+        },
+    )
+
+
+def _axes(job: Path, config: DictConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweeps vary, by short names."""
+    choices = OmegaConf.load(job / ".hydra/hydra.yaml").hydra.runtime.choices
+    return {
+        **result["axes"],
+        "variant": variant(result),
+        "sites": choices.sites,
+        "evaluation": ", ".join(config.evaluation.corpora),
+        "tasks": ", ".join(config.evaluation.tasks),
+    }
+
+
+def _fields(config: DictConfig) -> dict[str, Any]:
+    """Every field of the groups that determine a result, by group.field."""
+    return {
+        f"{group}.{name}": value
+        for group in GROUPS
+        for name, value in _leaves(OmegaConf.to_container(config[group], resolve=True))
+    }
+
+
+def _leaves(values: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in _leaves(value))
+        elif not name.startswith("_"):
+            yield name, value
+
+
+def _tags(job: Path, axes: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+    """What the dashboard groups and filters by, and where the result comes from."""
+    tags = {name: str(axes[name]) for name in ("coding", "variant", "transform", "model")}
+    tags["experiment"] = experiment(job.parent) or "none"
+    tags["overrides"] = " ".join(result["run"]["overrides"])
+    for corpus, metrics in result["evaluation"].items():
+        tags |= {
+            f"{corpus}.{k}": str(v) for k, v in metrics.items() if k not in ("perplexity", "nll")
+        }
+    return tags | _origin(result)
+
+
+def _origin(result: Mapping[str, Any]) -> dict[str, str]:
+    """Source revision, versions and machine; the dashboard shows the revision in its own column."""
+    run = result["run"]
+    origin = {
+        "mlflow.source.name": "python -m pipeline",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": run["git"]["revision"],
+        "git.revision": run["git"]["revision"],
+        "git.dirty": run["git"]["dirty"],
+    }
+    origin |= {f"version.{name}": version for name, version in run["versions"].items()}
+    origin |= {f"machine.{name}": value for name, value in run["machine"].items()}
+    return {name: str(value) for name, value in origin.items() if value is not None}
+
+
+def _texts(config: DictConfig, result: Mapping[str, Any]) -> list[Text]:
+    """The texts and questions that a run read, by the keys of their tokens."""
+    calibration, evaluation = config.calibration, config.evaluation
+    found = []
+    if "capture" in result["keys"]:
+        shape = {"windows": calibration.windows, "length": calibration.length}
+        digest = _input(config, result, "capture", "tokens")
+        found.append(_corpus(config, calibration.corpus, "calibration", digest, shape))
+    shape = {"windows": evaluation.windows, "length": evaluation.length}
+    for name in evaluation.corpora:
+        digest = _input(config, result, f"evaluation ppl_{name}", "tokens")
+        found.append(_corpus(config, name, "evaluation", digest, shape))
+    for name in evaluation.tasks:
+        digest = _input(config, result, f"evaluation acc_{name}", "data")
+        task = {"task": name, "path": config.tasks[name].path}
+        items = {"items": evaluation["items"]}  # .items is the method
+        found.append(Text(name, digest, "evaluation", "questions", task, items))
+    return found
+
+
+def _input(config: DictConfig, result: Mapping[str, Any], stage: str, name: str) -> str:
+    """The key of an input of a stage's artifact, from its manifest in the store."""
+    folder = Path(config.store.path) / stage.partition(" ")[0] / result["keys"][stage]
+    return str(manifest.read(folder)["inputs"][name])
+
+
+def _corpus(
+    config: DictConfig, name: str, context: Purpose, digest: str, shape: Mapping[str, int]
+) -> Text:
+    origin = instantiate(config.corpus[name], _convert_="all").origin(context)
+    if isinstance(origin, PackageFile):
+        return Text(name, digest, context, "package", asdict(origin), shape)
+    if isinstance(origin, HubText):
+        return Text(name, digest, context, "hub", asdict(origin), shape)
+    return Text(name, digest, context, "local", {"uri": str(origin)}, shape)
+
+
+def _pictures(
+    job: Path, config: DictConfig, result: Mapping[str, Any], sites: pd.DataFrame
+) -> list[Path]:
+    """Draws the pictures of a job into its folder."""
+    if "fitting" not in result["keys"]:
+        return []
+    coding: Coding = instantiate(config.coding, _convert_="all")
+    densities, neurons = (artifact(config, result, stage) for stage in ("distribution", "fitting"))
+    drawn = pictures.draw(result["label"], coding, sites, densities, neurons)
+    (job / "figures").mkdir(exist_ok=True)
+    paths = [job / "figures" / f"{name}.png" for name in drawn]
+    with rc_context(STYLE):
+        for path, figure in zip(paths, drawn.values(), strict=True):
+            figure.savefig(path)
+    return paths
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _cut(table: str) -> str:
+    """As many lines of a table as a description can hold."""
+    if len(table) <= NOTE:
+        return table
+    whole_lines = table[:NOTE].rpartition("\n")[0]
+    return f"{whole_lines}\n\nThe whole table is among the artifacts."

@@ -1,0 +1,108 @@
+"""`python -m pipeline.tracking sync`: logs every finished run that the tracking database lacks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import tracked
+from pipeline.errors import one_line
+from pipeline.tracking import TrackingSpec
+from stages.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Logs what is missing; returns the exit status, 1 if anything is still missing."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking")
+    commands = parser.add_subparsers(required=True)
+    sync = commands.add_parser("sync", help="log every finished run that is not logged yet")
+    sync.add_argument("--runs", type=Path, default=Path("outputs/runs"), metavar="PATH")
+    sync.add_argument(
+        "--close", action="store_true", help="also close sweeps that were killed before their end"
+    )
+    sync.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if not given.runs.is_dir():
+            raise InputError(f"no runs at {given.runs}; give their folder with --runs")
+        return _sync(given.runs, _changes(given.overrides), given.close)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of tracking that the command line changes for every run."""
+    known = [field.name for field in fields(TrackingSpec)]
+    for override in overrides:
+        group, _, name = override.partition("=")[0].partition(".")
+        if group != "tracking" or name not in known or "=" not in override:
+            allowed = ", ".join(f"tracking.{name}=" for name in known)
+            raise InputError(f"sync: got {override}; choose among {allowed}")
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    changes: dict[str, Any] = dict(given.get("tracking", {}))
+    default: dict[str, Any] = {"uri": "http:", "experiment": "", "artifacts": ""}
+    TrackingSpec(**(default | changes))  # refuses a bad address before anything is read
+    return changes
+
+
+def _sync(runs: Path, changes: dict[str, Any], close: bool) -> int:
+    """All jobs, sweep by sweep; stops at a server that does not answer."""
+    # nobody waits for the results, so the server may take its time
+    changes = {"patience": math.inf} | changes
+    done: Counter[str] = Counter()
+    for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
+        jobs = sorted(path.parent for path in folder.glob("*/result.json"))
+        outcomes = [_job(job, changes) for job in jobs]
+        done.update(outcomes)
+        if {*outcomes} & {"logged", "known"} and tracked.is_sweep(folder):
+            done.update(_sweep(folder, jobs[0], changes, close))
+    print(
+        f"{done['logged']} runs logged, {done['known']} were logged before, "
+        f"{done['off']} have tracking.enabled=false, {done['failed']} could not be logged"
+    )
+    return 1 if done["failed"] else 0
+
+
+def _job(job: Path, changes: dict[str, Any]) -> str:
+    try:
+        spec = tracked.spec_of(job, changes)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        log.warning("run %s not logged: %s", job, one_line(error))
+        return "failed"
+    if not spec.enabled:
+        return "off"
+    if tracked.recorded(spec, job):
+        return "known"
+    if tracked.log_job(spec, job) is None:
+        return "failed"
+    print(f"logged {job} to {spec.uri}")
+    return "logged"
+
+
+def _sweep(folder: Path, job: Path, changes: dict[str, Any], close: bool) -> list[str]:
+    """Closes the parent of a sweep that has ended; what failed."""
+    ended = folder / tracked.ENDED
+    if close and not ended.exists():
+        ended.write_text(json.dumps({"status": "KILLED", "ended": time.time()}))
+    if not ended.exists():
+        print(f"{folder} has not ended; if it was killed, --close closes it")
+        return []
+    spec = tracked.spec_of(job, changes)
+    return ["failed"] if tracked.log_sweep(spec, folder) is None else []
