@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline import failures
 from pipeline.errors import one_line
 from stages.errors import InputError
 
@@ -31,6 +31,8 @@ CONF = Path(__file__).parents[1] / "conf"
 RUN_ID = "PIPELINE_RUN_ID"
 RUNS = Path("outputs/runs")
 TABLES = Path("outputs/tables")
+REFUSED = (HydraException, OmegaConfBaseException, InputError)  # told in one line
+SUFFIXES = ("md", "csv", "tex")  # of every table
 
 
 def main() -> int:
@@ -42,43 +44,69 @@ def main() -> int:
     folder = RUNS / os.environ[RUN_ID]
     # Hydra has no null for a config group; the empty choice is called none.
     sys.argv[1:] = [re.sub(r"^(experiment|variant)=null$", r"\1=none", a) for a in sys.argv[1:]]
+    planned = [a for a in sys.argv[1:] if re.fullmatch(r"(?i)runtime\.plan=(true|yes|on|1)", a)]
     try:
-        _job()
-    except (HydraException, OmegaConfBaseException, InputError) as error:
+        if planned:
+            from pipeline import plan
+
+            plan.show([a for a in sys.argv[1:] if not a.startswith("-") and a not in planned])
+            return 0
+        stopped = _launch()
+    except REFUSED as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        _interrupted(folder)
         return 130
-    return _finish(folder)
+    return _finish(folder, stopped)
+
+
+def _launch() -> list[dict[str, Any]]:
+    """Runs Hydra; what ended its launcher early is one more failure beside those of the jobs."""
+    try:
+        with failures.interruptible():
+            _job()
+    except REFUSED:
+        raise
+    except Exception as error:
+        return [failures.stopped(error)]
+    return []
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
     """One job. An error of the user is a line in failed.json and the log, never a lost sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    from pipeline.devices import placed
+
     try:
         settings: Settings = instantiate(cfg)
-        _run(settings, cfg, folder)
-    except (HydraException, OmegaConfBaseException, InputError) as error:
-        _failed(folder, one_line(error))
+        with placed(settings) as settings:
+            _run(settings, folder)
     except Exception as error:
-        log.exception("job failed")
-        _failed(folder, f"{type(error).__name__}: {error}")
+        failures.check_interrupt(error)
+        refused = isinstance(error, REFUSED)
+        if not refused:
+            log.exception("job failed")
+        line = one_line(error) if refused else f"{type(error).__name__}: {error}"
+        failures.record(folder, _overrides(), line)
+        failures.release(error)
 
 
-def _run(settings: Settings, cfg: DictConfig, folder: Path) -> None:
-    from pipeline import pictures, results, runner
+def _run(settings: Settings, folder: Path) -> None:
+    from pipeline import results, runner, tracked
 
+    started = time.time()
     log.info("%s", settings.name)
     result, sites, run = runner.execute(settings)
-    result["run"] = _provenance(folder)
-    (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=True))
+    result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
+    result["run"] |= {"started": started, "ended": time.time()}
     sites.to_parquet(folder / "per_site.parquet")
     results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
-    if settings.tracking.enabled:
-        config = OmegaConf.to_yaml(cfg, resolve=True)
-        pictures.track(settings, result, sites, run, config, _parent(settings, folder))
+    # last: a folder with a result is one that is whole
+    (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=True))
+    tracked.log_job(settings.tracking, folder)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -94,73 +122,42 @@ def _provenance(folder: Path) -> dict[str, Any]:
     }
 
 
-def _parent(settings: Settings, folder: Path) -> str | None:
-    """The sweep's parent run in MLflow, opened by whichever of its jobs comes first."""
-    from pipeline import tracking
-
-    if "MULTIRUN" not in str(HydraConfig.get().mode):
-        return None
-    record = folder.parent / "parent.json"
-    with FileLock(record.with_suffix(".lock")):
-        if not record.exists():
-            name = _experiment(HydraConfig.get()) or "sweep"
-            tags = {"sweep": os.environ[RUN_ID], "experiment": name}
-            run_id = tracking.start_sweep(settings.tracking, f"{name} {os.environ[RUN_ID]}", tags)
-            record.write_text(json.dumps({"run_id": run_id, "tracking": vars(settings.tracking)}))
-    parent = json.loads(record.read_text())["run_id"]
-    return None if parent is None else str(parent)
-
-
-def _failed(folder: Path, line: str) -> None:
-    log.error("%s", line)
-    record = {"overrides": _overrides(), "error": line}
-    (folder / "failed.json").write_text(json.dumps(record))
-
-
 def _overrides() -> list[str]:
     """The job's overrides as they were given: an interpolation in one has no value in Hydra's node."""
     return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
 
 
-def _finish(folder: Path) -> int:
+def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
     """Prints and writes the sweep's table and figures, ends its parent run, lists the failed jobs."""
-    from pipeline import sweep, tables, tracking
+    from pipeline import sweep, tables, tracked
 
-    failures = [json.loads(p.read_text()) for p in sorted(folder.glob("*/failed.json"))]
+    failed = [*failures.listed(folder), *stopped]
     finished = sorted(folder.glob("*/result.json"))
     if finished:
         print()
-        name = _table_name(folder)
+        name = sweep.experiment(folder) or folder.name
         tables.sweep_table(folder, name, TABLES)
         print(f"\nresults: {folder}/*/result.json")
         print(f"table: {TABLES / name}.md, .csv, .tex")
+        files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:
             if written := sweep.draw(folder, name, TABLES):
                 print(f"and: {', '.join(path.name for path in written)}")
+                files += written
         except Exception as error:  # the table stands; what a figure lacks is told as a failed job
             log.exception("figures")
-            failures.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
-    record = folder / "parent.json"
-    if record.exists():
-        parent = json.loads(record.read_text())
-        spec = tracking.TrackingSpec(**parent["tracking"])
-        tracking.end_sweep(spec, parent["run_id"], "FAILED" if failures else "FINISHED")
-    for failure in failures:
+            failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
+        tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)
+    for failure in failed:
         print(f"failed: {' '.join(failure['overrides'])}: {failure['error']}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
-def _table_name(folder: Path) -> str:
-    """An experiment's table by its name; any other run's by its id."""
-    choice = folder / "multirun.yaml"
-    name = _experiment(OmegaConf.load(choice).hydra) if choice.exists() else None
-    return name or folder.name
+def _interrupted(folder: Path) -> None:
+    """Ends the sweep's parent run, whose finished jobs are logged; the table waits for the rest."""
+    from pipeline import tracked
 
-
-def _experiment(hydra_config: Any) -> str | None:
-    """The experiment that was chosen, if one was."""
-    name = hydra_config.runtime.choices.experiment
-    return None if name in (None, "none") else str(name)
+    tracked.end_sweep(folder, "KILLED", [])
 
 
 if __name__ == "__main__":

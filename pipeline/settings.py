@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,29 @@ class Runtime:
     """How a run is carried out: never part of a key, recorded in every manifest."""
 
     device: str
+    devices: Sequence[str] | None
     batch: int
     evaluation_batch: int
     task_batch: int
     compile: bool
     figures: bool
+    plan: bool
 
     def __post_init__(self) -> None:
         if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
             raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
+        if self.plan:  # the command line sees to it; a job that comes here would run
+            raise InputError("runtime.plan: give runtime.plan=true on the command line")
+        if self.devices is not None:
+            self._check(self.devices)
+
+    def _check(self, devices: Sequence[str]) -> None:
+        given = f"runtime.devices={devices}"
+        names = [] if isinstance(devices, str) else [n for n in devices if ":" in str(n)]
+        if not names or len({*names}) < len(devices):
+            raise InputError(f"{given}: give a list of different devices, as [cuda:0,cuda:1]")
+        if self.device not in ("auto", *names):
+            raise InputError(f"{given} and runtime.device={self.device}: give one of the two")
 
 
 @dataclass(frozen=True)

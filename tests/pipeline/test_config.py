@@ -28,7 +28,7 @@ CONF = REPOSITORY / "conf"
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in CONF.rglob("*.yaml")
-    if path.parent != CONF
+    if path.parent not in (CONF, CONF / "table", CONF / "study")  # no parts of a job
 )
 GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
 FREE = {"model.dims"}  # handed to transformers, whose configs take any key

@@ -1,0 +1,97 @@
+"""Failed jobs of a sweep: what each leaves for the list at its end, and nothing in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+log = logging.getLogger(__name__)
+RECORD = "failed.json"
+EXTRAS = {
+    "hydra_joblib_launcher": "joblib",
+    "hydra_submitit_launcher": "slurm",
+}  # of pyproject.toml
+KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
+INTERRUPTED = threading.Event()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Remembers a Ctrl-C: a library may take its KeyboardInterrupt for an error of its own."""
+
+    def interrupt(number: int, frame: object) -> None:
+        INTERRUPTED.set()
+        raise KeyboardInterrupt
+
+    INTERRUPTED.clear()
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_interrupt(error: Exception) -> None:
+    """Raises KeyboardInterrupt if that is what the error comes from."""
+    if INTERRUPTED.is_set():
+        raise KeyboardInterrupt from error
+
+
+def record(folder: Path, overrides: Sequence[str], line: str) -> None:
+    """Keeps the reason in the job's folder."""
+    log.error("%s", line)
+    (folder / RECORD).write_text(json.dumps({"overrides": list(overrides), "error": line}))
+
+
+def release(error: BaseException) -> None:
+    """Frees what a failed job held, for the next: the frames of its error still have the model."""
+    import torch
+
+    from pipeline import inputs
+
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    inputs.forget()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    """Overrides and error of every job in a run's folder that did not finish, in their order."""
+    found = []
+    for job in sorted(folder.glob("*/.hydra"), key=lambda path: int(path.parent.name)):
+        reason = job.with_name(RECORD)
+        if reason.exists():
+            found.append(json.loads(reason.read_text()))
+        elif not job.with_name("result.json").exists():
+            overrides = OmegaConf.to_container(OmegaConf.load(job / "overrides.yaml"))
+            found.append({"overrides": overrides, "error": KILLED})
+    return found
+
+
+def stopped(error: Exception) -> dict[str, Any]:
+    """What ended a launcher before all jobs had run: no plug-in, a killed worker, a lost cluster."""
+    log.debug("launcher", exc_info=error)
+    missing = re.match(r"Unknown plugin class : 'hydra_plugins\.(\w+)", str(error))
+    if missing:
+        extra = EXTRAS.get(missing[1], missing[1])
+        line = f"its plug-in is not installed; pip install -c constraints.txt -e .[{extra}]"
+    else:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        line = f"{type(error).__name__}: {reason}; hydra.verbose=true tells more"
+    return {"overrides": ["hydra/launcher"], "error": line}

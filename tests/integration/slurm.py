@@ -1,0 +1,142 @@
+"""A sweep through a one-node Slurm that this script starts: `hydra/launcher=submitit_slurm`.
+
+No part of the test suite (its name has no test_). As root on Debian, with nothing else of Slurm running:
+
+    apt-get install --no-install-recommends slurm-wlm munge
+    python -m pip install -c constraints.txt -e .[dev,slurm]
+    python -m pytest -s tests/integration/slurm.py
+
+Neither systemd nor cgroups are needed; configuration, state and logs are in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import Finished, Tiny, half_written
+
+REPOSITORY = Path(__file__).parents[2]
+CONF = """\
+ClusterName=one
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmdPort={node}
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Authentication, controller and node, each in the foreground; `SLURM_CONF` for all commands."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    ports = {"controller": free_port(), "node": free_port()}
+    conf = folder / "slurm.conf"
+    conf.write_text(CONF.format(folder=folder, host=host(), **ports))
+    munge = {"socket": "munge.socket", "key-file": key.name}
+    munge |= {part: f"munge.{part}" for part in ("pid-file", "log-file", "seed-file")}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("SLURM_CONF", str(conf))
+        options = [f"--{option}={folder / name}" for option, name in munge.items()]
+        for daemon in (
+            ["munged", "--foreground", "--force", *options],
+            ["slurmctld", "-D", "-c"],
+            ["slurmd", "-D", "-c", "-N", host()],
+        ):
+            log = stack.enter_context((folder / f"{daemon[0]}.out").open("w"))
+            process = subprocess.Popen(daemon, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(stop, process)
+            time.sleep(1)
+        stack.callback(until_idle, folder)  # no job outlives the test, even one that failed
+        stack.callback(asked, "scancel", "--signal=KILL", "--state=RUNNING", "--user=root")
+        stack.callback(asked, "scancel", "--state=PENDING", "--user=root")
+        until_idle(folder)
+        yield folder
+
+
+def host() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait(30)
+
+
+def until_idle(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while "idle" not in asked("sinfo", "--noheader", "-o", "%t"):
+        logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.out"))
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.5)
+
+
+def asked(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_a_sweep_of_three_slurm_jobs(cluster: Path, tiny_run: Tiny, tmp_path: Path) -> None:
+    sweep = [
+        "-m",
+        "experiment=null",
+        "coding=las,gated,multigrain",
+        "hydra/launcher=submitit_slurm",
+    ]
+    sweep += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=3"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PIPELINE_RUN_ID", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "pipeline", *sweep, *tiny_run.overrides, "tracking.enabled=true"],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True},
+        timeout=900,
+    )
+    print(run.stdout, run.stderr)
+    done = Finished(run.returncode, run.stdout, run.stderr, tmp_path)
+    jobs = asked("scontrol", "show", "job", "--oneliner")
+    print(
+        re.sub(
+            r"(JobId|JobState|RunTime)=(\S+)|.", lambda m: f"{m[1]}={m[2]} " if m[1] else "", jobs
+        )
+    )
+    assert done.code == 0, done.err
+    assert re.findall(r"^tiny +(\w+) ", done.out, re.MULTILINE) == ["las", "gated", "multigrain"]
+    assert [result["coding"] for result in done.results] == ["las", "gated", "multigrain"]
+    assert len(re.findall("JobState=COMPLETED", jobs)) == 3
+    shared = {result["keys"]["capture"] for result in done.results}
+    assert len(shared) == 1 and [r["hits"]["capture"] for r in done.results].count(False) == 1
+    assert not half_written(tmp_path / "outputs/store")
