@@ -1,18 +1,19 @@
-"""Turn the results of runs into one table: on the terminal, and as Markdown, csv and LaTeX."""
+"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX.
 
-import math
-import re
+`python -m pipeline.tables table=NAME` makes a paper's table from the store.
+"""
+
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from pipeline import sheet
+from pipeline.columns import Column, perplexity, scientific, significant, with_error
 from pipeline.rows import TEXT, distinct, energy_frame, result_frame, sweep_results
 
-UNDEFINED = "–"
-DIVERGED = 1e4  # a perplexity above this says only that the model is broken
 LEFT = (*TEXT, "run", "phase", "role")  # columns of words
 CAPTIONS = {
     "bits": "bits: T, and log2 n where the n grains are neurons per activation",
@@ -28,44 +29,36 @@ ENERGY_CAPTION = (
     "unmasked positions, both operands, gates and decode scaling) and phase (prefill of a window; "
     "one decoded token at its end); saving against the dense model in the same convention."
 )
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        UNDEFINED: "--",
-        "±": r"$\pm$",
-    }
-)
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "nmse": lambda value: scientific(value, 1),
+    "spikes_per_value": "{:.3f}".format,
+    "macs_G": lambda value: significant(value, 4),
+    "acs_G": lambda value: significant(value, 4),
+    "energy_J": lambda value: significant(value, 3),
+    "saving": lambda value: f"{100 * value:.1f} %",
+    "fitting_s": "{:.1f}".format,
+    "conversion_s": "{:.1f}".format,
+    "bits": "{:.3g}".format,
+    "slope": "{:g}".format,
+    "rho": "{:.4f}".format,
+    "C": lambda value: scientific(value, 2),
+    "C_relative": "{:.4f}".format,
+    "last_relative": "{:.4f}".format,
+    "R2": "{:.3f}".format,
+}
 
 
 def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
-    """Write `frame` as stem.md, stem.csv and stem.tex; the same frame gives the same bytes.
-
-    The csv holds the numbers as they are, the other two what a reader wants to see.
-    """
-    cells, note = _cells(frame), _note(frame)
-    caption = f"{caption} {note}".strip()
-    texts = {
-        ".md": f"{caption}\n\n{_markdown(cells, 'pipe')}\n",
-        ".csv": frame.to_csv(index=False, lineterminator="\n"),
-        ".tex": _latex(cells, stem.name, caption),
-    }
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, text in texts.items():
-        path = stem.with_name(stem.name + suffix)
-        path.write_text(text, encoding="utf-8", newline="\n")
-        paths.append(path)
-    return paths
+    """Write `frame` as stem.md, stem.csv and stem.tex; the same frame gives the same bytes."""
+    return sheet.write(_sheet(frame, caption), stem)
 
 
 def print_table(frame: pd.DataFrame) -> None:
     """Print `frame` for a terminal."""
-    print(_markdown(_cells(frame), "simple"))
-    if note := _note(frame):
-        print(note)
+    shown = _sheet(frame, "")
+    print(sheet.terminal(shown))
+    if shown.caption:
+        print(shown.caption)
 
 
 def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
@@ -88,78 +81,24 @@ def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
     return frame
 
 
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the main columns as the text a reader sees."""
+def _sheet(frame: pd.DataFrame, caption: str) -> sheet.Sheet:
+    """The main columns under the names that the csv has."""
     shown = [name for name in frame.columns if not name.endswith(("_stderr", "_n"))]
-    return pd.DataFrame({name: _column(frame, name) for name in shown}, columns=shown)
+    columns = [_column(name, frame) for name in shown]
+    return sheet.Sheet(frame, columns, f"{caption} {_note(frame)}".strip())
 
 
-def _column(frame: pd.DataFrame, name: str) -> list[str]:
-    if f"{name}_stderr" in frame:
-        pairs = zip(frame[name], frame[f"{name}_stderr"], strict=True)
-        return [_with_error(value, error) for value, error in pairs]
-    formatter = _formatter(name)
-    return [UNDEFINED if pd.isna(value) else formatter(value) for value in frame[name]]
-
-
-def _formatter(column: str) -> Callable[[Any], str]:
-    if column.startswith("ppl_"):
-        return _perplexity
-    if column.startswith(("relative_", "nmse_")):
-        return lambda value: _scientific(value, 1)
-    by_name: dict[str, Callable[[Any], str]] = {
-        "nmse": lambda value: _scientific(value, 1),
-        "spikes_per_value": "{:.3f}".format,
-        "macs_G": lambda value: _significant(value, 4),
-        "acs_G": lambda value: _significant(value, 4),
-        "energy_J": lambda value: _significant(value, 3),
-        "saving": lambda value: f"{100 * value:.1f} %",
-        "fitting_s": "{:.1f}".format,
-        "conversion_s": "{:.1f}".format,
-        "bits": "{:.3g}".format,
-        "slope": "{:g}".format,
-        "rho": "{:.4f}".format,
-        "C": lambda value: _scientific(value, 2),
-        "C_relative": "{:.4f}".format,
-        "last_relative": "{:.4f}".format,
-        "R2": "{:.3f}".format,
-    }
-    fraction = column.startswith(("acc_", "share_"))
-    return by_name.get(column, "{:.3f}".format if fraction else str)
-
-
-def _perplexity(value: float) -> str:
-    if value > DIVERGED:
-        return _scientific(value, 1)
-    return f"{value:.3f}" if value < 100 else f"{value:.2f}"
-
-
-def _with_error(value: float, error: float) -> str:
-    """Give a value with as many decimals as its standard error bears: 0.46 ± 0.05."""
-    if pd.isna(value):
-        return UNDEFINED
-    if pd.isna(error):
-        return f"{value:.3f}"
-    decimals = 2 if error >= 0.0095 else 3
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
-
-
-def _scientific(value: float, decimals: int) -> str:
-    return re.sub(r"e([+-])0*(\d+)", _exponent, f"{value:.{decimals}e}")
-
-
-def _exponent(found: re.Match[str]) -> str:
-    sign = found[1].replace("+", "")
-    return f"e{sign}{found[2]}"
-
-
-def _significant(value: float, digits: int) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    text = np.format_float_positional(
-        value, precision=digits, unique=False, fractional=False, trim="k"
-    )
-    return text.rstrip(".")
+def _column(name: str, frame: pd.DataFrame) -> Column:
+    error = f"{name}_stderr"
+    if error in frame:
+        return Column(name, name, with_error, error=error)
+    if name.startswith("ppl_"):
+        return Column(name, name, perplexity)
+    if name.startswith(("relative_", "nmse_")):
+        return Column(name, name, SHOWN["nmse"])
+    fraction = name.startswith(("acc_", "share_"))
+    show = SHOWN.get(name, "{:.3f}".format if fraction else str)
+    return Column(name, name, show, words=name in LEFT)
 
 
 def _note(frame: pd.DataFrame) -> str:
@@ -175,34 +114,7 @@ def _note(frame: pd.DataFrame) -> str:
     return f"Accuracy ± standard error; items: {tasks}."
 
 
-def _markdown(cells: pd.DataFrame, style: str) -> str:
-    # tabulate would read the text as numbers again and undo the format of each column
-    align = ["left" if name in LEFT else "right" for name in cells.columns]
-    if style == "pipe":
-        cells = cells.map(lambda text: text.replace("|", r"\|"))
-    return cells.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+if __name__ == "__main__":
+    from pipeline.paper import main
 
-
-def _latex(cells: pd.DataFrame, label: str, caption: str) -> str:
-    """Typeset the cells as a booktabs table that fits the width of the line."""
-    columns = "".join("l" if name in LEFT else "r" for name in cells.columns)
-    table = (
-        cells.map(_latex_text)
-        .rename(columns=_latex_text)
-        .style.hide(axis="index")
-        .to_latex(hrules=True, column_format=columns)
-    )
-    return (
-        "% needs \\usepackage{booktabs,graphicx}\n"
-        "\\begin{table}\n\\centering\n"
-        f"\\caption{{{_latex_text(caption)}}}\n\\label{{tab:{label}}}\n"
-        f"\\resizebox{{\\linewidth}}{{!}}{{%\n{table.rstrip()}\n}}\n"
-        "\\end{table}\n"
-    )
-
-
-def _latex_text(text: str) -> str:
-    escaped = text.translate(_LATEX)
-    if text == "inf":
-        return r"$\infty$"
-    return re.sub(r"^(-?\d(?:\.\d+)?)e(-?\d+)$", r"$\1\\times10^{\2}$", escaped)
+    sys.exit(main())

@@ -1,9 +1,6 @@
 """Tables: order of columns, what a reader sees, and files that are the same every time."""
 
 import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +8,7 @@ import pytest
 
 from pipeline import rows, tables
 from stages.errors import InputError
+from tests.pipeline.test_latex import check_latex, compile_latex
 
 DENSE = {
     "model": "smol_lm&2",
@@ -83,7 +81,7 @@ def test_columns_are_in_the_promised_order(frame):
     ]
 
 
-def test_what_rows_may_leave_out_has_its_place_where_one_has_it():
+def test_what_rows_may_leave_out_has_its_place_where_one_has_it(tmp_path):
     told = {"transform": "rotate", "bits": 7.585, "trained": True, "convention": "bit_plane"}
     frame = rows.result_frame([DENSE, LAS | told])
     assert list(frame.columns)[:7] == [
@@ -91,7 +89,7 @@ def test_what_rows_may_leave_out_has_its_place_where_one_has_it():
     ]
     assert list(frame.columns).index("convention") + 1 == list(frame).index("spikes_per_value")
     assert "variant" not in frame
-    cells = tables._cells(frame).iloc[1]
+    cells = shown(tables.write(frame, tmp_path / "t", "")[0])[1]
     assert (cells["bits"], cells["trained"], cells["convention"]) == ("7.58", "yes", "bit_plane")
 
 
@@ -179,44 +177,12 @@ def test_latex_is_sound(frame, tmp_path):
     assert r"smol\_lm\&2" in text and r"100 \% of a\_b \& c." in text
     assert r"$4.5\times10^{7}$" in text and r"$\infty$" in text and r"$0.46$" not in text
     assert r"0.46 $\pm$ 0.05" in text
-    check_structure(tex)
-    if engine := shutil.which("pdflatex"):
-        compile_latex(engine, tex)
+    check_latex(tex)
 
 
-def compile_latex(engine: str, path: Path) -> None:
-    main = path.with_name("main.tex")
-    main.write_text(
-        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}"
-        f"\\input{{{path.stem}}}\\end{{document}}"
-    )
-    command = [engine, "-interaction=nonstopmode", "-halt-on-error", main.name]
-    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-
-
-def check_structure(path: Path) -> None:
-    """Check environments, rules, cells per row, braces and special characters."""
-    text = path.read_text(encoding="utf-8")
-    opened = re.findall(r"\\begin\{(\w+)\}", text)
-    assert opened == re.findall(r"\\end\{(\w+)\}", text)[::-1] == ["table", "tabular"]
-    assert [text.count(f"\\{rule}") for rule in ("toprule", "midrule", "bottomrule")] == [1, 1, 1]
-    bare = re.sub(r"\\[\\&%$#_{}]", lambda found: "\n" if found[0] == r"\\" else "", text)
-    body = bare.split("\\begin{tabular}")[1].split("\\end{tabular}")[0]
-    columns = len(re.findall(r"[lr]", body.split("}")[0]))
-    rows = [line for line in body.splitlines() if "&" in line]
-    assert len(rows) == 3 and {row.count("&") + 1 for row in rows} == {columns}
-    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
-    assert "%" not in body and "_" not in bare.split("\\caption")[1].split("\\label")[0]
-
-
-@pytest.mark.parametrize("broken", ["\\end{tabular}", "\\bottomrule", "\\_", " & ", "}"])
-def test_the_structure_check_notices_a_broken_table(frame, tmp_path, broken):
-    tex = tables.write(frame, tmp_path / "t", "a_b.")[2]
-    text = tex.read_text(encoding="utf-8")
-    tex.write_text(text.replace(broken, "_" if broken == "\\_" else "", 1), encoding="utf-8")
-    with pytest.raises((AssertionError, IndexError)):
-        check_structure(tex)
+def test_a_tex_engine_takes_the_table(frame, tmp_path):
+    frame.loc[0, "coding"] = r"a_b & 50% #1 $x^{2}$ ~ \c"
+    compile_latex([tables.write(frame, tmp_path / "quick_start", "100 % of a_b & c.")[2]])
 
 
 def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):

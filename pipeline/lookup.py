@@ -1,0 +1,90 @@
+"""The rows of a table, looked up in the store: its jobs composed, their keys computed, nothing built."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import runner
+from pipeline.errors import one_line
+from pipeline.jobs import Job, jobs
+from pipeline.rows import distinct
+from pipeline.runner import Run
+from stages.errors import InputError
+
+log = logging.getLogger(__name__)
+NAMED = 3  # missing jobs whose missing artifacts are named
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job and what it measured: `result` is its result.json, `sites` its per-site table."""
+
+    job: Job
+    run: Run
+    result: dict[str, Any]
+    sites: pd.DataFrame
+
+
+class Missing(InputError):
+    """The store lacks results: which, and the commands that make them, one a line."""
+
+
+def rows(overrides: Sequence[str], again: str, fill: bool = False) -> list[Row]:
+    """The jobs of `python -m pipeline` with these overrides as the store holds them, each once.
+
+    With `fill` what is missing is run first. Else, or where that fails, raises Missing; `again` is
+    the command that fills everything.
+    """
+    found = [(job, *runner.stored(job.settings)) for job in jobs(overrides)]
+    lacking = [(job, labels) for job, _, labels in found if labels]
+    if lacking and not fill:
+        raise Missing("\n".join(_missing(lacking, len(found), again)))
+    failed = [line for job, _ in lacking if (line := _filled(job))]
+    if failed:
+        raise Missing("\n".join([f"{len(failed)} of {len(lacking)} jobs failed", *failed]))
+    every = [_row(job, _again(job) if labels else run) for job, run, labels in found]
+    kept = {id(result) for result in distinct([row.result for row in every])}
+    return [row for row in every if id(row.result) in kept]
+
+
+def _again(job: Job) -> Run:
+    """What a job that was just run has left in the store."""
+    run, missing = runner.stored(job.settings)
+    if missing:
+        raise Missing(f"{job.settings.name} is no longer in the store; run the same command again")
+    return run
+
+
+def _row(job: Job, run: Run) -> Row:
+    result, sites = runner.collect(run)
+    return Row(job, run, result | {"run": {"overrides": list(job.overrides)}}, sites)
+
+
+def _missing(lacking: Sequence[tuple[Job, list[str]]], count: int, again: str) -> list[str]:
+    store = lacking[0][0].config.store.path
+    lines = [f"{len(lacking)} of {count} rows are not in {store}; these commands fill them:"]
+    for number, (job, labels) in enumerate(lacking):
+        told = f"{job.settings.name} lacks {', '.join(labels)}:" if number < NAMED else ""
+        lines += [f"  {told}"] * bool(told) + [f"    {job.command}"]
+    return [*lines, "all of them:", f"    {again}"]
+
+
+def _filled(job: Job) -> str | None:
+    """Runs a job; what failed, in a line."""
+    log.info("%s", job.settings.name)
+    try:
+        runner.execute(job.settings)
+    except (HydraException, OmegaConfBaseException, InputError) as error:
+        return f"  {shlex.join(job.overrides)}: {one_line(error)}"
+    except Exception as error:
+        log.exception("job failed")
+        return f"  {shlex.join(job.overrides)}: {type(error).__name__}: {error}"
+    return None

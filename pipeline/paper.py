@@ -1,0 +1,220 @@
+"""`python -m pipeline.tables table=NAME`: a table of a paper, made of what the store holds.
+
+table=NAME        main, energy, grains, codings, per_site, ...: conf/table/NAME.yaml
+table.KEY=VALUE   an option of that file; table.fill=true runs the jobs that the store lacks
+anything else     an override of `python -m pipeline`: experiment=NAME for other axes,
+                  timesteps=6 for one value of an axis, store.path=FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.lookup import Row
+    from pipeline.sheet import Sheet
+
+CONF = Path(__file__).parents[1] / "conf"
+NOT_A_TABLE = "published"  # the numbers of other papers, beside the tables that show them
+# Where and how results are made says nothing of what a table shows.
+CIRCUMSTANCES = ("store", "runtime", "tracking")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: the table's own configuration, and the overrides of its jobs."""
+
+    name: str
+    config: Any
+    overrides: tuple[str, ...]
+    command: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes a table and its sidecar; returns the exit status, 1 for missing cells and bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\ntables: {', '.join(names('table'))}")
+        return 0
+    return told(lambda: _main(arguments))
+
+
+def told(command: Any) -> int:
+    """Runs a command and tells what a user can mend in as few lines as it takes."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.errors import one_line
+
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _main(arguments: Sequence[str]) -> None:
+    asked = request(arguments)
+    if asked.config.fill:
+        logging.basicConfig(
+            level=logging.INFO,
+            format="[%(asctime)s][%(levelname)s] %(message)s",
+            datefmt="%H:%M:%S",
+        )
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+    from pipeline import lookup, sheet
+
+    again = asked.command if asked.config.fill else f"{asked.command} table.fill=true"
+    rows = lookup.rows(asked.overrides, again, asked.config.fill)
+    made = lay_out(asked.config, rows)
+    written = write(asked, made, rows)
+    print(sheet.terminal(made))
+    print(f"\n{made.caption}\n\nwritten: {', '.join(map(str, written))}")
+
+
+def log_to_terminal() -> None:
+    """Shows what jobs log, as `python -m pipeline` does; progress bars are for people."""
+    line = "[%(asctime)s][%(levelname)s] %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, datefmt="%H:%M:%S")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def names(group: str) -> list[str]:
+    """What conf/`group` offers."""
+    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return [name for name in found if name != NOT_A_TABLE]
+
+
+def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]]:
+    """The name that `group`=NAME gives, the overrides of its file, and the overrides of its jobs.
+
+    Raises InputError where no name or an unknown one is given.
+    """
+    mine = [a for a in arguments if re.match(rf"[+~]*{group}[.=]", a)]
+    chosen = [a.partition("=")[2] for a in mine if a.startswith(f"{group}=")]
+    if len(chosen) != 1 or chosen[0] not in names(group):
+        got = " ".join(f"{group}={name}" for name in chosen) or f"no {group}="
+        raise InputError(f"got {got}; give {group}=NAME, one of {', '.join(names(group))}")
+    if flags := [a for a in arguments if a.startswith("-")]:
+        raise InputError(f"got {flags[0]}; options are given as KEY=VALUE, see --help")
+    rest = [re.sub(r"^(experiment|variant)=null$", r"\1=none", a) for a in arguments]
+    return (
+        chosen[0],
+        [a for a in mine if not a.startswith(f"{group}=")],
+        [a for a in rest if a not in mine],
+    )
+
+
+def loaded(group: str, name: str, overrides: Sequence[str]) -> Any:
+    """The configuration in conf/`group`/`name`.yaml with its own overrides."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return compose(f"{group}/{name}", list(overrides))[group]
+
+
+def request(arguments: Sequence[str]) -> Request:
+    """The table that a command line asks for; its experiment is the file's unless one is given."""
+    name, mine, rest = own(arguments, "table")
+    config = loaded("table", name, mine)
+    if not any(a.startswith("experiment=") for a in rest):
+        rest = [f"experiment={config.experiment}", *rest]
+    command = shlex.join(["python", "-m", "pipeline.tables", *arguments])
+    return Request(name, config, tuple(rest), command)
+
+
+def lay_out(config: Any, rows: Sequence[Row]) -> Sheet:
+    """The sheet of a table."""
+    from hydra.utils import instantiate
+
+    made: Sheet = instantiate(config.layout)(rows)
+    return made
+
+
+def write(asked: Request, made: Sheet, rows: Sequence[Row]) -> list[Path]:
+    """The table as md, csv and tex, and the json that says where its numbers come from."""
+    from pipeline import sheet
+
+    stem = Path(asked.config.folder) / asked.name
+    written = sheet.write(made, stem)
+    sidecar = stem.with_name(f"{stem.name}.json")
+    sidecar.write_text(json.dumps(record(asked, rows), indent=1) + "\n", encoding="utf-8")
+    return [*written, sidecar]
+
+
+def record(asked: Request, rows: Sequence[Row]) -> dict[str, Any]:
+    """Every row's command and artifact keys, what made the artifacts, and the spec's hash."""
+    from pipeline import provenance
+
+    artifacts, environments = origins(rows)
+    revisions = {json.dumps(entry["git"]): entry["git"] for entry in artifacts.values()}
+    return {
+        "table": asked.name,
+        "command": asked.command,
+        "spec_sha256": spec(asked, rows),
+        "tree": provenance.git_state(),
+        "revisions": list(revisions.values()),
+        "rows": [
+            {
+                "name": row.run.settings.name,
+                **row.run.settings.axes,
+                "command": row.job.command,
+                "keys": row.result["keys"],
+            }
+            for row in rows
+        ],
+        "artifacts": artifacts,
+        "environments": environments,
+    }
+
+
+def origins(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Where artifacts come from, by key as their manifests say, and the environments they name.
+
+    An environment is the versions and the machine that built some of them.
+    """
+    environments: list[dict[str, Any]] = []
+    found = {}
+    for artifact in (artifact for row in rows for artifact in row.run.artifacts.values()):
+        built = artifact.manifest
+        environment = {name: built[name] for name in ("versions", "machine")}
+        if environment not in environments:
+            environments.append(environment)
+        kept = {name: built[name] for name in ("stage", "seconds", "created", "git")}
+        found[artifact.key] = kept | {"environment": environments.index(environment)}
+    return found, environments
+
+
+def spec(asked: Request, rows: Sequence[Row]) -> str:
+    """The hash of what the table shows: its layout and the configurations of its rows."""
+    from omegaconf import OmegaConf
+
+    from pipeline.stage import canonical
+
+    layout: Any = OmegaConf.to_container(asked.config.layout, resolve=True)
+    jobs = []
+    for row in rows:
+        config: Any = OmegaConf.to_container(row.job.config, resolve=True)
+        jobs.append({name: v for name, v in config.items() if name not in CIRCUMSTANCES})
+    return hashlib.sha256(canonical({"layout": layout, "rows": jobs}).encode()).hexdigest()
