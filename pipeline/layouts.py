@@ -22,6 +22,7 @@ from pipeline.columns import (
     small,
 )
 from pipeline.lookup import Row
+from pipeline.published import as_measured, printed
 from pipeline.rows import COSTS, ENERGIES, result_frame, variant
 from pipeline.sheet import Sheet
 from stages.errors import InputError
@@ -56,12 +57,12 @@ def main(
     ppl, accuracy = _means(rows[0])
     if published:
         sources = list(dict.fromkeys(row["source"] for row in published))
-        theirs = [_published(row, sources.index(row["source"]) + 1) for row in published]
+        theirs = [as_measured(row, sources.index(row["source"]) + 1) for row in published]
         frame = pd.concat([frame, pd.DataFrame(theirs)], ignore_index=True)
         frame = frame.astype({"grains": "Int64", "timesteps": "Int64", "conversion_s": "float64"})
         rivals += [False] * len(published)
         sections += [(row["model"],) for row in published]
-        ppl = replace(ppl, show=_printed, error="printed")
+        ppl = replace(ppl, show=printed, error="printed")
         told = captions.told(told, captions.published(sources))
     columns = _filled([*_names(frame), SECONDS, ppl, accuracy], frame)
     return Sheet(frame, columns, told, sections, rivals)
@@ -282,26 +283,3 @@ def _rivals(frame: pd.DataFrame) -> list[bool]:
 
 def _tenths(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _published(row: Mapping[str, Any], source: int) -> dict[str, Any]:
-    """A published row in the columns of a measured one; what was not found stays open.
-
-    A perplexity of which only a bound is told, ">100", is infinite and `printed` as told.
-    """
-    bound = row["ppl"] if isinstance(row["ppl"], str) else None
-    return {
-        "model": f"{row['model']}, published [{source}]",
-        "method": row["method"],
-        "coding": "published",
-        "grains": row["n"],
-        "timesteps": row["T"],
-        "conversion_s": row["time"],
-        "ppl_mean": row["ppl"] if bound is None else math.inf,
-        "printed": bound,
-        "acc_mean": math.nan if row["acc"] is None else row["acc"] / 100,
-    }
-
-
-def _printed(value: float, bound: Any) -> str:
-    return bounded_perplexity(value) if pd.isna(bound) else str(bound)

@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return told(lambda: _main(arguments))
 
 
-def told(command: Any) -> int:
+def told(command: Callable[[], None]) -> int:
     """Runs a command and tells what a user can mend in as few lines as it takes."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

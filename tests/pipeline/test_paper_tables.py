@@ -186,6 +186,15 @@ def test_ties_are_all_bold_and_what_diverged_never_is(rows):
     assert bold[alive].any(axis=None) and not bold[~alive].any(axis=None)
 
 
+def test_a_bound_that_does_not_spike_is_never_bold(rows):
+    bound = {"ppl_wikipedia": 1.0, "ppl_wikitext2": 1.0, "nmse": 1e-9, "spikes_per_value": None}
+    gated3 = [row.result["label"].startswith("gated3") for row in rows]
+    pairs = zip(rows, gated3, strict=True)
+    made = layout("codings")([replace(r, result=r.result | bound) if b else r for r, b in pairs])
+    bold, bounds = pd.DataFrame(made.bold()), made.frame["variant"] == "gated3"
+    assert bounds.sum() == 2 and bold[~bounds].any(axis=None) and not bold[bounds].any(axis=None)
+
+
 def cells(made: sheet.Sheet) -> list[str]:
     return [row["mean perplexity"] for row in shown(sheet.markdown(made))]
 
@@ -387,11 +396,12 @@ def test_published_rows_stand_below_and_never_compete(swept, rows, tmp_path, mon
     assert made.starts()[-3:] == [True, True, False]
     assert "[1] the paper on bigger; [2] the paper on big." in made.caption
     assert "diverged" not in made.caption.partition("Published")[0].replace("did not diverge", "")
+    with pytest.raises(InputError, match="got huge; choose among big, bigger"):
+        published.rows(["huge"])
+    monkeypatch.undo()
     shipped = published.rows(["llama2-7b", "llama3-8b"])
     sheet.write(layouts.main(rows, {}, shipped), tmp_path / "all")
     check_latex(tmp_path / "all.tex")
-    with pytest.raises(InputError, match=r"got huge; choose among big, bigger"):
-        published.rows(["huge"])
 
 
 @pytest.mark.parametrize("name", TABLES)
