@@ -98,6 +98,8 @@ def _run(settings: Settings, folder: Path) -> None:
     from pipeline import results, runner, tracked
 
     started = time.time()
+    if settings.runtime.plan:  # nothing asked for a plan, but what is configured may not run either
+        raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s", settings.name)
     result, sites, run = runner.execute(settings)
     result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}

@@ -18,10 +18,6 @@ from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
 RECORD = "failed.json"
-EXTRAS = {
-    "hydra_joblib_launcher": "joblib",
-    "hydra_submitit_launcher": "slurm",
-}  # of pyproject.toml
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 INTERRUPTED = threading.Event()
 
@@ -89,8 +85,7 @@ def stopped(error: Exception) -> dict[str, Any]:
     log.debug("launcher", exc_info=error)
     missing = re.match(r"Unknown plugin class : 'hydra_plugins\.(\w+)", str(error))
     if missing:
-        extra = EXTRAS.get(missing[1], missing[1])
-        line = f"its plug-in is not installed; pip install -c constraints.txt -e .[{extra}]"
+        line = f"{missing[1]} is not installed; the launcher's file in conf/hydra/launcher says how"
     else:
         reason = (str(error).strip().splitlines() or [""])[0]
         line = f"{type(error).__name__}: {reason}; hydra.verbose=true tells more"

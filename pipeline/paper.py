@@ -75,13 +75,7 @@ def told(command: Callable[[], None]) -> int:
 def _main(arguments: Sequence[str]) -> None:
     asked = request(arguments)
     if asked.config.fill:
-        logging.basicConfig(
-            level=logging.INFO,
-            format="[%(asctime)s][%(levelname)s] %(message)s",
-            datefmt="%H:%M:%S",
-        )
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")
+        log_to_terminal()
     from pipeline import lookup, sheet
 
     again = asked.command if asked.config.fill else f"{asked.command} table.fill=true"

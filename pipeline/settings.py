@@ -62,8 +62,6 @@ class Runtime:
     def __post_init__(self) -> None:
         if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
             raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
-        if self.plan:  # the command line sees to it; a job that comes here would run
-            raise InputError("runtime.plan: give runtime.plan=true on the command line")
         if self.devices is not None:
             self._check(self.devices)
 

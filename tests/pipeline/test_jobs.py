@@ -13,7 +13,6 @@ from pipeline import inputs, plan, runner
 from pipeline.chain import chain
 from pipeline.jobs import jobs
 from pipeline.store import Store
-from stages.errors import InputError
 from tests.pipeline.conftest import Finished, main_in
 
 SWEEP = ("experiment=none", "coding=las,gated", "timesteps=4,5", "evaluation.tasks=[piqa]")
@@ -141,7 +140,7 @@ def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
     assert bad.code == 1 and bad.err.count("\n") == 1 and "nonsense" in bad.err
 
 
-def test_a_plan_that_no_command_line_asks_for_is_refused(settings, tmp_path):
-    with pytest.raises(Exception) as caught:
-        settings(tmp_path, "runtime.plan=true")
-    assert isinstance(caught.value.__cause__, InputError)
+def test_a_plan_that_no_command_line_asks_for_runs_nothing_either(tiny_run, tmp_path):
+    done = main_in(tmp_path, [*tiny_run.overrides, "experiment=none", "++runtime.plan=true"])
+    assert done.code == 1 and "runtime.plan=true on the command line" in done.err
+    assert not list(tmp_path.glob("outputs/store/*/*"))

@@ -1,0 +1,56 @@
+"""Sweeps through Ray, on a cluster for the time of the sweep and on one that runs: `hydra/launcher=ray`.
+
+No part of the test suite (its name has no test_). `conf/hydra/launcher/ray.yaml` says how to install:
+
+    python -m pytest -s tests/integration/ray_cluster.py
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import Finished
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a cluster of one node, two cores, in the folder of the sweep."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", *options]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+    environment.pop("PIPELINE_RUN_ID", None)
+    head = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert head.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+    yield f"127.0.0.1:{port}"
+    head.terminate()
+    head.wait(60)
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would write one to the home folder."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+def test_a_sweep_on_a_cluster_of_its_own(sweep: Callable[..., Finished]) -> None:
+    sweep("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
+
+
+def test_a_sweep_on_a_cluster_that_runs(address: str, sweep: Callable[..., Finished]) -> None:
+    sweep("hydra/launcher=ray", f"hydra.launcher.ray.init.address={address}")
