@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -54,7 +53,7 @@ class TrackingSpec:
     """Where runs are logged: `sqlite:///outputs/mlflow/mlflow.db` or a server's address.
 
     `artifacts` is the folder of the tables and figures beside a database; a server uses its own.
-    `patience` is how many seconds a server may take for one run before it is left to a later sync.
+    `patience` is how many seconds logging one run may take before it is left to a later sync.
     Raises InputError for an address that MLflow cannot log to.
     """
 
@@ -176,9 +175,8 @@ def connect(spec: TrackingSpec) -> Database:
             found = client.get_experiment_by_name(spec.experiment)
     if found is None:
         raise ConnectionError(f"experiment {spec.experiment} cannot be created")
-    # a file has no server to be slow, and its creation by many jobs at once takes its time
-    patience = spec.patience if spec.database is None else math.inf
-    deadline = time.monotonic() + patience
+    # a new sqlite database takes seconds, which are no slowness of a server
+    deadline = time.monotonic() + spec.patience
     return Database(client, found.experiment_id, found.tags.get(view.TAG), deadline)
 
 
