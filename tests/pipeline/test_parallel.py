@@ -151,7 +151,7 @@ def test_eight_jobs_at_once_build_every_artifact_once_and_are_all_logged(start):
     assert builders == {key: 1 for stage, key in there if stage != "tokens"}
     assert not half_written(sweep.store)
     with chdir(sweep.cwd):  # what a busy database was too slow for is logged now, and nothing twice
-        assert sync.main([]) == 0
+        assert sync.main(["sync"]) == 0
     client = MlflowClient(f"sqlite:///{sweep.cwd}/outputs/mlflow/mlflow.db")
     runs = [
         run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])
