@@ -238,8 +238,8 @@ def _parts(client: MlflowClient, run_id: str, entry: Entry) -> Iterator[Callable
     for i in range(0, max(len(params), len(tags)), BATCH // 2):
         some = slice(i, i + BATCH // 2)  # the limit is on both together
         yield partial(client.log_batch, run_id, params=params[some], tags=tags[some])
-    if entry.data:
-        yield partial(client.log_inputs, run_id, _inputs(entry))
+    for data in _inputs(entry):
+        yield partial(_log_input, client, run_id, data)
     for name, document in entry.documents.items():
         yield partial(client.log_text, run_id, document, name)
     for name, table in entry.tables.items():
@@ -247,6 +247,16 @@ def _parts(client: MlflowClient, run_id: str, entry: Entry) -> Iterator[Callable
     for folder, paths in entry.files.items():
         for path in paths:
             yield partial(client.log_artifact, run_id, str(path), folder)
+
+
+def _log_input(client: MlflowClient, run_id: str, data: DatasetInput) -> None:
+    """Log a data set; of two processes that MLflow lets create it at once, one has to ask again."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.log_inputs(run_id, [data])
+    except MlflowException:  # now it is there
+        client.log_inputs(run_id, [data])
 
 
 def _inputs(entry: Entry) -> list[DatasetInput]:

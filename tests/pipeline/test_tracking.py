@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from pipeline import tracking
 from pipeline.entry import Entry, Text
@@ -139,6 +140,23 @@ def test_texts_are_inputs_with_their_context_and_source(spec):
         ("calibration", "c4", 36 * "a", '{"id": "allenai/c4"}'),
         ("evaluation", "wikipedia", "b", '{"uri": "text.jsonl"}'),
     }
+
+
+def test_a_data_set_that_another_process_creates_first_costs_nothing(spec, monkeypatch):
+    text = Text("wikipedia", "b", "evaluation", "local", {"uri": "text.jsonl"}, {"windows": 3})
+    rival, log_inputs, refused = fetch(spec, log_run(spec)).info.run_id, MlflowClient.log_inputs, []
+
+    def late(client, run_id, datasets):
+        if not refused:  # MLflow has looked, the other process writes, MLflow writes too
+            log_inputs(client, rival, datasets)
+            refused.append(run_id)
+            raise MlflowException("UNIQUE constraint failed: datasets.name, datasets.digest")
+        log_inputs(client, run_id, datasets)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", late)
+    run = fetch(spec, log_run(spec, name="second", data=[text], identity={"job": "second"}))
+    assert refused == [run.info.run_id] and run.info.status == "FINISHED"
+    assert [i.dataset.digest for i in run.inputs.dataset_inputs] == ["b"]
 
 
 def test_logging_a_run_again_leaves_one_of_it(spec, monkeypatch):
