@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import failures
-from pipeline.errors import one_line
+from pipeline.errors import REFUSED, one_line
+from pipeline.overrides import named
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ CONF = Path(__file__).parents[1] / "conf"
 RUN_ID = "PIPELINE_RUN_ID"
 RUNS = Path("outputs/runs")
 TABLES = Path("outputs/tables")
-REFUSED = (HydraException, OmegaConfBaseException, InputError)  # told in one line
 SUFFIXES = ("md", "csv", "tex")  # of every table
 
 
@@ -42,8 +40,7 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folder = RUNS / os.environ[RUN_ID]
-    # Hydra has no null for a config group; the empty choice is called none.
-    sys.argv[1:] = [re.sub(r"^(experiment|variant)=null$", r"\1=none", a) for a in sys.argv[1:]]
+    sys.argv[1:] = named(sys.argv[1:])
     planned = [a for a in sys.argv[1:] if re.fullmatch(r"(?i)runtime\.plan=(true|yes|on|1)", a)]
     try:
         if planned:
@@ -85,12 +82,7 @@ def _job(cfg: DictConfig) -> None:
         with placed(settings) as settings:
             _run(settings, folder)
     except Exception as error:
-        failures.check_interrupt(error)
-        refused = isinstance(error, REFUSED)
-        if not refused:
-            log.exception("job failed")
-        line = one_line(error) if refused else f"{type(error).__name__}: {error}"
-        failures.record(folder, _overrides(), line)
+        failures.record(folder, _overrides(), failures.reason(error))
         failures.release(error)
 
 

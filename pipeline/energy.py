@@ -21,21 +21,10 @@ COSTS = ("macs_G", "acs_G", "energy_J")
 
 def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
     """Prints the tables; returns the exit status, 1 for bad input, which is told in one line."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from pipeline.errors import told
 
-    from pipeline.errors import one_line
-
-    try:
-        chosen = list(sys.argv[1:] if overrides is None else overrides)
-        _report(*_configured(chosen, conf))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    chosen = list(sys.argv[1:] if overrides is None else overrides)
+    return told(lambda: _report(*_configured(chosen, conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:

@@ -1,11 +1,26 @@
-"""What a user reads when a configuration is refused: one line."""
+"""What a user reads when something is refused: one line."""
 
 from __future__ import annotations
 
-from hydra.errors import OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+import sys
+from collections.abc import Callable
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from stages.errors import InputError
+
+REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
+
+
+def told(command: Callable[[], object]) -> int:
+    """Runs a command; the exit status, 1 where it is refused, which is told."""
+    try:
+        command()
+    except REFUSED as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def one_line(error: BaseException) -> str:

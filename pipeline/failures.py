@@ -16,6 +16,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pipeline.errors import REFUSED, one_line
+
 log = logging.getLogger(__name__)
 RECORD = "failed.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
@@ -40,10 +42,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def check_interrupt(error: Exception) -> None:
-    """Raises KeyboardInterrupt if that is what the error comes from."""
+def reason(error: Exception) -> str:
+    """Why a job failed, in a line; what no user can mend is logged with its traceback.
+
+    Raises KeyboardInterrupt if that is what the error comes from. To be called where it is caught.
+    """
     if INTERRUPTED.is_set():
         raise KeyboardInterrupt from error
+    if isinstance(error, REFUSED):
+        return one_line(error)
+    log.exception("job failed")
+    return f"{type(error).__name__}: {error}"
 
 
 def record(folder: Path, overrides: Sequence[str], line: str) -> None:
@@ -71,9 +80,9 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     """Overrides and error of every job in a run's folder that did not finish, in their order."""
     found = []
     for job in sorted(folder.glob("*/.hydra"), key=lambda path: int(path.parent.name)):
-        reason = job.with_name(RECORD)
-        if reason.exists():
-            found.append(json.loads(reason.read_text()))
+        recorded = job.with_name(RECORD)
+        if recorded.exists():
+            found.append(json.loads(recorded.read_text()))
         elif not job.with_name("result.json").exists():
             overrides = OmegaConf.to_container(OmegaConf.load(job / "overrides.yaml"))
             found.append({"overrides": overrides, "error": KILLED})
@@ -87,6 +96,6 @@ def stopped(error: Exception) -> dict[str, Any]:
     if missing:
         line = f"{missing[1]} is not installed; the launcher's file in conf/hydra/launcher says how"
     else:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        line = f"{type(error).__name__}: {reason}; hydra.verbose=true tells more"
+        first = (str(error).strip().splitlines() or [""])[0]
+        line = f"{type(error).__name__}: {first}; hydra.verbose=true tells more"
     return {"overrides": ["hydra/launcher"], "error": line}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.assets import asset_step, content, fetch, fetch_all
+from pipeline.manifest import sha256_of
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
@@ -121,7 +122,7 @@ def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
     elif spec.gguf is not None:
         identity = {"gguf": model_step(spec.gguf).key()}
     elif spec.hub is not None:
-        identity = {"hub": spec.hub, "revision": _commit(spec)}
+        identity = {"hub": spec.hub, "revision": _commit(spec.hub, spec.revision)}
     else:
         raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION}
@@ -134,18 +135,19 @@ def model_step(file: PackageFile) -> Step:
     return Step("model", {"sha256": file.sha256}, {}, ("stages.llm.loading",))
 
 
-def _commit(spec: ModelSpec) -> str:
+@functools.cache
+def _commit(hub: str, revision: str | None) -> str:
     """The commit a hub revision stands for today, so that a moved branch is another model."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(spec.hub), revision=spec.revision or "main")
+        config = AutoConfig.from_pretrained(hub, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model {spec.hub} cannot be reached on the hub ({str(error).splitlines()[0]}); log in "
+            f"model {hub} cannot be reached on the hub ({str(error).splitlines()[0]}); log in "
             "if it is gated, or give a local folder by model.path=FOLDER"
         ) from error
-    return str(getattr(config, "_commit_hash", None) or spec.revision)
+    return str(getattr(config, "_commit_hash", None) or revision)
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:
@@ -155,10 +157,10 @@ def _fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _digest(path: Path, full: bool = True) -> str:
+    stat = path.stat()
     if not full:
-        return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    return sha256_of(path.absolute(), stat.st_size, stat.st_mtime_ns)  # read once for all jobs
 
 
 def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import runner
-from pipeline.errors import one_line
+from pipeline import failures, runner
 from pipeline.jobs import Job, jobs
 from pipeline.rows import distinct
 from pipeline.runner import Run
@@ -47,7 +44,8 @@ def rows(overrides: Sequence[str], again: str, fill: bool = False) -> list[Row]:
     lacking = [(job, labels) for job, _, labels in found if labels]
     if lacking and not fill:
         raise Missing("\n".join(_missing(lacking, len(found), again)))
-    failed = [line for job, _ in lacking if (line := _filled(job))]
+    with failures.interruptible():
+        failed = [line for job, _ in lacking if (line := _filled(job))]
     if failed:
         raise Missing("\n".join([f"{len(failed)} of {len(lacking)} jobs failed", *failed]))
     every = [_row(job, _again(job) if labels else run) for job, run, labels in found]
@@ -78,13 +76,12 @@ def _missing(lacking: Sequence[tuple[Job, list[str]]], count: int, again: str) -
 
 
 def _filled(job: Job) -> str | None:
-    """Runs a job; what failed, in a line."""
+    """Runs a job; what failed, in a line, and nothing of it in memory."""
     log.info("%s", job.settings.name)
     try:
         runner.execute(job.settings)
-    except (HydraException, OmegaConfBaseException, InputError) as error:
-        return f"  {shlex.join(job.overrides)}: {one_line(error)}"
     except Exception as error:
-        log.exception("job failed")
-        return f"  {shlex.join(job.overrides)}: {type(error).__name__}: {error}"
+        line = f"  {shlex.join(job.overrides)}: {failures.reason(error)}"
+        failures.release(error)
+        return line
     return None

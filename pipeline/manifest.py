@@ -68,7 +68,7 @@ def _check(file: Path, entry: Mapping[str, Any], full: bool) -> None:
         raise Damaged(f"has {stat.st_size} bytes instead of {entry['bytes']}")
     if stat.st_size > LARGE and stat.st_mtime_ns == entry["mtime_ns"] and not full:
         return  # a large file with another time may be a mere copy: its digest decides
-    digest = _sha256.__wrapped__ if full else _sha256
+    digest = sha256_of.__wrapped__ if full else sha256_of
     if digest(file, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
         raise Damaged("has been altered")
 
@@ -80,12 +80,12 @@ def _names(folder: Path) -> list[str]:
 
 def _entry(file: Path) -> dict[str, Any]:
     stat = file.stat()
-    digest = _sha256(file, stat.st_size, stat.st_mtime_ns)
+    digest = sha256_of(file, stat.st_size, stat.st_mtime_ns)
     return {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 @functools.cache
-def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+def sha256_of(file: Path, size: int, mtime_ns: int) -> str:
     """Digest of a file, read once per process as long as its size and time stay the same."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

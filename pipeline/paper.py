@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.overrides import named
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,25 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return told(lambda: _main(arguments))
 
 
-def told(command: Callable[[], None]) -> int:
-    """Runs a command and tells what a user can mend in as few lines as it takes."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from pipeline.errors import one_line
+def told(command: Callable[[], object]) -> int:
+    """Runs a command that the store makes good to interrupt; the exit status."""
+    from pipeline import errors
 
     try:
-        command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return errors.told(command)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
         return 130
-    return 0
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -112,11 +103,10 @@ def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]
         raise InputError(f"got {got}; give {group}=NAME, one of {', '.join(names(group))}")
     if flags := [a for a in arguments if a.startswith("-")]:
         raise InputError(f"got {flags[0]}; options are given as KEY=VALUE, see --help")
-    rest = [re.sub(r"^(experiment|variant)=null$", r"\1=none", a) for a in arguments]
     return (
         chosen[0],
         [a for a in mine if not a.startswith(f"{group}=")],
-        [a for a in rest if a not in mine],
+        named([a for a in arguments if a not in mine]),
     )
 
 

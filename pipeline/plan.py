@@ -34,7 +34,8 @@ class Planned:
 
 def show(overrides: Sequence[str]) -> None:
     """Prints the jobs of a command line, what each would build and about how long that takes."""
-    rows = plan([(job.settings.name, chain(job.settings, _store(job))) for job in jobs(overrides)])
+    found = (job.settings for job in jobs(overrides))
+    rows = plan(chain(settings, Store(Path(settings.store.path))) for settings in found)
     table = [
         (
             number,
@@ -57,15 +58,17 @@ def show(overrides: Sequence[str]) -> None:
         print(f"no past build to estimate from: {', '.join(unknown)}")
 
 
-def plan(chains: Iterable[tuple[str, Chain]]) -> list[Planned]:
+def plan(chains: Iterable[Chain]) -> list[Planned]:
     """Every job's artifacts, in the order of the jobs; nothing is built or loaded."""
     coming: set[str] = set()
     past: dict[Path, History] = {}
     rows = []
-    for name, steps in chains:
+    for steps in chains:
         store = steps.model.store
-        history = past.setdefault(store.root, History(store))
-        rows.append(row := Planned(name))
+        if store.root not in past:
+            past[store.root] = History(store)
+        history = past[store.root]
+        rows.append(row := Planned(steps.settings.name))
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
             if (store.root / step.stage / key).is_dir():
@@ -117,10 +120,6 @@ def _size(spec: Any) -> float:
                 product *= spec[name]
             return product
     return 1
-
-
-def _store(job: Any) -> Store:
-    return Store(Path(job.settings.store.path))
 
 
 def _span(seconds: Iterable[float | None]) -> str:

@@ -68,7 +68,7 @@ def _sync(runs: Path, changes: dict[str, Any], close: bool) -> int:
     changes = {"patience": math.inf} | changes
     done: Counter[str] = Counter()
     for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
-        jobs = sorted(path.parent for path in folder.glob("*/result.json"))
+        jobs = tracked.finished(folder)
         outcomes = [_job(job, changes) for job in jobs]
         done.update(outcomes)
         if {*outcomes} & {"logged", "known"} and tracked.is_sweep(folder):

@@ -76,7 +76,7 @@ def end_sweep(folder: Path, status: str, files: Sequence[Path]) -> None:
 
     `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
     """
-    jobs = _jobs(folder)
+    jobs = finished(folder)
     if jobs and is_sweep(folder):
         record = {"status": status, "ended": time.time()}
         (folder / ENDED).write_text(json.dumps(record))
@@ -89,7 +89,7 @@ def log_sweep(spec: TrackingSpec, folder: Path, files: Sequence[Path] | None = N
     Without `files` the table and the figures are made anew from the results.
     """
     digest = hashlib.sha256((folder / ENDED).read_bytes())
-    for job in _jobs(folder):
+    for job in finished(folder):
         digest.update(f"{job.name} {_digest(job)}".encode())
     if known := _recorded(folder / SWEEP, spec, digest.hexdigest()):
         return known
@@ -139,7 +139,7 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     return sorted(into.iterdir())
 
 
-def _jobs(folder: Path) -> list[Path]:
+def finished(folder: Path) -> list[Path]:
     """The folders of the finished jobs."""
     return sorted(path.parent for path in folder.glob("*/result.json"))
 

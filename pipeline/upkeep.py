@@ -125,17 +125,14 @@ def _unneeded(store: Store, days: float | None, named: set[str], source: Any) ->
 
 def _reachable(store: Store, experiment: Sequence[str]) -> set[str]:
     """Keys of all that an experiment's jobs use, from the model's file to the energy."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     from pipeline.chain import chain
-    from pipeline.errors import one_line
+    from pipeline.errors import REFUSED, one_line
     from pipeline.jobs import jobs
 
     name, *overrides = experiment
     try:
         chains = [chain(job.settings, store) for job in jobs([f"experiment={name}", *overrides])]
-    except (HydraException, OmegaConfBaseException) as error:
+    except REFUSED as error:
         raise InputError(one_line(error)) from None
     return {step.key() for each in chains for step in (each.sources | each.steps).values()}
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -167,6 +169,17 @@ def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
             root.handlers[:], root.level = handlers, level
             use_compiler(compiles)
     return Finished(code, out.getvalue(), err.getvalue(), cwd)
+
+
+@contextmanager
+def fork_server(*preloaded: str) -> Iterator[ForkServerContext]:
+    """Processes that start in no time: forks of one that has imported everything, without threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preloaded))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
 
 
 def half_written(store: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.settings import Settings
-from tests.pipeline.conftest import half_written
+from tests.pipeline.conftest import fork_server, half_written
 
 Make = Callable[..., Settings]
 REPOSITORY = Path(__file__).parents[2]
@@ -41,12 +40,7 @@ def execute(settings: Settings, report: Path) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ForkServerContext]:
-    """Processes that start in no time: forks of one that has imported everything, without threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *PRELOADED])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with fork_server(__name__, *PRELOADED) as context:
         yield context
 
 

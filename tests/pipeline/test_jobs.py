@@ -106,7 +106,7 @@ def test_a_plan_counts_what_is_stored_and_shared(swept, tiny_run, folder, monkey
     chosen = [jobs([*overrides, t])[0] for t in ("timesteps=4", "timesteps=7", "timesteps=7")]
     store = Store(Path(chosen[0].settings.store.path))
     before = sorted(store.root.rglob("*"))
-    first, second, third = plan.plan([(j.settings.name, chain(j.settings, store)) for j in chosen])
+    first, second, third = plan.plan(chain(job.settings, store) for job in chosen)
     assert not first.builds and first.stored == 8  # six steps, two texts
     assert list(second.builds) == ["fitting", "patching", "evaluation ppl_wikipedia", "energy"]
     assert not third.builds and third.shared == 4 and second.stored == third.stored == 4

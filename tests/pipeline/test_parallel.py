@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.pipeline.conftest import Finished, Tiny, half_written
+from tests.pipeline.conftest import Finished, Tiny, fork_server, half_written
 
 REPOSITORY = Path(__file__).parents[2]
 PRELOADED = (
@@ -63,11 +62,7 @@ def main_of_its_own(cwd: Path, arguments: Sequence[str], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ForkServerContext]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *PRELOADED])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}")
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with fork_server(__name__, *PRELOADED) as context:
         yield context
 
 
