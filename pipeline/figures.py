@@ -1,5 +1,6 @@
 """Draw the figures of one run; a role has the same colour and marker in all of them."""
 
+import logging
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -197,6 +198,7 @@ def _heat_map(axes: Axes, grid: pd.DataFrame, norm: Normalize) -> bool:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.png and stem.pdf with embedded fonts; the same figure gives the same bytes."""
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "pdf")]
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # a line for each table of each font
     with rc_context(STYLE):  # the type of the fonts is decided when a file is written
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # both have the layout that has just been found

@@ -1,5 +1,6 @@
 """Figures: what is drawn equals the data, what is missing is seen, and files are fit for a paper."""
 
+import logging
 import os
 import re
 import subprocess
@@ -183,6 +184,12 @@ def written(folder: Path) -> dict[str, list[Path]]:
         for text in figure.findobj(Text):
             assert text.get_fontsize() >= 7 or not text.get_text()
     return {name: figures.save(figure, folder / name) for name, figure in drawn.items()}
+
+
+def test_embedding_fonts_says_nothing_in_the_log_of_a_run(per_site, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        figures.save(figures.error_per_layer({"run": per_site}), tmp_path / "x")
+    assert not caplog.records
 
 
 def test_files_have_the_width_of_a_page_and_embedded_fonts(tmp_path):
