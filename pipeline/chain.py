@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 from pipeline import inputs
@@ -120,7 +121,7 @@ def _evaluation(found: Chain, fitted: dict[str, str]) -> None:
         if task.path is None and task.package is not None:
             found.sources[f"asset {task.name}"] = asset_step(task.package)
         fields = {"task": replace(task, path=None), "coding": s.coding}
-        fields |= {"items": spec.items}
+        fields |= {"items": spec.items, "lm_eval": version("lm_eval")}  # whose prompts these are
         keys = {"model": found.model.key, "data": inputs.question_key(task)}
         found.add(f"evaluation acc_{task.name}", fields, keys | fitted)
 

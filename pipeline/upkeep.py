@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -22,10 +23,15 @@ def main() -> int:
     try:
         if not arguments.store.is_dir():
             raise InputError(f"no store at {arguments.store}; give its folder with --store")
-        return int(arguments.command(Store(arguments.store), arguments))
+        status = int(arguments.command(Store(arguments.store), arguments))
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `ls | head` has read enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -113,6 +113,15 @@ def test_a_field_changes_its_stage_and_what_is_made_of_it(change, kept, settings
     assert {stage.split()[0] for stage, key in after.items() if key == before[stage]} == kept
 
 
+def test_another_release_of_lm_eval_asks_other_questions(settings, built, monkeypatch):
+    made = settings(built, "evaluation.tasks=[piqa]")
+    before = runner.stored(made)[0].chain
+    monkeypatch.setattr("pipeline.chain.version", lambda package: f"{package} of tomorrow")
+    after = runner.stored(made)[0].chain
+    changed = {label for label in before.steps if before.key(label) != after.key(label)}
+    assert changed == {"evaluation acc_piqa"}
+
+
 def test_another_file_under_the_same_name_is_another_text(settings, built, tmp_path):
     file = tmp_path / "evaluation.jsonl"
     own = settings(built, f"corpus.wikipedia.path={file}")

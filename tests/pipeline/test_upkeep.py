@@ -50,6 +50,20 @@ def test_ls_and_show(store: Store, built: Artifact) -> None:
     assert json.loads(shown.stdout) == built.manifest
 
 
+def test_a_reader_that_has_seen_enough_ends_it_in_silence(store: Store) -> None:
+    for x in range(400):  # more than a pipe holds
+        folder = store.root / "demo" / f"{x:032x}"
+        folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "pipeline.store", "ls", "--store", str(store.root)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
