@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.assets import asset_step, content, fetch, fetch_all
 from pipeline.manifest import sha256_of
-from pipeline.stage import Step
+from pipeline.stage import Step, code_hash
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
 from stages.llm.corpus import (
@@ -125,9 +125,22 @@ def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
         identity = {"hub": spec.hub, "revision": _commit(spec.hub, spec.revision)}
     else:
         raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
-    parts = identity | {"dtype": spec.dtype, "attention": ATTENTION}
+    parts = identity | {"dtype": spec.dtype, "attention": ATTENTION, "rules": _rules(spec)}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     return ModelSource(spec, key, key, store, device)
+
+
+def _rules(spec: ModelSpec) -> str | None:
+    """The hash of the role rules of a model's family; None where there are none, which is told when
+    its sites are looked for."""
+    kind = spec.dims.get("model_type")
+    if spec.path is not None:
+        config = Path(spec.path).expanduser() / "config.json"
+        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    try:
+        return code_hash((f"stages.llm.architectures.{str(kind).replace('-', '_')}",))
+    except ModuleNotFoundError:
+        return None
 
 
 def model_step(file: PackageFile) -> Step:

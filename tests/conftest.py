@@ -4,6 +4,7 @@ Kernels run eagerly: compiling takes longer than everything that the tests compu
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -86,10 +87,24 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def _tiny(kind: str = "llama", seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+# What the real classes of each family need beside TINY.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": SLIDING_WINDOW},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 10}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"head_dim": 6, "sliding_window": SLIDING_WINDOW}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "head_dim": None},
+    "gpt_neox": {"head_dim": None},
+}
+
+
+def _tiny(kind: str = "llama", seed: int = 0, attention: str = "eager", **more: Any) -> Any:
     torch.manual_seed(seed)
-    extra = {"sliding_window": SLIDING_WINDOW} if kind == "mistral" else {}
-    config = AutoConfig.for_model(kind, **TINY, **extra)
+    config = AutoConfig.for_model(kind, **(TINY | FAMILIES[kind] | more))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases start as ones and zeros, which hides mistakes
@@ -99,8 +114,15 @@ def _tiny(kind: str = "llama", seed: int = 0, attention: str = "eager") -> PreTr
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., PreTrainedModel]:
-    """Makes a random model of `llama`, `mistral` (sliding window) or `qwen2` (biases)."""
+    """Makes a random model of one of the FAMILIES: grouped heads, biases, sliding windows."""
     return _tiny
+
+
+@pytest.fixture(params=FAMILIES)
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A random model of every family in turn."""
+    made: PreTrainedModel = _tiny(request.param)
+    return made
 
 
 @pytest.fixture

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from stages.llm.prefix import prefix_length
 from stages.llm.rotation import OnlineRotation, online_rotation
+from stages.llm.rules import Architecture, architecture
 from stages.llm.sites import Site
 
 PRODUCTS = ("linear", "qk", "pv")
@@ -51,13 +54,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of one decoder layer; `width` is that of an attention head."""
+    """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
+    carry the position."""
 
     hidden: int
     inner: int
     heads: int
     groups: int
     width: int
+    rotated: int
     window: int | None
     prefix: int
 
@@ -66,30 +71,55 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     """Every operation of a model, whose weights may be on the meta device.
 
     `sites` are all that `find_sites` gives, selected for conversion or not. The embedding is a
-    look-up and costs nothing; the few additions of biases are not counted.
+    look-up and costs nothing; what adds or scales a value once (biases, learned positions, the scale of an
+    embedding) is not counted.
     """
     modules = dict(model.named_modules())
+    rules = architecture(model)
     plan = [_linear(name, site, modules[name]) for site in sites for name in site.consumers]
-    plan += _norms(modules, sites)
+    layers: dict[int, dict[str, Site]] = {}
+    for site in sites:
+        if site.layer >= 0:
+            layers.setdefault(site.layer, {})[site.role] = site
+    prefix = prefix_length(model)
+    shapes = {i: _shape(model.config, modules, roles, prefix) for i, roles in layers.items()}
+    plan += _norms(modules, rules, shapes)
     online = online_rotation(model)
     if online is not None:
         plan += _rotation(online, [site for site in sites if site.role == "mlp.down"])
-    for layer in sorted({site.layer for site in sites if site.layer >= 0}):
-        roles = {site.role: site for site in sites if site.layer == layer}
-        shape = _shape(model.config, modules[roles["attn.q"].path], prefix_length(model))
+    for layer, roles in layers.items():
+        shape = shapes[layer]
         plan += _attention(layer, roles, shape)
-        plan += _elementwise(layer, roles, shape)
+        plan += _elementwise(layer, f"{rules.layers}.{layer}.{rules.activation}", roles, shape)
         plan += _gates(roles, shape)
     head = next(site for site in sites if site.role == "head.in")
-    return [*plan, _gate(head, Amount(model.config.hidden_size))]
+    return [*plan, _gate(head, Amount(modules[head.consumers[0]].in_features))]
 
 
-def _shape(config: Any, attention: Any, prefix: int) -> Shape:
+def _shape(
+    config: Any, modules: Mapping[str, Any], roles: Mapping[str, Site], prefix: int
+) -> Shape:
+    """The dimensions of a layer, read off its modules where they tell them."""
+    attention = modules[roles["attn.q"].path]
+    out, down = (modules[roles[role].consumers[0]] for role in ("attn.out", "mlp.down"))
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = out.in_features // heads
+    layer = roles["attn.q"].layer
     # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return Shape(hidden, inner, heads, groups, attention.head_dim, window, prefix)
+    rotated = _rotated(config, layer, width)
+    return Shape(out.out_features, down.in_features, heads, groups, width, rotated, window, prefix)
+
+
+def _rotated(config: Any, layer: int, width: int) -> int:
+    """Dimensions of a head that carry its position: all, a part, or none where it is added."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return 0
+    if "rope_type" not in rope:  # one for every type of layer
+        rope = rope[config.layer_types[layer]]
+    return int(width * rope.get("partial_rotary_factor", 1.0))
 
 
 def _linear(name: str, site: Site, module: Any) -> Operation:
@@ -98,11 +128,28 @@ def _linear(name: str, site: Site, module: Any) -> Operation:
     return Operation(name, "linear", site.layer, work, (site.name,), outputs)
 
 
-def _norms(modules: Mapping[str, Any], sites: Sequence[Site]) -> Iterator[Operation]:
-    layers = {site.path: site.layer for site in sites}  # the last norm is no site: that is the head
+def _norms(
+    modules: Mapping[str, Any], rules: Architecture, shapes: Mapping[int, Shape]
+) -> Iterator[Operation]:
+    """Every RMSNorm and LayerNorm; one inside attention scales all heads of its role."""
     for name, module in modules.items():
-        if type(module).__name__.endswith("RMSNorm"):
-            yield Operation(name, "norm", layers.get(name, -1), Amount(module.weight.numel()))
+        if not (type(module).__name__.endswith("RMSNorm") or isinstance(module, nn.LayerNorm)):
+            continue
+        inside = name.startswith(f"{rules.layers}.")
+        number, _, rest = name.removeprefix(f"{rules.layers}.").partition(".")
+        layer = int(number) if inside else -1
+        if inside and rest in rules.head_norms:
+            shape = shapes[layer]
+            heads = shape.heads if rules.head_norms[rest] == "attn.q" else shape.groups
+            yield Operation(name, "norm", layer, Amount(heads * shape.width))
+        else:
+            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
+
+
+def _normalised(norm: Any) -> Sequence[int]:
+    """The dimensions a norm works on; a LayerNorm may have no weight."""
+    shape: Sequence[int] = getattr(norm, "normalized_shape", None) or norm.weight.shape
+    return shape
 
 
 def untransformed(plan: Sequence[Operation]) -> list[Operation]:
@@ -123,22 +170,26 @@ def _rotation(online: OnlineRotation, sites: Sequence[Site]) -> Iterator[Operati
 def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
     path, window, prefix = roles["attn.q"].path, shape.window, shape.prefix
     q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
-    rotated = Amount((shape.heads + shape.groups) * shape.width)
     outputs = Amount(shape.heads * shape.width)
     scores = Amount(per_pair=shape.heads)
+    if shape.rotated:
+        rotated = Amount((shape.heads + shape.groups) * shape.rotated)
+        yield Operation(f"{path}:rope", "rope", layer, rotated)
     work = Amount(per_pair=shape.heads * shape.width)
-    yield Operation(f"{path}:rope", "rope", layer, rotated)
     yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window, prefix)
     yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
     yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window, prefix)
 
 
-def _elementwise(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+def _elementwise(
+    layer: int, activation: str, roles: Mapping[str, Site], shape: Shape
+) -> Iterator[Operation]:
     """The rest of a layer; the product stays a product where its operands are spikes."""
     attention, mlp = roles["attn.q"].path, roles["mlp.down"].path.rpartition(".")[0]
     yield Operation(f"{attention}:residual", "residual", layer, Amount(shape.hidden))
-    yield Operation(roles["mlp.act"].path, "activation", layer, Amount(shape.inner))
-    yield Operation(f"{mlp}:product", "product", layer, Amount(shape.inner))
+    yield Operation(activation, "activation", layer, Amount(shape.inner))
+    if "mlp.up" in roles:
+        yield Operation(f"{mlp}:product", "product", layer, Amount(shape.inner))
     yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
 
 

@@ -125,8 +125,7 @@ def attached(
     try:
         for site in sites:
             if site.port not in ATTENTION_PORTS and site.name in ports:
-                fanout = _fanout(site, modules)
-                handles.append(_hook(modules[site.path], site, ports[site.name], state, fanout))
+                handles += _hooks(modules, site, ports[site.name], state)
         for path, group in attention.items():
             set_ports(modules[path], AttentionPorts(**group, state=state))
         model.set_attn_implementation(NAME)
@@ -186,15 +185,50 @@ def _begin(state: ForwardState) -> Callable[..., None]:
     return hook
 
 
-def _hook(
-    module: nn.Module, site: Site, port: Port, state: ForwardState, fanout: int
-) -> torch.utils.hooks.RemovableHandle:
-    def real(x: Tensor) -> Tensor | None:
-        # The head may see the last positions only (`logits_to_keep`).
-        return None if state.real is None else state.real[:, -x.shape[1] :]
+def _hooks(
+    modules: Mapping[str, nn.Module], site: Site, port: Port, state: ForwardState
+) -> list[torch.utils.hooks.RemovableHandle]:
+    fanout = _fanout(site, modules)
 
+    def passed(x: Tensor) -> Tensor:
+        return port(x, _real_rows(x, state), fanout)
+
+    module = modules[site.path]
     if site.port == "in":
-        return module.register_forward_pre_hook(
-            lambda _, args: (port(args[0], real(args[0]), fanout), *args[1:])
-        )
-    return module.register_forward_hook(lambda _, args, x: port(x, real(x), fanout))
+        shared = _Shared(passed)
+        readers = dict.fromkeys((site.path, *site.consumers))
+        return [modules[name].register_forward_pre_hook(shared.enter) for name in readers]
+    if site.port == "out":
+        return [module.register_forward_hook(lambda _, args, x: passed(x))]
+    index, parts = map(int, site.port.removeprefix("out[").removesuffix("]").split("/"))
+
+    def replaced(_: nn.Module, args: Any, x: Tensor) -> Tensor:
+        own = list(x.chunk(parts, -1))
+        own[index] = passed(own[index].contiguous())
+        return torch.cat(own, -1)
+
+    return [module.register_forward_hook(replaced)]
+
+
+class _Shared:
+    """Gives all readers of one tensor the same coded value, which is coded and counted once."""
+
+    def __init__(self, passed: Callable[[Tensor], Tensor]) -> None:
+        self._passed = passed
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self._passed(x))
+        return (self._last[1], *args[1:])
+
+
+def _real_rows(x: Tensor, state: ForwardState) -> Tensor | None:
+    """Which rows of x [B, S, C] or [B S, C] are real; None for all.
+
+    The head may see the last positions only (`logits_to_keep`).
+    """
+    if state.real is None:
+        return None
+    return state.real.flatten() if x.dim() == 2 else state.real[:, -x.shape[1] :]

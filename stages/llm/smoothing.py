@@ -16,7 +16,8 @@ from stages.codings.coding import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
 from stages.llm.ports import DensePort, attached, stream
-from stages.llm.sites import Site, architecture, find_sites
+from stages.llm.rules import architecture
+from stages.llm.sites import Site, find_sites
 from stages.llm.statistics import Saliency, Watch, padded
 
 SMOOTHED = ("attn.in", "attn.out", "mlp.in")  # scales of a range and of the weights it meets

@@ -1,0 +1,5 @@
+"""Qwen2: Llama's modules."""
+
+from stages.llm.architectures.llama import ARCHITECTURE
+
+__all__ = ["ARCHITECTURE"]
