@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stages.errors import InputError
 from stages.llm.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
+from stages.llm.sites import pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,10 +100,12 @@ class CodingCosts(Protocol):
 
 @dataclass(frozen=True)
 class Rate:
-    """Spikes of a coded site: per value, and per multiplication (weighted by fan-out)."""
+    """Spikes of a coded operand: per value, and per multiplication (weighted by fan-out); `dense` is
+    the part of its multiplications that stay, those of experts without a neuron."""
 
     value: float
     product: float
+    dense: float = 0.0
 
 
 def account(
@@ -161,7 +164,8 @@ def _rows(
         used = coded if convention.operands == "both" else coded[:1]
         # Of the full square every value meets as many others: the fan-out has no weight in it.
         spikes = sum(r.value if convention.attention == "full" else r.product for r in used)
-        yield name, kind, layer, math.nan if math.isnan(spikes) else 0.0, work * spikes
+        stays = work * math.prod(rate.dense for rate in used)
+        yield name, kind, layer, math.nan if math.isnan(spikes) else stays, work * spikes
         if convention.decode_scaling and coding.decode_macs:
             decoded = operation.outputs.at(queries, pairs) * coding.decode_macs * len(used)
             yield name, "decode_scaling", layer, decoded, 0.0
@@ -220,7 +224,7 @@ def _rates(counters: pd.DataFrame | None, coding: CodingCosts | None) -> dict[st
     """The rate of every site; None where the site is dense, NaN where it has no spikes to count."""
     if counters is None:
         return {}
-    table = counters.set_index("site")
+    table = _pooled(counters)
     if coding is None:
         if table["spikes"].notna().any():
             raise ValueError("spikes were counted, but no coding is given")
@@ -230,7 +234,16 @@ def _rates(counters: pd.DataFrame | None, coding: CodingCosts | None) -> dict[st
     rates = {str(site): None for site in table.index}
     coded = table[table["spikes"].notna()]
     value, product = coded["spikes"] / coded["values"], coded["acs"] / coded["macs"]
-    return rates | {str(site): Rate(value[site], product[site]) for site in coded.index}
+    dense = 1 - coded["coded"] / coded["macs"]
+    return rates | {str(s): Rate(value[s], product[s], dense[s]) for s in coded.index}
+
+
+def _pooled(counters: pd.DataFrame) -> pd.DataFrame:
+    """Sums by operand, as what all experts of a layer counted; `coded` of the macs are of coded values."""
+    coded = counters["macs"].where(counters["spikes"].notna(), 0.0)
+    table = counters.assign(coded=coded, site=counters["site"].map(pooled))
+    sums = table.groupby("site", sort=False)[["values", "spikes", "macs", "acs", "coded"]]
+    return sums.sum(min_count=1)
 
 
 @functools.cache

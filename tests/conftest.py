@@ -96,9 +96,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 10}
     | {"layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"head_dim": 6, "sliding_window": SLIDING_WINDOW}
-    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}
+    },
     "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "head_dim": None},
     "gpt_neox": {"head_dim": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"mlp_only_layers": [0]},
 }
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from stages.llm.prefix import prefix_length
 from stages.llm.rotation import OnlineRotation, online_rotation
 from stages.llm.rules import Architecture, architecture
-from stages.llm.sites import Site
+from stages.llm.sites import Site, fused, matrix
 
 PRODUCTS = ("linear", "qk", "pv")
 ELEMENTWISE = ("norm", "rope", "softmax", "activation", "product", "residual")
@@ -55,7 +55,7 @@ class Operation:
 @dataclass(frozen=True)
 class Shape:
     """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
-    carry the position."""
+    carry the position; `inner` is all that a token meets, in `routes` of so many `experts`."""
 
     hidden: int
     inner: int
@@ -65,6 +65,8 @@ class Shape:
     rotated: int
     window: int | None
     prefix: int
+    experts: int
+    routes: int
 
 
 def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
@@ -76,7 +78,8 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     """
     modules = dict(model.named_modules())
     rules = architecture(model)
-    plan = [_linear(name, site, modules[name]) for site in sites for name in site.consumers]
+    sites = _pooled(sites)
+    plan = [_linear(name, s, modules[name], model.config) for s in sites for name in s.consumers]
     layers: dict[int, dict[str, Site]] = {}
     for site in sites:
         if site.layer >= 0:
@@ -90,10 +93,15 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     for layer, roles in layers.items():
         shape = shapes[layer]
         plan += _attention(layer, roles, shape)
-        plan += _elementwise(layer, f"{rules.layers}.{layer}.{rules.activation}", roles, shape)
+        plan += _elementwise(
+            layer, rules.activation_of(layer, roles["mlp.down"].expert is not None), roles, shape
+        )
         plan += _gates(roles, shape)
     head = next(site for site in sites if site.role == "head.in")
-    return [*plan, _gate(head, Amount(modules[head.consumers[0]].in_features))]
+    return [
+        *plan,
+        _gate(head, Amount(matrix(modules[head.consumers[0]], head, model.config).inputs)),
+    ]
 
 
 def _shape(
@@ -101,15 +109,22 @@ def _shape(
 ) -> Shape:
     """The dimensions of a layer, read off its modules where they tell them."""
     attention = modules[roles["attn.q"].path]
-    out, down = (modules[roles[role].consumers[0]] for role in ("attn.out", "mlp.down"))
+    out, down = (
+        matrix(modules[roles[role].consumers[0]], roles[role], config)
+        for role in ("attn.out", "mlp.down")
+    )
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    width = out.in_features // heads
+    width = out.inputs // heads
     layer = roles["attn.q"].layer
     # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     rotated = _rotated(config, layer, width)
-    return Shape(out.out_features, down.in_features, heads, groups, width, rotated, window, prefix)
+    experts = modules[roles["mlp.down"].path]
+    number = experts.num_experts if fused(experts) else 0
+    routes = config.num_experts_per_tok if number else 0
+    hidden, inner = out.outputs, down.inputs
+    return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
 
 
 def _rotated(config: Any, layer: int, width: int) -> int:
@@ -122,10 +137,19 @@ def _rotated(config: Any, layer: int, width: int) -> int:
     return int(width * rope.get("partial_rotary_factor", 1.0))
 
 
-def _linear(name: str, site: Site, module: Any) -> Operation:
-    outputs = Amount(module.out_features)
-    work = Amount(module.in_features * module.out_features)
-    return Operation(name, "linear", site.layer, work, (site.name,), outputs)
+def _pooled(sites: Sequence[Site]) -> list[Site]:
+    """The sites with one for all experts of a layer: a token meets some of them, not all."""
+    return list({site.operand: site for site in reversed(sites)}.values())[::-1]
+
+
+def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
+    """A linear module, a router, or one of the two matrices that a token meets in its experts."""
+    shape = matrix(module, site, config)
+    work = Amount(shape.inputs * shape.outputs)
+    if fused(module):
+        name += ":gate_up" if site.expert is None else ":down"
+    outputs = Amount(shape.accumulators)
+    return Operation(name, "linear", site.layer, work, (site.operand,), outputs)
 
 
 def _norms(
@@ -184,12 +208,19 @@ def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[
 def _elementwise(
     layer: int, activation: str, roles: Mapping[str, Site], shape: Shape
 ) -> Iterator[Operation]:
-    """The rest of a layer; the product stays a product where its operands are spikes."""
+    """The rest of a layer; the product stays a product where its operands are spikes.
+
+    A router's softmax is over all experts; the outputs of those chosen are weighted and summed.
+    """
     attention, mlp = roles["attn.q"].path, roles["mlp.down"].path.rpartition(".")[0]
     yield Operation(f"{attention}:residual", "residual", layer, Amount(shape.hidden))
     yield Operation(activation, "activation", layer, Amount(shape.inner))
     if "mlp.up" in roles:
         yield Operation(f"{mlp}:product", "product", layer, Amount(shape.inner))
+    if shape.experts:
+        yield Operation(f"{mlp}:routing", "softmax", layer, Amount(shape.experts))
+        weighted = Amount(shape.routes * shape.hidden)
+        yield Operation(f"{mlp}:weighting", "product", layer, weighted)
     yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
 
 
@@ -213,5 +244,7 @@ def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
 
 
 def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0) -> Operation:
-    operands = (site.name,)
-    return Operation(site.name, "gate", site.layer, values, operands, window=window, prefix=prefix)
+    operands = (site.operand,)
+    return Operation(
+        site.operand, "gate", site.layer, values, operands, window=window, prefix=prefix
+    )

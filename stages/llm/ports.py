@@ -22,8 +22,10 @@ from stages.llm.attention import (
     set_ports,
 )
 from stages.llm.counters import SiteCounter
+from stages.llm.experts import NAME as EXPERTS
+from stages.llm.experts import ExpertPorts, set_expert_ports, switch_experts
 from stages.llm.kernels import masked_softmax, row_kernel, softmax_kernel
-from stages.llm.sites import ATTENTION_PORTS, Site, find_sites
+from stages.llm.sites import ATTENTION_PORTS, Site, find_sites, matrix
 
 
 class DensePort:
@@ -121,19 +123,31 @@ def attached(
     state = ForwardState()
     handles = [model.register_forward_pre_hook(_begin(state), with_kwargs=True)]
     attention = _attention_ports(sites, ports)
-    before = model.config._attn_implementation
+    experts = _expert_ports(sites, ports, state)
+    before, routed = model.config._attn_implementation, None
     try:
         for site in sites:
-            if site.port not in ATTENTION_PORTS and site.name in ports:
-                handles += _hooks(modules, site, ports[site.name], state)
+            inside = site.port in ATTENTION_PORTS or site.expert is not None
+            if not inside and site.name in ports:
+                handles += _hooks(
+                    modules, site, ports[site.name], state, _fanout(site, modules, model.config)
+                )
         for path, group in attention.items():
             set_ports(modules[path], AttentionPorts(**group, state=state))
+        for path, bank in experts.items():
+            set_expert_ports(modules[path], bank)
         model.set_attn_implementation(NAME)
+        if experts:
+            routed = switch_experts(model, EXPERTS)
         yield state
     finally:
         model.set_attn_implementation(before)
+        if routed is not None:
+            switch_experts(model, routed)
         for path in attention:
             set_ports(modules[path], None)
+        for path in experts:
+            set_expert_ports(modules[path], None)
         for handle in handles:
             handle.remove()
 
@@ -169,10 +183,21 @@ def _attention_ports(
     return groups
 
 
-def _fanout(site: Site, modules: Mapping[str, nn.Module]) -> int:
-    """Output features of the linear modules a site feeds; 0 for an element-wise product."""
-    linears = [modules[name] for name in site.consumers]
-    return sum(linear.out_features for linear in linears if isinstance(linear, nn.Linear))
+def _expert_ports(
+    sites: Sequence[Site], ports: Mapping[str, Port], state: ForwardState
+) -> dict[str, ExpertPorts]:
+    """The ports of every module of experts; sites are in the order of the experts."""
+    groups: dict[str, dict[str, list[Port]]] = {}
+    for site in sites:
+        if site.expert is not None:
+            group = groups.setdefault(site.path, {})
+            group.setdefault(site.expert[0], []).append(ports.get(site.name, DensePort()))
+    return {path: ExpertPorts(**group, state=state) for path, group in groups.items()}
+
+
+def _fanout(site: Site, modules: Mapping[str, nn.Module], config: Any) -> int:
+    """Multiplications that each value of a site enters; 0 for an element-wise product."""
+    return sum(matrix(modules[name], site, config).outputs for name in site.consumers)
 
 
 def _begin(state: ForwardState) -> Callable[..., None]:
@@ -186,10 +211,8 @@ def _begin(state: ForwardState) -> Callable[..., None]:
 
 
 def _hooks(
-    modules: Mapping[str, nn.Module], site: Site, port: Port, state: ForwardState
+    modules: Mapping[str, nn.Module], site: Site, port: Port, state: ForwardState, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    fanout = _fanout(site, modules)
-
     def passed(x: Tensor) -> Tensor:
         return port(x, _real_rows(x, state), fanout)
 

@@ -46,6 +46,12 @@ class Architecture:
     head_norms: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Rule] = field(default_factory=dict)
 
+    def activation_of(self, layer: int, routed: bool) -> str:
+        """The module of a layer's nonlinearity; experts have their own."""
+        experts = self.experts["mlp.act"].port.rpartition(":")[0] if routed else ""
+        inner = f"{experts}.act_fn" if routed else self.activation
+        return f"{self.layers}.{layer}.{inner}"
+
 
 def module_name(model_type: str) -> str | None:
     """The module of a family's rules, None where there is none."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-from stages.llm.rules import Rule, architecture, multiplying
+from stages.llm.experts import EXPERT_PORTS, check_experts
+from stages.llm.rules import Architecture, Rule, architecture, multiplying
 
 ROLES = (
     "attn.in",
@@ -47,9 +49,10 @@ class SiteSelection:
 
 @dataclass(frozen=True)
 class Site:
-    """One operand, e.g. `model.layers.3.mlp.down_proj:in` of role `mlp.down` in layer 3.
+    """One operand, e.g. `model.layers.3.mlp.down_proj:in` of role `mlp.down` in layer 3, or
+    `model.layers.3.mlp.experts:down[17]`, that of one expert.
 
-    `consumers` are the linear modules that read it; the head has layer -1.
+    `consumers` are the modules that multiply it; the head has layer -1.
     """
 
     name: str
@@ -65,6 +68,17 @@ class Site:
     def port(self) -> str:
         return self.name.rsplit(":", 1)[1]
 
+    @property
+    def expert(self) -> tuple[str, int] | None:
+        """The port and the number of an expert's operand; None of any other."""
+        kind, _, number = self.port.partition("[")
+        return (kind, int(number[:-1])) if kind in EXPERT_PORTS else None
+
+    @property
+    def operand(self) -> str:
+        """The name of what is multiplied: the site, or `…experts:down[*]` for those of all experts."""
+        return self.name if self.expert is None else pooled(self.name)
+
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every site of the model in forward order, the head last.
@@ -76,12 +90,12 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     modules = dict(model.named_modules())
     layers = modules.get(rules.layers)
     count = len(layers) if isinstance(layers, nn.ModuleList) else 0
-    sites = [
-        _site(rule, role, index, f"{rules.layers}.{index}.")
-        for index in range(count)
-        for role, rule in rules.rules.items()
-    ]
-    sites.append(_site(rules.head, "head.in", -1, ""))
+    sites = []
+    for index in range(count):
+        prefix = f"{rules.layers}.{index}."
+        for role, rule in _layer_rules(rules, prefix, modules).items():
+            sites += _sites(rule, role, index, prefix, modules)
+    sites += _sites(rules.head, "head.in", -1, "", modules)
     missing = [s.name for s in sites if s.path not in modules]
     missing += [c for s in sites for c in s.consumers if c not in modules]
     fed = {consumer for site in sites for consumer in site.consumers}
@@ -94,11 +108,66 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     return sites
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """What multiplies a site, for one token: `inputs` of its values, `outputs` products of each of
+    them, `accumulators` that take the products."""
+
+    inputs: int
+    outputs: int
+    accumulators: int
+
+
+def matrix(module: Any, site: Site, config: Any) -> Matrix:
+    """The matrix of a consumer, or of experts the matrices that a token is routed to."""
+    if isinstance(module, nn.Linear):
+        return Matrix(module.in_features, module.out_features, module.out_features)
+    if isinstance(getattr(module, "weight", None), nn.Parameter):  # a router
+        outputs, inputs = module.weight.shape
+        return Matrix(inputs, outputs, outputs)
+    routes = config.num_experts_per_tok
+    fused = module.gate_up_proj if site.expert is None else module.down_proj
+    _, outputs, inputs = fused.shape
+    if site.expert is None:
+        return Matrix(inputs, routes * outputs, routes * outputs)
+    return Matrix(routes * inputs, outputs, routes * outputs)
+
+
+def fused(module: Any) -> bool:
+    """Whether a module holds the matrices of all its experts."""
+    return isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def pooled(site: str) -> str:
+    """The name that all experts of a layer share for one operand; of any other site its own."""
+    head, port = site.rsplit(":", 1)
+    kind = port.partition("[")[0]
+    return f"{head}:{kind}[*]" if kind in EXPERT_PORTS else site
+
+
 def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
     """The sites whose role is selected."""
     return [site for site in sites if site.role in selection.roles]
 
 
-def _site(rule: Rule, role: str, layer: int, prefix: str) -> Site:
+def _layer_rules(
+    rules: Architecture, prefix: str, modules: Mapping[str, nn.Module]
+) -> dict[str, Rule]:
+    """The rules of one layer: those of experts where it has the module that they name."""
+    paths = {prefix + rule.port.rpartition(":")[0] for rule in rules.experts.values()}
+    routed = bool(paths) and paths <= set(modules)
+    return {**rules.rules, **(rules.experts if routed else {})}
+
+
+def _sites(
+    rule: Rule, role: str, layer: int, prefix: str, modules: Mapping[str, Any]
+) -> list[Site]:
+    """The site of a rule, or one an expert."""
+    name = prefix + rule.port
     consumers = tuple(prefix + consumer for consumer in rule.consumers)
-    return Site(prefix + rule.port, role, layer, consumers)
+    path, _, port = name.rpartition(":")
+    if port not in EXPERT_PORTS:
+        return [Site(name, role, layer, consumers)]
+    check_experts(path, modules[path])
+    number = range(modules[path].num_experts)
+    return [Site(f"{name}[{expert}]", role, layer, consumers) for expert in number]
