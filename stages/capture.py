@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,19 @@ from stages.llm.ports import stream
 from stages.llm.sites import Site
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
+log = logging.getLogger(__name__)
+UNREACHED = ("error", "dense")
+
 
 @dataclass(frozen=True)
 class Capture:
-    """`mantissa_bits` leading mantissa bits tell bins apart; 7 is exact for a bfloat16 model."""
+    """`mantissa_bits` leading mantissa bits tell bins apart; 7 is exact for a bfloat16 model.
+
+    `unreached`: an expert that no calibration token was routed to is an `error`, or stays `dense`.
+    """
 
     mantissa_bits: int = 7
+    unreached: str = "error"
 
     def __post_init__(self) -> None:
         most = MOST_BITS - SUB_BITS
@@ -29,22 +37,43 @@ class Capture:
             raise InputError(
                 f"capture.mantissa_bits={self.mantissa_bits!r}: give a whole number from 1 to {most}"
             )
+        if self.unreached not in UNREACHED:
+            raise InputError(
+                f"capture.unreached={self.unreached!r}: choose {' or '.join(UNREACHED)}"
+            )
 
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> SketchSet:
         """Sketches `sites` over full windows ids [windows, length].
 
-        Raises InputError where a site holds values that are not finite.
+        Raises InputError where a site holds values that are not finite, or was not reached.
         """
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
         stream(model, ids, batch, ports, "capture")
-        named = [(site.name, site.role, site.layer) for site in sites]
-        sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in sites])
+        reached = self._reached(sites, ports)
+        named = [(site.name, site.role, site.layer) for site in reached]
+        sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in reached])
         sketches.check_finite()
         return sketches
+
+    def _reached(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> list[Site]:
+        """The sites with values; those without are experts that stay dense, and are told."""
+        missed = [site for site in sites if not ports[site.name].reached]
+        experts = list(dict.fromkeys(f"{s.path}[{s.expert[1]}]" for s in missed if s.expert))
+        if experts:
+            told = (
+                f"{len(experts)} experts were reached by no calibration token, the first are "
+                f"{', '.join(experts[:4])}"
+            )
+            if self.unreached == "error":
+                raise InputError(
+                    f"{told}: raise calibration.windows, or leave them dense, capture.unreached=dense"
+                )
+            log.warning("%s: they stay dense", told)
+        return [site for site in sites if site.expert is None or ports[site.name].reached]
 
 
 def _lowest_allowed(probs: Tensor, mask: Tensor) -> Tensor:
@@ -60,6 +89,11 @@ class SketchPort:
     def __init__(self, grid: Grid, exact: bool, channels: bool) -> None:
         self._grid, self._exact, self._channels = grid, exact, channels
         self._accumulator: Accumulator | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether any value has passed."""
+        return self._accumulator is not None
 
     @property
     def accumulator(self) -> Accumulator:

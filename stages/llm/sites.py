@@ -140,9 +140,9 @@ def fused(module: Any) -> bool:
 
 def pooled(site: str) -> str:
     """The name that all experts of a layer share for one operand; of any other site its own."""
-    head, port = site.rsplit(":", 1)
-    kind = port.partition("[")[0]
-    return f"{head}:{kind}[*]" if kind in EXPERT_PORTS else site
+    head, _, port = site.rpartition(":")
+    kind, numbered, _ = port.partition("[")
+    return f"{head}:{kind}[*]" if numbered and kind in EXPERT_PORTS else site
 
 
 def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
