@@ -133,6 +133,12 @@ def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
 
 def _check_folder(folder: Path) -> None:
     """Names the file that is missing, before transformers looks for it elsewhere."""
+    config = folder / "config.json"
+    if config.is_file() and '"quant_method": "spiking"' in config.read_text():
+        raise InputError(
+            f"model folder {folder} holds a spiking model already: stages.load reads it, "
+            "python -m pipeline.generate runs it; a conversion starts from a dense one"
+        )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     for what, names in {
         "config.json": ["config.json"],

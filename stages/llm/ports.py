@@ -59,18 +59,24 @@ class SpikingPort:
         self._neuron = coding.neuron
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        value, spikes = self._rows(x, self.params)
+        value, spikes = self._rows(x, self._on(x.device))
         if self.counter is not None:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
         return value
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        value, spikes = self._softmax(scores, scaling, view.mask, self.params)
+        value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
         if self.counter is not None:
             values = allowed(view, scores.shape[1])
             counted = spikes if self._neuron else None
             self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
         return value
+
+    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
+        """The parameters where the values are: a model may move after it was patched."""
+        if any(value.device != device for value in self.params.values()):
+            self.params = {name: value.to(device) for name, value in self.params.items()}
+        return self.params
 
 
 class ErrorPort(SpikingPort):

@@ -114,11 +114,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
     modules = dict(model.named_modules())
     norms = _norms(modules, sites)
     _check(model, modules, sites, norms)
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    width = next(modules[s.path].head_dim for s in sites if s.role == "attn.q")
-    stream = Orthogonal(config.hidden_size, generator, signs=True)
-    head = Orthogonal(width, generator, signs=True)
-    online = Orthogonal(config.intermediate_size, generator)
+    stream, head, online = _drawn(model, sites, seed)
     with torch.no_grad():
         _untie(model)
         _map_rows(_weight(model.get_input_embeddings()), stream)
@@ -130,13 +126,37 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
                 _write(linears[0], stream, head)
             elif site.role == "mlp.down":
                 _write(linears[0], stream, online)
-                linears[0].register_forward_pre_hook(_online(online))
             if site.role == "attn.in":
                 _rotate_heads(linears[-1], head)  # the rule's order is q, k, v
         last = next(name for name in norms if name not in {site.path for site in sites})
         _fuse([model.get_output_embeddings()], modules[last], stream)
         for name in norms:
             modules[name].weight.fill_(1)
+    rotate_online(model, seed)
+
+
+def _drawn(
+    model: PreTrainedModel, sites: list[Site], seed: int
+) -> tuple[Orthogonal, Orthogonal, Orthogonal]:
+    """The rotations of the residual stream, of a head's values and of down_proj's input."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    modules = dict(model.named_modules())
+    width = next(modules[s.path].head_dim for s in sites if s.role == "attn.q")
+    return (
+        Orthogonal(config.hidden_size, generator, signs=True),
+        Orthogonal(width, generator, signs=True),
+        Orthogonal(config.intermediate_size, generator),
+    )
+
+
+def rotate_online(model: PreTrainedModel, seed: int) -> None:
+    """What a rotated model does while it runs: the input of every down_proj is rotated."""
+    sites = find_sites(model)
+    modules = dict(model.named_modules())
+    online = _drawn(model, sites, seed)[2]
+    for site in sites:
+        if site.role == "mlp.down":
+            modules[site.consumers[0]].register_forward_pre_hook(_online(online))
     declare(model)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.prefix import PrefixSearch, attach_prefix
-from stages.llm.rotation import declare, rotate
+from stages.llm.rotation import declare, rotate, rotate_online
 
 
 class Transform(Protocol):
@@ -26,6 +26,9 @@ class Transform(Protocol):
     def declare(self, model: PreTrainedModel) -> None:
         """Records on a model without weights what its operations will be."""
 
+    def restore(self, model: PreTrainedModel) -> None:
+        """What `apply` did beside changing weights, on a model whose saved weights are changed."""
+
 
 @dataclass(frozen=True)
 class Untouched:
@@ -41,6 +44,9 @@ class Untouched:
         """Nothing."""
 
     def declare(self, model: PreTrainedModel) -> None:
+        """Nothing."""
+
+    def restore(self, model: PreTrainedModel) -> None:
         """Nothing."""
 
 
@@ -61,6 +67,9 @@ class Rotate:
     def declare(self, model: PreTrainedModel) -> None:
         declare(model)
 
+    def restore(self, model: PreTrainedModel) -> None:
+        rotate_online(model, self.seed)
+
 
 @dataclass(frozen=True)
 class RotatePrefix:
@@ -79,3 +88,6 @@ class RotatePrefix:
             f"transform={self.name}: its prefix is found on calibration, so dimensions alone do not "
             "give its operations; transform=rotate differs by the prefix keys only"
         )
+
+    def restore(self, model: PreTrainedModel) -> None:
+        rotate_online(model, self.seed)  # the prefix is attached by whoever knows its ids
