@@ -40,7 +40,13 @@ class Capture:
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
-        stream(model, ids, batch, ports, "capture")
+
+        def through(layer: int) -> None:
+            for site in sites:
+                if site.layer == layer:
+                    ports[site.name].accumulator.finish()
+
+        stream(model, ids, batch, ports, "capture", through=through)
         named = [(site.name, site.role, site.layer) for site in sites]
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in sites])
         sketches.check_finite()

@@ -76,6 +76,7 @@ class Accumulator:
         self.fine = Grid(grid.mantissa_bits + self.sub_bits)
         size = 2 * self.fine.magnitudes
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
+        self._bins: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.range = torch.tensor([float("inf"), float("-inf")], device=device)
         self.absmax = torch.zeros(channels, device=device)
         self.square = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -97,11 +98,18 @@ class Accumulator:
             self.count += torch.bincount(code, minlength=len(self.count))
         self.count[0] -= surplus_zeros
 
+    def finish(self) -> None:
+        """Keeps the filled bins alone: nothing can be added any more."""
+        self._bins = self.bins()
+        self.count = self.count.new_empty(0)
+
     def bins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The filled bins: code int32, count int64, sums of r and r^2 float64.
 
         A sub-bin's values stand evenly inside it.
         """
+        if self._bins is not None:
+            return self._bins
         filled = self.count.nonzero().squeeze(-1)
         count = self.count[filled]
         sign, index = filled // self.fine.magnitudes, filled % self.fine.magnitudes
