@@ -112,11 +112,11 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
-        if self.runtime.offload is not None:
-            self._check_offloaded()
 
-    def _check_offloaded(self) -> None:
-        """Hours pass before a stage would refuse what needs a whole model in memory."""
+    def check_offloaded(self) -> None:
+        """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""
+        if self.runtime.offload is None:
+            return
         statistics = self.coding.statistics if isinstance(self.coding, Observing) else ()
         whole = [s.name for s in statistics if isinstance(s, Sensitivity | Smoothing)]
         refused = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class Weights:
         self._path = architecture(model).layers
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._keys = self._grouped(_files(folder))
+        self._check(folder)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -73,46 +74,60 @@ class Weights:
 
     @contextmanager
     def resident(self, group: int) -> Iterator[None]:
-        """The group's weights on the device while the context is open.
+        """The group's weights on the device while the context is open."""
+        from safetensors import safe_open
 
-        Raises InputError where the files lack one or hold another shape.
-        """
         try:
-            self._load(group)
+            with ExitStack() as files:
+                slices = {}
+                for file, keys in self._keys[group].items():
+                    opened = files.enter_context(safe_open(file, framework="pt"))
+                    slices |= {key: opened.get_slice(key) for key in keys}
+                self._fill(slices, self.device)
             yield
         finally:
-            for name, parameter in self._empty.items():
-                path, _, own = name.rpartition(".")
-                self._model.get_submodule(path)._parameters[own] = parameter
+            self._release()
 
-    def _load(self, group: int) -> None:
-        from safetensors import safe_open
+    def _fill(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
+        """Lets transformers name, convert and place tensors as it does for a whole model."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
-            device_map={"": self.device}, dtype=self._dtype, weight_mapping=list(self._mapping)
+            device_map={"": device}, dtype=self._dtype, weight_mapping=list(self._mapping)
         )
-        with ExitStack() as files:
-            slices = {}
-            for file, keys in self._keys.get(group, {}).items():
-                opened = files.enter_context(safe_open(file, framework="pt"))
-                slices |= {key: opened.get_slice(key) for key in keys}
-            info, _ = convert_and_load_state_dict_in_model(self._model, slices, config)
-        if group == OUTSIDE:
-            self._model.tie_weights()
-        self._check(group, info)
+        info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        self._model.tie_weights()
+        return info
 
-    def _check(self, group: int, info: Any) -> None:
-        own = [name for name in self._empty if self._group(name) == group]
-        absent = [name for name in own if self._model.get_parameter(name).is_meta]
-        wrong = sorted(str(found) for found in info.mismatched_keys) or [*info.conversion_errors]
-        if absent or wrong:
+    def _release(self) -> None:
+        for name, parameter in self._empty.items():
+            path, _, own = name.rpartition(".")
+            self._model.get_submodule(path)._parameters[own] = parameter
+
+    def _check(self, folder: Path) -> None:
+        """Raises InputError unless the files hold every weight in its shape; reads headers only."""
+        from safetensors import safe_open
+
+        tensors = {}
+        for file in {file for own in self._keys.values() for file in own}:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():
+                    shape = opened.get_slice(key).get_shape()
+                    tensors[key] = torch.empty(shape, dtype=self._dtype, device="meta")
+        try:
+            info = self._fill(tensors, torch.device("meta"))
+        finally:
+            self._release()
+        absent = sorted(info.missing_keys - set(self._model.all_tied_weights_keys))
+        if absent:  # a layer without them would compute with nothing
             raise InputError(
-                f"model files: of {len(own)} weights of "
-                f"{f'layer {group}' if group >= 0 else 'embedding, norm and head'} "
-                f"{len(absent)} are missing or of another shape, the first is {[*wrong, *absent][0]}"
+                f"model {folder}: its files lack {len(absent)} weights, the first is {absent[0]}"
             )
+        wrong = sorted(f"{n} {list(got)}" for n, got, _ in info.mismatched_keys)
+        if wrong or info.conversion_errors:
+            first = [*wrong, *info.conversion_errors][0]
+            raise InputError(f"model {folder}: a weight does not fit its config.json: {first}")
 
     def _group(self, name: str) -> int:
         """The layer of a weight by its name in the model or in its files."""
