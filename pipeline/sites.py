@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import InputError
-
 if TYPE_CHECKING:
     import pandas as pd
 

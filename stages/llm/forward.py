@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -128,6 +127,7 @@ class _Entered(Exception):
 @contextmanager
 def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Lets every layer compute forward(index, hidden, ...) while the context is open."""
+
     def bound(index: int) -> Callable[..., Tensor]:
         def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return forward(index, hidden_states, *args, **kwargs)

@@ -60,7 +60,7 @@ class Weights:
 
         self.device, self.spec = torch.device(device), spec
         self._model, self._dtype = model, dtype
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping: list[Any] = [*get_model_conversion_mapping(model)]
         self._path = architecture(model).layers
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._keys = self._grouped(_files(folder))
@@ -79,7 +79,7 @@ class Weights:
 
         try:
             with ExitStack() as files:
-                slices = {}
+                slices: dict[str, Any] = {}
                 for file, keys in self._keys[group].items():
                     opened = files.enter_context(safe_open(file, framework="pt"))
                     slices |= {key: opened.get_slice(key) for key in keys}
@@ -94,7 +94,7 @@ class Weights:
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
-            device_map={"": device}, dtype=self._dtype, weight_mapping=list(self._mapping)
+            device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping
         )
         info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
         self._model.tie_weights()
@@ -112,7 +112,7 @@ class Weights:
         tensors = {}
         for file in {file for own in self._keys.values() for file in own}:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
+                for key in opened.keys():  # noqa: SIM118, it is no mapping
                     shape = opened.get_slice(key).get_shape()
                     tensors[key] = torch.empty(shape, dtype=self._dtype, device="meta")
         try:

@@ -1,9 +1,10 @@
 """`python -m tests.benchmarks.offload`: how much memory a model needs whose layers stay on disk.
 
 Writes a checkpoint of random bfloat16 weights in the shape of a model in conf/model (or given below),
-shard by shard, and converts it in a process of its own: capture of 8 x 512 tokens, gated n=2 T=6 neurons at
-every site, perplexity of one window of 512 tokens with them. Prints seconds and the largest resident
-size of every stage. Random weights have no outliers: the figures tell memory and time, not quality.
+shard by shard, and converts it in a process of its own: capture of 8 x 512 tokens, gated n=2 T=6
+neurons at every site, perplexity of one window of 512 tokens with them. Prints seconds and the largest
+resident size of every stage. Random weights have no outliers: the figures tell memory and time, not
+quality.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def main() -> int:
         return 0
     folder = args.folder / args.model
     seconds, size = timed(lambda: write(dims, folder))
-    print(f"{args.model}: {dims['num_hidden_layers']} layers, {size / 1e9:.2f} GB in {seconds:.0f} s")
+    print(
+        f"{args.model}: {dims['num_hidden_layers']} layers, {size / 1e9:.2f} GB in {seconds:.0f} s"
+    )
     command = [sys.executable, "-m", "tests.benchmarks.offload", args.model, "--run"]
     command += ["--folder", str(folder), "--dtype", args.dtype, "--boundary", args.boundary]
     try:
@@ -169,9 +172,7 @@ def convert(folder: Path, dtype: str, boundary: str) -> dict[str, Any]:
     spec = Offload(boundary)
     model, _ = stage(
         "load",
-        lambda: load_offloaded(
-            str(folder), dtype=dtype, device="cpu", revision=None, offload=spec
-        ),
+        lambda: load_offloaded(str(folder), dtype=dtype, device="cpu", revision=None, offload=spec),
     )
     found = offloaded(model)
     assert found is not None

@@ -21,8 +21,8 @@ from stages.evaluation import accuracy, perplexity
 from stages.llm import forward
 from stages.llm.loading import load, load_offloaded
 from stages.llm.offload import Offload, Weights, offloaded
-from stages.llm.prefix import PeakPort
 from stages.llm.ports import stream
+from stages.llm.prefix import PeakPort
 from stages.llm.rotation import rotate
 from stages.llm.sensitivity import Sensitivity
 from stages.llm.sites import find_sites
@@ -165,9 +165,7 @@ def test_the_sketch_of_a_finished_layer_is_sparse_before_the_next_begins(
     _, lazy = both(saved())
     made: list[object] = []
     build = capture.Accumulator
-    monkeypatch.setattr(
-        capture, "Accumulator", lambda *a: made.append(build(*a)) or made[-1]
-    )
+    monkeypatch.setattr(capture, "Accumulator", lambda *a: made.append(build(*a)) or made[-1])
     dense: list[int] = []
     lazy.model.layers[1].mlp.register_forward_hook(
         lambda *_: dense.append(sum(len(one.count) > 0 for one in made))
