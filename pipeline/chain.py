@@ -65,7 +65,9 @@ class Chain:
 
 def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     """All steps of a run. Raises InputError where a model, text or file that it names is missing."""
-    found = Chain(settings, inputs.model_source(settings.model, store, device))
+    found = Chain(
+        settings, inputs.model_source(settings.model, store, device, settings.runtime.offload)
+    )
     if (file := settings.model.gguf) is not None and settings.model.path is None:
         found.sources |= {"asset model": asset_step(file), "model": inputs.model_step(file)}
     _transform(found)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from stages.llm.corpus import (
     tokenise,
 )
 from stages.llm.harness import TaskSpec
-from stages.llm.loading import ATTENTION, ModelSpec, convert_gguf, load
+from stages.llm.loading import ATTENTION, ModelSpec, convert_gguf, load, load_offloaded
+from stages.llm.offload import Offload
 from stages.llm.sources import HubText, PackageFile
 from stages.llm.transforms import Transform, Untouched
 
@@ -49,6 +50,7 @@ class ModelSource:
     weights: str
     store: Store
     device: str
+    offload: Offload | None = None
     transform: Transform = Untouched()
     prefix: Step | None = None
 
@@ -69,7 +71,7 @@ class ModelSource:
         """The model and tokenizer; one model at a time stays in memory."""
         spec, source = self.spec, self.source
         revision = None if Path(source).is_dir() else spec.revision
-        origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map)
+        origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map, self.offload)
         chosen: Any = self.transform  # a frozen dataclass, but a protocol cannot promise a hash
         return _loaded(self.key, origin, chosen, self._prefix())
 
@@ -100,14 +102,22 @@ class _Origin:
     device: str
     revision: str | None
     device_map: str | None
+    offload: Offload | None
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(key: str, origin: _Origin, transform: Transform, prefix: tuple[int, ...]) -> Any:
     _loaded.cache_clear()  # the model before goes before this one comes
-    model, tokenizer = load(**asdict(origin))
+    model, tokenizer = _load(origin)
     transform.apply(model, prefix)
     return model, tokenizer
+
+
+def _load(origin: _Origin) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    where: Any = {k: getattr(origin, k) for k in ("source", "dtype", "device", "revision")}
+    if origin.offload is not None:  # it places every layer itself
+        return load_offloaded(**where, offload=origin.offload)
+    return load(**where, device_map=origin.device_map)
 
 
 def forget() -> None:
@@ -115,7 +125,9 @@ def forget() -> None:
     _loaded.cache_clear()
 
 
-def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
+def model_source(
+    spec: ModelSpec, store: Store, device: str, offload: Offload | None = None
+) -> ModelSource:
     """Finds the model a spec names: a local folder, a package's GGUF file dequantised once, the hub."""
     if spec.path is not None:
         identity = _fingerprint(Path(spec.path).expanduser())
@@ -127,7 +139,7 @@ def model_source(spec: ModelSpec, store: Store, device: str) -> ModelSource:
         raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION, "rules": _rules(spec)}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return ModelSource(spec, key, key, store, device)
+    return ModelSource(spec, key, key, store, device, offload)
 
 
 def _rules(spec: ModelSpec) -> str | None:

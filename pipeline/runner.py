@@ -62,6 +62,7 @@ class Run:
 
 def start(settings: Settings) -> Run:
     """Finds the device and the steps; nothing is loaded or built before it is needed."""
+    settings.check_offloaded()
     runtime = settings.runtime
     device = resolve(runtime.device)
     root = Path(settings.store.path)

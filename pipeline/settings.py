@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.tracking import TrackingSpec
 from stages.capture import Capture
-from stages.codings.coding import Coding
+from stages.codings.coding import Coding, Observing
 from stages.codings.dense import Dense
 from stages.distribution import Distribution
 from stages.energy import Energy
@@ -18,7 +18,10 @@ from stages.fitting import Fitting
 from stages.llm.corpus import Corpus
 from stages.llm.harness import TaskSpec
 from stages.llm.loading import ModelSpec
+from stages.llm.offload import Offload
+from stages.llm.sensitivity import Sensitivity
 from stages.llm.sites import SiteSelection
+from stages.llm.smoothing import Smoothing
 from stages.llm.transforms import Transform
 from stages.patching import Patching
 
@@ -56,6 +59,7 @@ class Runtime:
     evaluation_batch: int
     task_batch: int
     compile: bool
+    offload: Offload | None
     figures: bool
     plan: bool
 
@@ -108,6 +112,24 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
+
+    def check_offloaded(self) -> None:
+        """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""
+        if self.runtime.offload is None:
+            return
+        statistics = self.coding.statistics if isinstance(self.coding, Observing) else ()
+        whole = [s.name for s in statistics if isinstance(s, Sensitivity | Smoothing)]
+        refused = {
+            "evaluation.tasks": ("[]", self.evaluation.tasks),
+            "transform": ("none", self.transform.name != "none" and self.transform.name),
+            "coding": ("gated, or another that asks no gradients of the model", whole),
+        }
+        for option, (instead, got) in refused.items():
+            if got:
+                raise InputError(
+                    f"runtime=offload keeps one layer in memory, and {option} ({got}) needs the whole "
+                    f"model: give {option}={instead}, or runtime=default"
+                )
 
     @property
     def name(self) -> str:

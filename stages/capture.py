@@ -51,8 +51,14 @@ class Capture:
         """
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
-        ports = {site.name: SketchPort(grid, exact, site.port != "probs") for site in sites}
-        stream(model, ids, batch, ports, "capture")
+        ports = {site.name: SketchPort(grid, exact, site) for site in sites}
+
+        def through(layer: int) -> None:
+            for site in sites:
+                if site.layer == layer and ports[site.name].reached:
+                    ports[site.name].accumulator.finish()
+
+        stream(model, ids, batch, ports, "capture", through=through)
         reached = self._reached(sites, ports)
         named = [(site.name, site.role, site.layer) for site in reached]
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in reached])
@@ -86,8 +92,10 @@ _lowest = fused(_lowest_allowed)
 class SketchPort:
     """Adds what passes to the site's sketch, and passes it on."""
 
-    def __init__(self, grid: Grid, exact: bool, channels: bool) -> None:
-        self._grid, self._exact, self._channels = grid, exact, channels
+    def __init__(self, grid: Grid, exact: bool, site: Site) -> None:
+        self._grid, self._exact = grid, exact
+        self._sparse = site.expert is not None
+        self._channels = site.port != "probs" and not self._sparse
         self._accumulator: Accumulator | None = None
 
     @property
@@ -119,5 +127,7 @@ class SketchPort:
     ) -> None:
         if self._accumulator is None:
             channels = x.shape[-1] if self._channels else 0
-            self._accumulator = Accumulator(self._grid, channels, self._exact, x.device)
+            self._accumulator = Accumulator(
+                self._grid, channels, self._exact, x.device, self._sparse
+            )
         self._accumulator.add(x, surplus_zeros, lowest)

@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
 from stages.llm.counters import Counters
+from stages.llm.forward import windows
 from stages.llm.harness import TaskSpec, zero_shot
+from stages.llm.offload import device_of, refuse_offloaded
 from stages.llm.sites import find_sites
 from stages.patching import Conversion, patched
 
@@ -71,12 +72,15 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error."""
     sites = find_sites(model)
-    counters = Counters(sites, model.device)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    device = device_of(model)
+    counters = Counters(sites, device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(tokens: Tensor, logits: Tensor) -> None:
+        total.add_(negative_log_likelihood(logits, tokens))
+
     with torch.inference_mode(), patched(model, conversion, counters):
-        batches = ids.to(model.device).split(batch)
-        for tokens in tqdm(batches, desc=f"perplexity {corpus}", unit="batch", disable=None):
-            total += negative_log_likelihood(model(tokens, use_cache=False).logits, tokens)
+        windows(model, ids, batch, f"perplexity {corpus}", consume=add)
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     mean = float(total) / predicted
     converted = set() if conversion is None else set(conversion.neurons.sites)
@@ -115,5 +119,6 @@ def accuracy(
 ) -> dict[str, dict[str, Any]]:
     """Zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
+    refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
     with patched(model, conversion):
         return zero_shot(model, tokenizer, tasks, items, batch)

@@ -15,6 +15,7 @@ from stages.codings.coding import Coding, site_params
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
 from stages.llm.counters import Counters, SiteCounter
+from stages.llm.offload import device_of
 from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached, stream
 from stages.llm.sites import Site, find_sites
 
@@ -37,7 +38,7 @@ def patched(
     Raises InputError if the conversion has no site or one that this model lacks.
     """
     sites = find_sites(model)
-    converted = {} if conversion is None else _parameters(conversion, sites, model.device)
+    converted = {} if conversion is None else _parameters(conversion, sites, device_of(model))
     rows = _rows(counters)
     ports = {
         site.name: SpikingPort(conversion.coding, converted[site.name], rows.get(site.name))
@@ -68,9 +69,9 @@ class Patching:
         sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen.
         """
         sites = find_sites(model)
-        converted = _parameters(conversion, sites, model.device)
+        converted = _parameters(conversion, sites, device_of(model))
         kept = [site for site in sites if site.name in converted]
-        counters = Counters(kept, model.device)
+        counters = Counters(kept, device_of(model))
         ports = {
             site.name: ErrorPort(
                 conversion.coding, converted[site.name], SiteCounter(counters, index)

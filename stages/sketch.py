@@ -67,15 +67,20 @@ class Accumulator:
 
     It counts in sub-bins, 2^SUB_BITS a bin, and nothing else: one pass of integer counting is all a
     value costs, and where a value lies inside its bin is known to a sub-bin. `exact` says that values
-    carry no mantissa beyond the grid (bfloat16), so that there is nothing inside a bin.
+    carry no mantissa beyond the grid (bfloat16), so that there is nothing inside a bin. `sparse` keeps
+    the filled bins alone between two calls, for sites that are thousands.
     """
 
-    def __init__(self, grid: Grid, channels: int, exact: bool, device: torch.device) -> None:
+    def __init__(
+        self, grid: Grid, channels: int, exact: bool, device: torch.device, sparse: bool = False
+    ) -> None:
         self.grid = grid
         self.sub_bits = 0 if exact else SUB_BITS
         self.fine = Grid(grid.mantissa_bits + self.sub_bits)
-        size = 2 * self.fine.magnitudes
+        size = 0 if sparse else 2 * self.fine.magnitudes
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
+        self.filled = torch.empty(0, dtype=torch.int32, device=device) if sparse else None
+        self._bins: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.range = torch.tensor([float("inf"), float("-inf")], device=device)
         self.absmax = torch.zeros(channels, device=device)
         self.square = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -92,18 +97,40 @@ class Accumulator:
         low, high = flat.aminmax()
         self.range[0] = torch.minimum(self.range[0], low if lowest is None else lowest)
         self.range[1] = torch.maximum(self.range[1], high)
+        count = self._dense()
         for chunk in flat.split(CHUNK):
-            code = _codes(self.fine, chunk)
-            self.count += torch.bincount(code, minlength=len(self.count))
-        self.count[0] -= surplus_zeros
+            count += torch.bincount(_codes(self.fine, chunk), minlength=len(count))
+        count[0] -= surplus_zeros
+        if self.filled is not None:
+            self.filled = count.nonzero().squeeze(-1).int()
+            count = count[self.filled]
+            count = count.int() if int(count.max()) < 2**31 else count
+        self.count = count
+
+    def _dense(self) -> Tensor:
+        """The count of every bin, which the sparse form spreads out."""
+        if self.filled is None:
+            return self.count
+        size = 2 * self.fine.magnitudes
+        count = torch.zeros(size, dtype=torch.int64, device=self.count.device)
+        return count.index_add_(0, self.filled, self.count.long())
+
+    def finish(self) -> None:
+        """Keeps the filled bins alone: nothing can be added any more."""
+        self._bins = self.bins()
+        self.count = self.count.new_empty(0)
+        self.filled = None
 
     def bins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The filled bins: code int32, count int64, sums of r and r^2 float64.
 
         A sub-bin's values stand evenly inside it.
         """
-        filled = self.count.nonzero().squeeze(-1)
-        count = self.count[filled]
+        if self._bins is not None:
+            return self._bins
+        dense = self._dense()
+        filled = dense.nonzero().squeeze(-1)
+        count = dense[filled]
         sign, index = filled // self.fine.magnitudes, filled % self.fine.magnitudes
         inner = (index - 1) % 2**self.sub_bits
         last = self.grid.magnitudes - 1

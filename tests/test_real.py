@@ -139,3 +139,16 @@ def test_the_model_is_plain_safetensors_after_the_first_time(run: runner.Run) ->
     assert Store(ROOT / "outputs/store").open("model", Path(run.model.source).name).hit
     model, tokenizer = run.model.load()
     assert model.dtype == torch.float32 and tokenizer("Hello world")["input_ids"]
+
+
+def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
+    """Layer by layer, to the bit: loss and counters of a window of real text."""
+    lazy = runner.start(configured("runtime=offload", "evaluation.tasks=[]")).model
+    assert lazy.key == run.model.key
+    step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
+    ids = corpus.windows(inputs.load_tokens(step), 1, 256)
+    found = [perplexity(model.load()[0], ids, None, 1, "wikipedia") for model in (run.model, lazy)]
+    assert found[0].metrics == found[1].metrics
+    assert found[0].counters.equals(found[1].counters)
+    assert found[0].metrics["perplexity"] < 60
+    inputs.forget()

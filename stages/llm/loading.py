@@ -14,6 +14,8 @@ from stages.llm.sources import PackageFile
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from stages.llm.offload import Offload
+
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
 
@@ -76,20 +78,8 @@ def load(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.is_absolute():
-        raise InputError(f"model folder {source} does not exist")
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else source,
-        "revision": revision or "main",
-        "local_files_only": folder.is_dir(),
-        "trust_remote_code": False,
-    }
+    where = _origin(source, revision)
     with _readable(f"model {source}"):
         config = AutoConfig.from_pretrained(**where)
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -111,6 +101,30 @@ def load(
     return (model if device_map else model.to(device)).eval(), tokenizer
 
 
+def load_offloaded(
+    source: str, *, dtype: str, device: str, revision: str | None, offload: Offload
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load`, with the weights left in their files until the layer that needs them computes on
+    `device`; files on the hub are downloaded first."""
+    import torch
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+
+    from stages.llm.offload import attach, skeleton
+
+    where = _origin(source, revision)
+    with _readable(f"model {source}"):
+        if not where["local_files_only"]:
+            wanted = ["*.json", "*.model", "*.txt", "*.safetensors"]
+            source = snapshot_download(source, revision=revision, allow_patterns=wanted)
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        kind = getattr(torch, dtype)
+        model = skeleton(config, kind, ATTENTION)
+        attach(model, Path(source).expanduser(), device, kind, offload)
+    return model, tokenizer
+
+
 def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
     """A model without weights, on the meta device, from its dimensions and model_type."""
     import torch
@@ -129,6 +143,24 @@ def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
         raise InputError(
             f"model.dims do not describe a causal language model: {_first_line(error)}"
         ) from error
+
+
+def _origin(source: str, revision: str | None) -> dict[str, Any]:
+    """The arguments of from_pretrained for a local folder that has all it needs, or a hub id."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.is_absolute():
+        raise InputError(f"model folder {source} does not exist")
+    return {
+        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else source,
+        "revision": revision or "main",
+        "local_files_only": folder.is_dir(),
+        "trust_remote_code": False,
+    }
 
 
 def _check_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding
@@ -24,6 +23,7 @@ from stages.llm.attention import (
 from stages.llm.counters import SiteCounter
 from stages.llm.experts import NAME as EXPERTS
 from stages.llm.experts import ExpertPorts, set_expert_ports, switch_experts
+from stages.llm.forward import windows
 from stages.llm.kernels import masked_softmax, row_kernel, softmax_kernel
 from stages.llm.sites import ATTENTION_PORTS, Site, find_sites, matrix
 
@@ -165,17 +165,15 @@ def stream(
     ports: Mapping[str, Port],
     name: str,
     after: Callable[[], None] = lambda: None,
+    through: Callable[[int], None] = lambda layer: None,
     logits: int = 0,
 ) -> None:
     """Runs full windows ids [W, S] through the dense model with `ports` on its sites.
 
-    `after` is called once a batch; the head sees the last `logits` tokens of a window, 0 for all.
+    `after`, `through` and `logits` are those of `stages.llm.forward.windows`.
     """
     with torch.inference_mode(), attached(model, find_sites(model), ports):
-        batches = ids.to(model.device).split(batch)
-        for tokens in tqdm(batches, desc=name, unit="batch", disable=None):
-            model(tokens, use_cache=False, logits_to_keep=logits)
-            after()
+        windows(model, ids, batch, name, after=after, through=through, logits=logits)
 
 
 def _attention_ports(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.llm.offload import refuse_offloaded
 from stages.llm.sites import Site, find_sites
 
 _RECORD = "online_rotation"
@@ -110,6 +111,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
     Raises InputError on an architecture without rules, on weights that are quantised or absent,
     and on norms that are not x / rms(x) * weight. ValueError if it is rotated already.
     """
+    refuse_offloaded(model, "a rotation", "use transform=none")
     sites = find_sites(model)
     modules = dict(model.named_modules())
     norms = _norms(modules, sites)

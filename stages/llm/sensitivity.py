@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 from stages.llm.attention import View
 from stages.llm.counters import Counters, SiteCounter
+from stages.llm.offload import refuse_offloaded
 from stages.llm.ports import DensePort, attached
 from stages.llm.sites import Site, find_sites
 
@@ -58,6 +59,7 @@ class Sensitivity:
     ) -> dict[str, Tensor]:
         """total, count [S, CELLS]: sum of f, and number of values, by cell of |x|; macs [S]:
         multiplications that a site's values enter; all float64, over `tokens` [S]."""
+        refuse_offloaded(model, "a coding's sensitivity", "leave coding.sensitivity off")
         if len(ids) < self.windows:
             raise InputError(
                 f"sensitivity: {self.windows} windows asked of {len(ids)} calibration windows; give "

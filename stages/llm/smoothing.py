@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.codings.coding import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
+from stages.llm.offload import refuse_offloaded
 from stages.llm.ports import DensePort, attached, stream
 from stages.llm.rules import architecture
 from stages.llm.sites import Site, find_sites
@@ -69,6 +70,7 @@ class Smoothing:
     ) -> dict[str, Tensor]:
         """scale [sites, C], filled up with 1; loss [sites, epochs]: that of the site's block, NaN
         for the head. Raises InputError if ids [W, S] has too few windows."""
+        refuse_offloaded(model, "smoothing", "use coding=gif")
         if len(ids) < self.windows:
             raise InputError(
                 f"coding.smoothing.windows={self.windows}: calibration has {len(ids)}; lower it or "

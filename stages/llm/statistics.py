@@ -99,15 +99,16 @@ class _Average:
 
     def close(self) -> None:
         """Takes the windows of the batch in turn, so that its size changes nothing."""
-        if self._window is None:
-            raise RuntimeError("a site was never reached by the forward pass")
+        if self._window is None:  # the batch has not come to this layer
+            return
         for row in self._window.double():
             old = row if self._channels is None else self._channels
             self._channels = self._momentum * old + (1 - self._momentum) * row
         self._window = None
 
     def maximum(self) -> Tensor:
-        assert self._channels is not None
+        if self._channels is None:
+            raise RuntimeError("a site was never reached by the forward pass")
         return self._channels.amax().float().cpu()
 
 
@@ -138,9 +139,7 @@ class Saliency:
         sums: dict[str, _Sum] = {}
         sees: dict[str, list[See]] = {}
         for site in sites:
-            weights = [
-                m.weight for m in map(modules.get, site.consumers) if isinstance(m, nn.Linear)
-            ]
+            linears = [m for m in map(modules.get, site.consumers) if isinstance(m, nn.Linear)]
             operands = layers.setdefault(site.path, _Operands())
             if site.port == "k":
                 sums[site.name] = operands.key
@@ -150,8 +149,8 @@ class Saliency:
                 sums[site.name] = operands.value
                 sees.setdefault(site.name, []).append(operands.see_value)
                 sees.setdefault(outputs[site.layer].name, []).append(operands.see_output)
-            elif weights:
-                linear = _Linear(weights)
+            elif linears:
+                linear = _Linear(linears)
                 sums[site.name] = linear.score
                 sees.setdefault(site.name, []).append(linear.see)
         watches = {name: Watch(*each) for name, each in sees.items()}
@@ -182,14 +181,14 @@ class _Sum:
 class _Linear:
     """Mean over tokens of X o (X W^T W), summed over windows."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._weights, self.score = weights, _Sum()
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._linears, self.score = linears, _Sum()
 
     def see(self, x: Tensor) -> None:
         for window in x.float():  # one at a time: a vocabulary of outputs is wide
             back = torch.zeros_like(window)
-            for weight in self._weights:
-                w = weight.float()
+            for linear in self._linears:
+                w = linear.weight.float()
                 back += (window @ w.T) @ w
             self.score.add((window * back).mean(0))
 

@@ -1,0 +1,93 @@
+"""Sites of a model and the memory they take: `python -m pipeline.sites model=llama2-70b`.
+
+Takes the overrides of `python -m pipeline`, of which model, sites, capture and coding count.
+Nothing is loaded but the dimensions in the model's yaml; `python -m pipeline.energy` tells the joules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
+    """Prints the table; returns the exit status, 1 for bad input, which is told in one line."""
+    from pipeline.errors import told
+
+    chosen = list(sys.argv[1:] if overrides is None else overrides)
+    return told(lambda: _report(*_configured(chosen, conf)))
+
+
+def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
+    """The model's yaml, the roles, the capture stage, the tokens it sees and the coding that a
+    configuration names."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        config = compose("config", ["experiment=none", *overrides])
+    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    capture, coding = instantiate(config.capture), instantiate(config.coding)
+    tokens = config.calibration.windows * config.calibration.length
+    return model, instantiate(config.sites), capture, tokens, coding
+
+
+def _report(
+    spec: Mapping[str, Any], selection: Any, capture: Any, tokens: int, coding: Any
+) -> None:
+    import torch
+
+    from stages.codings.dense import Dense
+    from stages.llm.footprint import parameter_bytes, resident, site_plan
+    from stages.llm.loading import meta_model
+    from stages.llm.sites import find_sites, select
+
+    model = meta_model(spec["dims"] or {})
+    sites = select(find_sites(model), selection)
+    dtype = getattr(torch, spec["dtype"])
+    frame = site_plan(model, sites, capture.mantissa_bits, dtype, tokens)
+    _print_roles(frame)
+    weights, sketch = resident(model, dtype), frame["sketch"]
+    memory = {
+        f"weights in {spec['dtype']}": weights.weights,
+        "the largest decoder layer, which runtime=offload keeps alone": weights.layer,
+        "embedding, final norm and head": weights.outside,
+        "sketches of all sites while they are captured": sketch.sum(),
+        "those of one layer, with runtime=offload": sketch.groupby(frame["layer"]).sum().max(),
+    }
+    if not isinstance(coding, Dense):
+        one = parameter_bytes(coding)
+        if one is None:
+            print(f"neurons of {coding.name}: known once its statistics are measured\n")
+        else:
+            memory[f"neurons of {coding.name}, n={coding.grains}, at every site"] = one * len(sites)
+    for name, size in memory.items():
+        print(f"{size / 1e9:11.6f} GB  {name}")
+    print(f"\nenergy: python -m pipeline.energy model={spec['name']} energy.tokens=512")
+
+
+def _print_roles(frame: pd.DataFrame) -> None:
+    table = frame.groupby("role", sort=False).agg(
+        sites=("site", "count"),
+        values_a_token=("values", "sum"),
+        values_a_pair=("pairs", "sum"),
+        sketch_MB=("sketch", "sum"),
+    )
+    table.loc["total"] = table.sum()
+    counts = table.drop(columns="sketch_MB").astype(int).astype(str)
+    cells = counts.assign(sketch_MB=(table["sketch_MB"] / 1e6).map("{:.1f}".format)).reset_index()
+    align = ["left", *["right"] * (len(cells.columns) - 1)]
+    print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
