@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 import uuid
@@ -93,7 +94,8 @@ def _run(settings: Settings, folder: Path) -> None:
     if settings.runtime.plan:  # nothing asked for a plan, but what is configured may not run either
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s", settings.name)
-    result, sites, run = runner.execute(settings)
+    command = shlex.join(["python", "-m", "pipeline", *_overrides()])
+    result, sites, run = runner.execute(settings, command)
     result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
     sites.to_parquet(folder / "per_site.parquet")

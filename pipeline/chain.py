@@ -30,6 +30,7 @@ MODULES = {
     "patching": ("stages.patching", "stages.llm.loading"),
     "evaluation": ("stages.evaluation", "stages.llm.loading"),
     "energy": ("stages.energy", "stages.llm.operations"),
+    "export": ("stages.export", "stages.llm.saved", "stages.llm.quantizer", "stages.llm.loading"),
 }
 
 
@@ -79,6 +80,10 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     energy = replace(settings.energy, tokens=settings.energy.tokens or settings.evaluation.length)
     keys = {"evaluation": found.key(f"evaluation ppl_{corpus}")}
     found.add("energy", {"energy": energy, "coding": settings.coding}, keys)
+    if settings.export.enabled:  # whose card tells what all others measured
+        measured = {label: found.key(label) for label in found.steps if label not in fitted}
+        coding = {"coding": settings.coding, "sites": settings.sites}
+        found.add("export", coding, {"model": found.model.key} | fitted | measured)
     return found
 
 

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from pipeline import inputs
 from pipeline.chain import Chain, chain
 from pipeline.devices import resolve
+from pipeline.provenance import versions
 from pipeline.results import collect
 from pipeline.settings import Settings
 from pipeline.store import Artifact, Store
 from stages import evaluation as evaluating
+from stages import export as exporting
 from stages.codings.coding import Coding, Observing
 from stages.codings.dense import Dense
 from stages.distribution import Densities
@@ -80,15 +82,25 @@ def stored(settings: Settings) -> tuple[Run, list[str]]:
     return run, [label for label in found if label not in run.artifacts]
 
 
-def execute(settings: Settings) -> tuple[dict[str, Any], pd.DataFrame, Run]:
-    """All stages of one run: the result, the per-site table, and the artifacts behind them."""
+def execute(
+    settings: Settings, command: str = "python -m pipeline"
+) -> tuple[dict[str, Any], pd.DataFrame, Run]:
+    """All stages of one run: the result, the per-site table, and the artifacts behind them.
+
+    `command` is the one that an exported model says it was made by.
+    """
     run = start(settings)
+    if settings.export.enabled:
+        settings.export.check_free(run.chain.key("export"))
     if "prefix" in run.chain.steps:
         _prefix(run)
     conversion = None if isinstance(settings.coding, Dense) else convert(run)
     _perplexities(run, conversion)
     _accuracies(run, conversion)
     _energy(run, conversion)
+    if settings.export.enabled:
+        assert conversion is not None
+        _export(run, conversion, command)
     row, sites = collect(run)
     return row | {"compiled": compiled()}, sites, run
 
@@ -229,3 +241,24 @@ def _energy(run: Run, conversion: Conversion | None) -> None:
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
 
     run.build("energy", make)
+
+
+def _export(run: Run, conversion: Conversion, command: str) -> None:
+    """The converted model in a folder, with what the other stages measured on its card."""
+    s = run.settings
+
+    def make(out: Path) -> None:
+        row, _ = collect(run)
+        told = {
+            name: text for name, text in versions().items() if name in exporting.PACKAGES and text
+        }
+        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.profile.name
+        energy = f"prefill of {tokens} tokens, causal convention, {profile}"
+        number = len(conversion.neurons.sites)
+        card = exporting.card(row, number, command, told, energy)
+        model, tokenizer = run.model.load()
+        exporting.run(model, tokenizer, conversion, s.transform, card, out)
+
+    artifact = run.build("export", make)
+    s.export.place(artifact.path, artifact.key)
+    log.info("exported: %s", s.export.folder or artifact.path)

@@ -14,6 +14,7 @@ from stages.distribution import Distribution
 from stages.energy import Energy
 from stages.errors import InputError
 from stages.evaluation import Evaluation
+from stages.export import Export
 from stages.fitting import Fitting
 from stages.llm.corpus import Corpus
 from stages.llm.harness import TaskSpec
@@ -98,6 +99,7 @@ class Settings:
     patching: Patching
     evaluation: Evaluation
     energy: Energy
+    export: Export
     store: StoreSpec
     runtime: Runtime
     tracking: TrackingSpec
@@ -112,6 +114,8 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
+        if self.export.enabled and isinstance(self.coding, Dense):
+            raise InputError("export.enabled=true with coding=dense: there is nothing to export")
 
     def check_offloaded(self) -> None:
         """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""

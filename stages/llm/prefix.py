@@ -196,4 +196,9 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 def prefix_length(model: PreTrainedModel) -> int:
     """Number of tokens kept in front of every text; 0 for a model without a prefix."""
-    return len(model.__dict__.get(_RECORD, ()))
+    return len(prefix_ids(model))
+
+
+def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens kept in front of every text."""
+    return tuple(model.__dict__.get(_RECORD, ()))

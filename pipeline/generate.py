@@ -1,0 +1,176 @@
+"""Dense and spiking side by side: `python -m pipeline.generate model_path=FOLDER prompt="Once upon"`.
+
+FOLDER is an exported model (export.enabled=true). Both texts come from the same weights in memory, one
+after the other; the dense model is the spiking one with its neurons taken off.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONF = Path(__file__).parents[1] / "conf"
+CONVENTION, PHASE = "causal", "decode"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: greedily, or with `temperature` above 0 drawn with `seed`."""
+
+    model_path: str
+    prompt: str
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        from stages.llm.loading import DTYPES
+
+        if not self.prompt or self.max_new_tokens < 1 or self.temperature < 0:
+            raise InputError(
+                "give a prompt, max_new_tokens of 1 or more and a temperature of 0 or more; got "
+                f"prompt={self.prompt!r} max_new_tokens={self.max_new_tokens} "
+                f"temperature={self.temperature:g}"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype={self.dtype}: choose {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation, its number of tokens and the seconds it took, its prompt's pass among them."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the comparison; returns the exit status, 1 for bad input, which is told in one line."""
+    from pipeline.errors import told
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return told(lambda: _report(parsed(given)))
+
+
+def parsed(arguments: Sequence[str]) -> Request:
+    """The request of key=value arguments; a value is taken as it is, to the end of its argument."""
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Request)}
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in kinds:
+            raise InputError(f"got {argument!r}: give key=value with {', '.join(kinds)}")
+        try:
+            found[name] = kinds[name](value)
+        except ValueError:
+            raise InputError(f"{name}={value!r}: give a number") from None
+    absent = [name for name in ("model_path", "prompt") if name not in found]
+    if absent:
+        raise InputError(f"give {' and '.join(f'{name}=…' for name in absent)}")
+    return Request(**found)
+
+
+def _report(request: Request) -> None:
+    import pandas as pd
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    import stages
+    from stages.llm.counters import Counters
+    from stages.llm.saved import attachment
+    from stages.llm.sites import find_sites
+    from stages.patching import patched
+
+    logging.disable_progress_bar()
+    dtype = getattr(torch, request.dtype)
+    model = stages.load(request.model_path, dtype=dtype).to(request.device)  # type: ignore[arg-type]
+    tokenizer = AutoTokenizer.from_pretrained(Path(request.model_path).expanduser())
+    bound = attachment(model)
+    assert bound is not None  # stages.load sees to it
+    bound.close()
+    dense, _ = _generated(model, tokenizer, request)
+    counters = Counters(find_sites(model), model.device)
+    with patched(model, bound.conversion, counters):
+        spiking, passed = _generated(model, tokenizer, request, counters)
+    coded = counters.frame(set(bound.conversion.neurons.sites))
+    joules = _joules(model, coded, bound.conversion.coding, passed)
+    rows = {
+        "dense": [dense.tokens, dense.tokens / dense.seconds, 0.0, joules[0]],
+        "spiking": [
+            spiking.tokens,
+            spiking.tokens / spiking.seconds,
+            coded["spikes"].sum() / passed,
+            joules[1],
+        ],
+    }
+    names = ["tokens", "tokens/s", "spikes/token", "J/token"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=names)
+    print(table.to_markdown(tablefmt="simple", floatfmt=("", ".0f", ".2f", ".4g", ".4g")))
+    print(f"J/token: a token decoded at the end of {passed + 1}, {CONVENTION} convention, 45 nm\n")
+    for name, result in (("dense", dense), ("spiking", spiking)):
+        print(f"{name}:\n{request.prompt}{result.text}\n")
+
+
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    counters: Any = None,
+) -> tuple[Generated, int]:
+    """A continuation of the prompt, and the tokens that passed through the model."""
+    import torch
+
+    inputs: Any = tokenizer(request.prompt, return_tensors="pt").to(model.device)
+    drawn = request.temperature > 0
+    options: dict[str, Any] = {"do_sample": drawn, "pad_token_id": tokenizer.pad_token_id or 0}
+    if drawn:
+        options["temperature"] = request.temperature
+    size = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        generate: Any = model.generate
+        generate(
+            **inputs, max_new_tokens=1, **options
+        )  # kernels are compiled before the clock runs
+        if counters is not None:
+            counters.sums.zero_()
+        torch.manual_seed(request.seed)
+        start = time.perf_counter()
+        ids = generate(**inputs, max_new_tokens=request.max_new_tokens, **options)[0]
+        seconds = time.perf_counter() - start
+    text = tokenizer.decode(ids[size:], skip_special_tokens=True)
+    return Generated(str(text), len(ids) - size, seconds), len(ids) - 1
+
+
+def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> tuple[float, float]:
+    """What one more token costs, dense and spiking with the spikes of this text."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from stages.energy import account, summary
+    from stages.llm.operations import operations, untransformed
+    from stages.llm.sites import find_sites
+
+    energy = instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
+    plan = operations(model, find_sites(model))
+    context = passed + 1
+    dense = summary(account(untransformed(plan), energy, context))
+    spiking = summary(account(plan, energy, context, counters, coding))
+    found = [each[CONVENTION][PHASE]["energy_J"] for each in (dense, spiking)]
+    return tuple(float("nan") if value is None else value for value in found)  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
