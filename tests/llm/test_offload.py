@@ -29,8 +29,9 @@ from stages.llm.sites import find_sites
 from stages.llm.smoothing import Smoothing
 from stages.llm.statistics import RunningMaximum, Saliency
 from stages.patching import Patching
+from tests.conftest import FAMILIES
 
-KINDS = ("llama", "mistral", "qwen2")
+KINDS = tuple(FAMILIES)
 CODING = Gated("gated", 4, 2)
 WHERE = {"device": "cpu", "revision": None}
 

@@ -7,14 +7,7 @@ import pytest
 
 from pipeline.sites import main
 
-LARGE = [  # LLaMA-2-70B
-    "model=llama2-7b",
-    "model.dims.hidden_size=8192",
-    "model.dims.intermediate_size=28672",
-    "model.dims.num_hidden_layers=80",
-    "model.dims.num_attention_heads=64",
-    "model.dims.num_key_value_heads=8",
-]
+LARGE = ["model=llama2-70b"]
 
 
 def sizes(text: str) -> dict[str, float]:
@@ -37,7 +30,7 @@ def test_a_model_of_70_billion_weights_is_told_in_seconds(capsys):
     assert sketches == pytest.approx(float(rows["total"][3]) / 1000, abs=1e-4)
     assert found["those of one layer, with runtime=offload"] < sketches / 50
     assert found["neurons of gated, n=2, at every site"] == pytest.approx(801 * 8 / 1e9, abs=1e-6)
-    assert "python -m pipeline.energy model=llama2-7b" in output
+    assert "python -m pipeline.energy model=llama2-70b" in output
 
 
 def test_roles_precision_and_coding_are_those_of_the_configuration(capsys):
