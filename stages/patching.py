@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from stages.codings.coding import Coding, site_params
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
+from stages.llm.attention import Port
 from stages.llm.counters import Counters, SiteCounter
 from stages.llm.offload import device_of
 from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached, stream
 from stages.llm.sites import Site, find_sites
+from stages.llm.stepped import stepped_ports, stepping
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,28 @@ class Conversion:
 
 @contextmanager
 def patched(
-    model: PreTrainedModel, conversion: Conversion | None, counters: Counters | None = None
+    model: PreTrainedModel,
+    conversion: Conversion | None,
+    counters: Counters | None = None,
+    execution: str = "fast",
+    steps: int | None = None,
 ) -> Iterator[int]:
     """The spiking model while the context is open, the dense one (counting its MACs) without a
     conversion; yields the number of converted sites.
 
+    `execution`: `fast` multiplies decoded values, `stepped` runs every neuron step by step and lets
+    its spikes add up weights. `steps` counts the first of them only, which is stepped too.
     Raises InputError if the conversion has no site or one that this model lacks.
     """
     sites = find_sites(model)
     converted = {} if conversion is None else _parameters(conversion, sites, device_of(model))
     rows = _rows(counters)
+    if conversion is not None and (execution == "stepped" or steps is not None):
+        spiking = stepped_ports(conversion.coding, converted, rows, steps)
+        every: dict[str, Port] = {site.name: DensePort(rows.get(site.name)) for site in sites}
+        with stepping(model, sites, spiking), attached(model, sites, every | dict(spiking)):
+            yield len(converted)
+        return
     ports = {
         site.name: SpikingPort(conversion.coding, converted[site.name], rows.get(site.name))
         if conversion is not None and site.name in converted

@@ -13,6 +13,7 @@ from stages.codings import neurons
 from stages.codings.coding import Fit
 from stages.codings.lloyd_max import running
 from stages.errors import InputError
+from stages.llm.planes import Planes
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -118,6 +119,18 @@ class OneSpike:
         weight = spikes * torch.exp(-step.clamp(max=self.timesteps) * log_base)
         # The winner weighs 1, so a smaller sum is that of a row without a key.
         return weight / weight.sum(-1, keepdim=True).clamp(min=1), spikes
+
+    def softmax_planes(self, probabilities: Tensor, p: neurons.Params) -> Planes:
+        """The probabilities that `softmax` gave, apart by the step of their spike: weights B^-k, and
+        the winner's probability as the scale of its row."""
+        row = probabilities.amax(-1, keepdim=True)
+        ratio = (probabilities / row.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-30)
+        step = torch.round(-ratio.log() / p["base"].log())
+        steps = torch.arange(self.timesteps, device=step.device)
+        at = steps.view(-1, *[1] * step.dim())
+        plane = ((step == at) & (probabilities > 0)).to(torch.int8)
+        weight = torch.exp(-steps * p["base"].log())
+        return Planes(plane, weight, steps, row)
 
 
 def _weights(base: Tensor, timesteps: int) -> Tensor:

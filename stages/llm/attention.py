@@ -6,6 +6,7 @@ and the model silently stops being causal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -146,17 +147,33 @@ def ported_attention(
     query = ports.q(query, real, reads[:, None])
     key = ports.k(key, fresh, seen.watched[:, None] * groups).transpose(2, 3)
     value = ports.v(value, fresh, seen.watched[:, None] * groups)
-    grouped = query.view(batch, key.shape[1], groups, queries, width)
+    shape = (batch, key.shape[1], groups, queries, -1)
     output = query.new_empty(batch, queries, heads, width)
     for index, view in enumerate(seen.blocks):
         size, keys = view.mask.shape[-2:]
         start, stop = index * QUERY_BLOCK, index * QUERY_BLOCK + size
-        block = grouped[:, :, :, start:stop].reshape(batch, key.shape[1], -1, width)
-        scores = torch.matmul(block, key[..., :keys]).view(batch, heads, size, keys)
+
+        def queries_of(x: Tensor, start: int = start, stop: int = stop) -> Tensor:
+            return x.view(shape)[:, :, :, start:stop].reshape(batch, key.shape[1], -1, x.shape[-1])
+
+        def rows_of(x: Tensor) -> Tensor:
+            return x.view(batch, key.shape[1], -1, x.shape[-1])
+
+        scores = _product(ports.q, query, key[..., :keys], queries_of)
+        scores = scores.view(batch, heads, size, keys)
         probs = ports.probs.softmax(scores, scaling, view, width)
-        block = torch.matmul(probs.view(batch, key.shape[1], -1, keys), value[:, :, :keys])
+        block = _product(ports.probs, probs, value[:, :, :keys], rows_of)
         output[:, start:stop] = block.view(batch, heads, size, width).transpose(1, 2)
     return output, None
+
+
+def _product(port: Port, x: Tensor, other: Tensor, arrange: Callable[[Tensor], Tensor]) -> Tensor:
+    """arrange(x) @ other; by the spikes of x where its port keeps them."""
+    planes = getattr(port, "planes", None)
+    if planes is None:
+        return torch.matmul(arrange(x), other)
+    found: Tensor = planes.product(other, arrange)
+    return found
 
 
 def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

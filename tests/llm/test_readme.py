@@ -15,7 +15,9 @@ def table() -> list[str]:
     rows: dict[str, list[str]] = {}
     for name in rules.known():
         found = importlib.import_module(f"{rules.PACKAGE}.{name}").ARCHITECTURE
-        kinds = [(found.rules, "")] + [(found.rules | found.experts, ", experts")] * bool(found.experts)
+        kinds = [(found.rules, "")] + [(found.rules | found.experts, ", experts")] * bool(
+            found.experts
+        )
         for own, more in kinds:
             assert {f"attn.{port}" for port in ("q", "k", "v", "probs")} <= set(own)
             every = own | {"head.in": found.head}
