@@ -101,7 +101,7 @@ class CodingCosts(Protocol):
 @dataclass(frozen=True)
 class Rate:
     """Spikes of a coded operand: per value, and per multiplication (weighted by fan-out); `dense` is
-    the part of its multiplications that stay, those of experts without a neuron."""
+    the part of its values that has no neuron, those of experts left dense."""
 
     value: float
     product: float
@@ -156,7 +156,8 @@ def _rows(
         yield name, kind, layer, work * convention.macs[kind], work * convention.acs[kind]
     elif kind == "gate":
         if coding and coded and coding.gate_comparisons and convention.gate_comparisons:
-            yield name, kind, layer, 0.0, work * coding.gate_comparisons
+            coded_part = 1 - coded[0].dense
+            yield name, kind, layer, 0.0, work * coded_part * coding.gate_comparisons
     elif not coded:
         yield name, kind, layer, work, 0.0
     else:
@@ -167,7 +168,8 @@ def _rows(
         stays = work * math.prod(rate.dense for rate in used)
         yield name, kind, layer, math.nan if math.isnan(spikes) else stays, work * spikes
         if convention.decode_scaling and coding.decode_macs:
-            decoded = operation.outputs.at(queries, pairs) * coding.decode_macs * len(used)
+            outputs = operation.outputs.at(queries, pairs) * coding.decode_macs
+            decoded = outputs * sum(1 - rate.dense for rate in used)
             yield name, "decode_scaling", layer, decoded, 0.0
 
 
@@ -234,13 +236,13 @@ def _rates(counters: pd.DataFrame | None, coding: CodingCosts | None) -> dict[st
     rates = {str(site): None for site in table.index}
     coded = table[table["spikes"].notna()]
     value, product = coded["spikes"] / coded["values"], coded["acs"] / coded["macs"]
-    dense = 1 - coded["coded"] / coded["macs"]
+    dense = 1 - coded["coded"] / coded["values"]
     return rates | {str(s): Rate(value[s], product[s], dense[s]) for s in coded.index}
 
 
 def _pooled(counters: pd.DataFrame) -> pd.DataFrame:
-    """Sums by operand, as what all experts of a layer counted; `coded` of the macs are of coded values."""
-    coded = counters["macs"].where(counters["spikes"].notna(), 0.0)
+    """Sums by operand, as what all experts of a layer counted; `coded` of the values have a neuron."""
+    coded = counters["values"].where(counters["spikes"].notna(), 0.0)
     table = counters.assign(coded=coded, site=counters["site"].map(pooled))
     sums = table.groupby("site", sort=False)[["values", "spikes", "macs", "acs", "coded"]]
     return sums.sum(min_count=1)

@@ -82,6 +82,12 @@ class Fitting:
 
         `statistics` are those that the coding declares, with the sites of `densities` first.
         """
+        for name, tensors in (statistics or {}).items():
+            if any(len(t) != len(densities.sites) for t in tensors.values()):
+                raise InputError(
+                    f"{coding.name} needs {name} at every site, but calibration missed some experts: "
+                    "give more calibration.windows, or choose a coding without it"
+                )
         data = densities.atoms if self.data == "atoms" else self._draw(densities)
         dense = coding.dense_roles if isinstance(coding, Partial) else ()
         kept = [i for i, role in enumerate(densities.roles) if role not in dense]

@@ -221,6 +221,8 @@ def _elementwise(
         yield Operation(f"{mlp}:routing", "softmax", layer, Amount(shape.experts))
         weighted = Amount(shape.routes * shape.hidden)
         yield Operation(f"{mlp}:weighting", "product", layer, weighted)
+        summed = Amount((shape.routes - 1) * shape.hidden)
+        yield Operation(f"{mlp}:sum", "residual", layer, summed)
     yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
 
 

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from stages.errors import InputError
 from stages.llm.attention import View
+from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
 from stages.llm.sites import find_sites
 
@@ -46,6 +47,7 @@ class PrefixSearch:
         whatever token it holds. Without a BOS they take all places; without either, InputError.
         """
         sites = [site for site in find_sites(model) if site.role == "mlp.down"]
+        refuse_experts(sites, "the search for a prefix", "use transform=none")
         ports = {site.name: PeakPort() for site in sites}
         stream(model, ids, batch, ports, "prefix", logits=1)
         found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.llm.experts import refuse_experts
 from stages.llm.offload import refuse_offloaded
 from stages.llm.sites import Site, find_sites
 
@@ -113,6 +114,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
     """
     refuse_offloaded(model, "a rotation", "use transform=none")
     sites = find_sites(model)
+    refuse_experts(sites, "a rotation", "use transform=none")
     modules = dict(model.named_modules())
     norms = _norms(modules, sites)
     _check(model, modules, sites, norms)

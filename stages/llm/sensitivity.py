@@ -89,6 +89,12 @@ class Sensitivity:
             for weight in learns:
                 weight.requires_grad_(True)
         rows = [ports[site.name] for site in sites]
+        silent = [s.name for s, row in zip(sites, rows, strict=True) if not int(row.count.sum())]
+        if silent:  # experts: without a derivative they would have no weight in the fit, silently
+            raise InputError(
+                f"sensitivity: {len(silent)} sites passed no value in {self.windows} windows, the "
+                f"first is {silent[0]}: give more coding.sensitivity.windows"
+            )
         tokens = float(self.windows * ids.shape[1])
         return {
             "total": torch.stack([port.total for port in rows]).cpu(),

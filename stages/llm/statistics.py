@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.attention import View
+from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
 from stages.llm.sites import Site, find_sites
 
@@ -73,6 +74,7 @@ class RunningMaximum:
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> dict[str, Tensor]:
         """maximum [sites] over windows ids [W, S]."""
+        refuse_experts(sites, "a running maximum", "use tau=maximum, or another coding")
         averages = [_Average(self.momentum, site.port == "probs") for site in sites]
         watches = {s.name: Watch(a.see) for s, a in zip(sites, averages, strict=True)}
 
