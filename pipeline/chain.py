@@ -124,6 +124,11 @@ def _evaluation(found: Chain, fitted: dict[str, str]) -> None:
         fields |= {"count": spec.windows, "length": spec.length}
         keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")}
         found.add(f"evaluation ppl_{name}", fields, keys | fitted)
+    if spec.anytime and fitted:
+        name = spec.corpora[0]
+        fields = {"anytime": name, "coding": s.coding, "count": spec.windows, "length": spec.length}
+        keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")}
+        found.add("evaluation anytime", fields, keys | fitted)
     for task in (s.tasks[name] for name in spec.tasks):
         if task.path is None and task.package is not None:
             found.sources[f"asset {task.name}"] = asset_step(task.package)

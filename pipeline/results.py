@@ -87,6 +87,8 @@ def _result(
     seconds = {stage: artifact.seconds for stage, artifact in run.artifacts.items()}
     converted = [t for stage, t in seconds.items() if stage.partition(" ")[0] in CONVERSION]
     row["conversion_s"] = round(sum(converted), 3) if converted else None
+    if "evaluation anytime" in run.artifacts:
+        row["anytime"] = _json(run, "evaluation anytime", "anytime.json")
     return row | {
         "label": run.settings.name,
         "axes": run.settings.axes,

@@ -96,6 +96,9 @@ def execute(
         _prefix(run)
     conversion = None if isinstance(settings.coding, Dense) else convert(run)
     _perplexities(run, conversion)
+    if "evaluation anytime" in run.chain.steps:
+        assert conversion is not None
+        _anytime(run, conversion)
     _accuracies(run, conversion)
     _energy(run, conversion)
     if settings.export.enabled:
@@ -201,9 +204,25 @@ def _perplexities(run: Run, conversion: Conversion | None) -> None:
             ids = text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
             model, _ = run.model.load()
             batch = s.runtime.evaluation_batch
-            evaluating.perplexity(model, ids, conversion, batch, name).save(out)
+            how = s.runtime.execution
+            evaluating.perplexity(model, ids, conversion, batch, name, how).save(out)
 
         run.build(f"evaluation ppl_{name}", make)
+
+
+def _anytime(run: Run, conversion: Conversion) -> None:
+    """Perplexity of the first corpus after each step of the neurons."""
+    s, spec = run.settings, run.settings.evaluation
+    name = spec.corpora[0]
+
+    def make(out: Path) -> None:
+        tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
+        ids = text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
+        model, _ = run.model.load()
+        found = evaluating.anytime(model, ids, conversion, s.runtime.evaluation_batch, name)
+        (out / "anytime.json").write_text(json.dumps(found, indent=1))
+
+    run.build("evaluation anytime", make)
 
 
 def _accuracies(run: Run, conversion: Conversion | None) -> None:
@@ -215,7 +234,9 @@ def _accuracies(run: Run, conversion: Conversion | None) -> None:
             questions = [(task, inputs.question_file(task, specs, run.store))]
             model, tokenizer = run.model.load()
             batch = s.runtime.task_batch
-            scores = evaluating.accuracy(model, tokenizer, conversion, questions, spec.items, batch)
+            scores = evaluating.accuracy(
+                model, tokenizer, conversion, questions, spec.items, batch, s.runtime.execution
+            )
             (out / "metrics.json").write_text(json.dumps(scores[task.name], indent=1))
 
         run.build(f"evaluation acc_{task.name}", make)

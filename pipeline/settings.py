@@ -23,6 +23,7 @@ from stages.llm.offload import Offload
 from stages.llm.sensitivity import Sensitivity
 from stages.llm.sites import SiteSelection
 from stages.llm.smoothing import Smoothing
+from stages.llm.stepped import EXECUTIONS
 from stages.llm.transforms import Transform
 from stages.patching import Patching
 
@@ -60,6 +61,7 @@ class Runtime:
     evaluation_batch: int
     task_batch: int
     compile: bool
+    execution: str
     offload: Offload | None
     figures: bool
     plan: bool
@@ -67,6 +69,10 @@ class Runtime:
     def __post_init__(self) -> None:
         if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
             raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
+        if self.execution not in EXECUTIONS:
+            raise InputError(
+                f"runtime.execution={self.execution!r}: choose {' or '.join(EXECUTIONS)}"
+            )
         if self.devices is not None:
             self._check(self.devices)
 

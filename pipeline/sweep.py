@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from pipeline import comparisons, convergence, figures, levels, quantiles, roles, tables
+from pipeline import anytime, comparisons, convergence, figures, levels, quantiles, roles, tables
 from pipeline.rows import distinct, sweep_results
 
 if TYPE_CHECKING:
@@ -36,26 +36,41 @@ def draw(folder: Path, name: str, into: Path) -> list[Path]:
     results = sweep_results(folder)
     kept = {id(result) for result in distinct(results.values())}
     jobs = {job: result for job, result in results.items() if id(result) in kept}
-    if len(jobs) < 2:
-        return []
     written, pictures = [], {}
-    frame = convergence.convergence_frame(jobs)
-    if len(frame):
-        text = convergence.caption(frame)
-        written += tables.write(frame, into / f"{name}_convergence", text)
-        pictures["convergence"] = convergence.limit_by_slope(frame)
-    by_role = roles.role_frame(jobs)
-    if len(by_role):
-        written += tables.write(by_role, into / f"{name}_roles", roles.CAPTION)
-    by_quantile = quantiles.quantile_frame(jobs)
-    if len(by_quantile):
-        written += tables.write(by_quantile, into / f"{name}_quantiles", quantiles.CAPTION)
+    early = anytime.anytime_frame(jobs)
+    if len(early):
+        written += tables.write(early, into / f"{name}_anytime", anytime.CAPTION)
+        pictures["anytime"] = anytime.perplexity_by_steps(early)
+    if len(jobs) > 1:
+        pictures |= _compared(jobs, into / name, written)
     if not any(levels.job_config(job).runtime.figures for job in jobs):
         return written
-    pictures |= _comparisons(jobs)
     for kind, figure in pictures.items():
         written += figures.save(figure, into / f"{name}_{kind}")
     return written
+
+
+def _compared(
+    jobs: Mapping[Path, Mapping[str, Any]], stem: Path, written: list[Path]
+) -> dict[str, Figure]:
+    """The figures that compare runs; their tables are written and added to `written`."""
+    pictures: dict[str, Figure] = {}
+    frame = convergence.convergence_frame(jobs)
+    if len(frame):
+        text = convergence.caption(frame)
+        written += tables.write(frame, stem.with_name(f"{stem.name}_convergence"), text)
+        pictures["convergence"] = convergence.limit_by_slope(frame)
+    by_role = roles.role_frame(jobs)
+    if len(by_role):
+        written += tables.write(by_role, stem.with_name(f"{stem.name}_roles"), roles.CAPTION)
+    by_quantile = quantiles.quantile_frame(jobs)
+    if len(by_quantile):
+        written += tables.write(
+            by_quantile, stem.with_name(f"{stem.name}_quantiles"), quantiles.CAPTION
+        )
+    if any(levels.job_config(job).runtime.figures for job in jobs):
+        pictures |= _comparisons(jobs)
+    return pictures
 
 
 def _comparisons(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Figure]:

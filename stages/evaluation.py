@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.codings.coding import Coding
 from stages.errors import InputError
 from stages.llm.counters import Counters
 from stages.llm.forward import windows
@@ -28,13 +29,14 @@ from stages.patching import Conversion, patched
 @dataclass(frozen=True)
 class Evaluation:
     """The first `windows` non-overlapping windows of `length` tokens of every corpus, and the first
-    `items` questions of every task."""
+    `items` questions of every task; `anytime` adds the perplexity after each step of the neurons."""
 
     corpora: tuple[str, ...]
     windows: int
     length: int
     tasks: tuple[str, ...]
     items: int
+    anytime: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", tuple(self.corpora))
@@ -68,9 +70,18 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel, ids: Tensor, conversion: Conversion | None, batch: int, corpus: str
+    model: PreTrainedModel,
+    ids: Tensor,
+    conversion: Conversion | None,
+    batch: int,
+    corpus: str,
+    execution: str = "fast",
+    steps: int | None = None,
 ) -> Perplexity:
-    """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error."""
+    """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error.
+
+    `execution` and `steps` are those of `stages.patching.patched`.
+    """
     sites = find_sites(model)
     device = device_of(model)
     counters = Counters(sites, device)
@@ -79,7 +90,7 @@ def perplexity(
     def add(tokens: Tensor, logits: Tensor) -> None:
         total.add_(negative_log_likelihood(logits, tokens))
 
-    with torch.inference_mode(), patched(model, conversion, counters):
+    with torch.inference_mode(), patched(model, conversion, counters, execution, steps):
         windows(model, ids, batch, f"perplexity {corpus}", consume=add)
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     mean = float(total) / predicted
@@ -96,6 +107,23 @@ def perplexity(
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
     }
     return Perplexity(metrics, counters.frame(converted))
+
+
+def anytime(
+    model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
+) -> dict[str, float]:
+    """Perplexity on ids [windows, length] after the first t steps of every neuron, by t = 1 … T."""
+    return {
+        str(t): perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=t).metrics[
+            "perplexity"
+        ]
+        for t in range(1, longest(conversion.coding) + 1)
+    }
+
+
+def longest(coding: Coding) -> int:
+    """The steps of a coding's longest neuron, which may have more than T of them."""
+    return int(getattr(coding, "longest", coding.timesteps))
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -116,9 +144,10 @@ def accuracy(
     tasks: Sequence[tuple[TaskSpec, Path | None]],
     items: int,
     batch: int,
+    execution: str = "fast",
 ) -> dict[str, dict[str, Any]]:
     """Zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
-    with patched(model, conversion):
+    with patched(model, conversion, execution=execution):
         return zero_shot(model, tokenizer, tasks, items, batch)

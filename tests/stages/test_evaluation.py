@@ -116,6 +116,7 @@ def test_a_result_is_read_back_as_it_was(model, tokens, convert, tmp_path):
 @pytest.mark.parametrize("change", [{"corpora": []}, {"windows": 0}, {"length": 1}, {"items": 0}])
 def test_nothing_to_evaluate_is_refused(change):
     plain = {"corpora": ["text"], "windows": 1, "length": 2, "tasks": [], "items": 1}
+    plain["anytime"] = False
     Evaluation(**plain)
     ((name, value),) = change.items()
     with pytest.raises(InputError, match=re.escape(f"{name}={value}")):
