@@ -87,6 +87,7 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+UNGROUPED = {"head_dim": None, "num_key_value_heads": None}  # their configurations have neither
 # What the real classes of each family need beside TINY.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -99,8 +100,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}
     },
-    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "head_dim": None},
-    "gpt_neox": {"head_dim": None},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24} | UNGROUPED,
+    "gpt_neox": UNGROUPED,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"mlp_only_layers": [0]},

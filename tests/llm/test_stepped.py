@@ -228,6 +228,45 @@ def test_additions_are_those_that_the_energy_counts(
         assert seen.additions[path] == pytest.approx(blocked + summed, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "opt"])
+def test_what_stays_real_has_the_elements_that_the_energy_counts(
+    tiny: Callable[..., PreTrainedModel], tokens: Draws, convert: Converts, kind: str
+) -> None:
+    """Norms, activation functions, positions, softmax and gates, op by op, in a stepped run."""
+    model, length = tiny(kind), 12
+    conversion = convert(model, CODINGS[0])
+    sites = find_sites(model)
+    plan = operations(model, sites)
+    seen: dict[str, int] = {}
+    functions = {o.name for o in plan if o.kind in ("norm", "activation")}
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, n=name: seen.update({n: out.numel()}))
+        for name, module in model.named_modules()
+        if name in functions
+    ]
+    counters = Counters(sites, "cpu")
+    with torch.no_grad(), patched(model, conversion, counters, "stepped"):
+        model(tokens(1, length), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    values = dict(zip([site.name for site in sites], counters.sums[:, 0].tolist(), strict=True))
+    for operation in plan:
+        window = operation.window or length
+        pairs = sum(min(query + 1, window) for query in range(length))
+        work = operation.work.at(length, pairs)
+        path = operation.name.rpartition(":")[0]
+        if operation.kind in ("norm", "activation"):
+            assert seen[operation.name] == work, operation
+        elif operation.kind == "gate":
+            assert values[operation.name] == work, operation
+        elif operation.kind == "softmax":
+            assert values[f"{path}:probs"] == work, operation
+        elif operation.kind == "rope":
+            assert values[f"{path}:q"] + values[f"{path}:k"] == work, operation
+        elif operation.kind == "product":
+            assert values[f"{path}.act_fn:out"] == work, operation
+
+
 def test_leaving_it_restores_the_model(
     model: PreTrainedModel, tokens: Draws, convert: Converts
 ) -> None:
