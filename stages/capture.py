@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class Capture:
         named = [(site.name, site.role, site.layer) for site in reached]
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in reached])
         sketches.check_finite()
-        return sketches
+        missed = tuple(site.name for site in sites if site not in reached)
+        return replace(sketches, unreached=missed)
 
     def _reached(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> list[Site]:
         """The sites with values; those without are experts that stay dense, and are told."""

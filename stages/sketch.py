@@ -159,6 +159,7 @@ class SketchSet:
 
     code int32, count int64, first and second (sums of r and r^2) float64; range [sites, 2];
     the channels of site i are [channel_offsets[i], channel_offsets[i + 1]) of absmax and square.
+    `unreached` are sites that no value passed, of experts that no token was routed to.
     """
 
     sites: tuple[str, ...]
@@ -166,6 +167,7 @@ class SketchSet:
     layers: tuple[int, ...]
     grid: Grid
     tensors: dict[str, Tensor]
+    unreached: tuple[str, ...] = ()
 
     @classmethod
     def collect(
@@ -249,6 +251,7 @@ class SketchSet:
             "roles": self.roles,
             "layers": self.layers,
             "mantissa_bits": self.grid.mantissa_bits,
+            "unreached": self.unreached,
         }
         (folder / "sketch.json").write_text(json.dumps(meta))
 
@@ -261,6 +264,7 @@ class SketchSet:
             tuple(meta["layers"]),
             Grid(meta["mantissa_bits"]),
             load_file(folder / "sketch.safetensors"),
+            tuple(meta["unreached"]),
         )
 
 

@@ -25,6 +25,7 @@ from stages.llm.operations import PRODUCTS, operations
 from stages.llm.ports import DensePort, attached
 from stages.llm.sites import ROLES, find_sites
 from stages.patching import Conversion, patched
+from stages.sketch import SketchSet
 from tests.conftest import FAMILIES, TINY
 
 GATED = Gated("gated", 6, 2)
@@ -270,11 +271,15 @@ def test_an_expert_that_calibration_never_reached_is_an_error(
 
 
 def test_or_stays_dense_and_costs_multiplications(
-    lonely: PreTrainedModel, tokens: Draws, energy: Energy
+    lonely: PreTrainedModel, tokens: Draws, energy: Energy, tmp_path: Path
 ) -> None:
     sites = find_sites(lonely)
     sketches = Capture(unreached="dense").run(lonely, tokens(4, 9), sites, 2)
     assert len(sketches.sites) == len(sites) - 3
+    lost = tuple(f"model.layers.1.mlp.experts:{port}[3]" for port in ("act", "up", "down"))
+    assert sketches.unreached == lost
+    sketches.save(tmp_path)
+    assert SketchSet.load(tmp_path).unreached == lost
     densities = Distribution(atoms=64).run(sketches)
     conversion = Conversion(GATED, Fitting("atoms", 1, 0, None).run(densities, GATED))
     del lonely.model.layers[1].mlp.gate.forward  # now tokens come there
