@@ -38,9 +38,9 @@ class Broken:
             raise self.error("out of ink")
         return self.whole(model, *arguments)
 
-    def execute(self, settings: Any) -> Any:
+    def execute(self, settings: Any, command: str) -> Any:
         self.alive.append(sum(model() is not None for model in self.models))
-        return self.run(settings)
+        return self.run(settings, command)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         self.whole, self.run = evaluation.perplexity, runner.execute
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_a_sweep_even_where_a_library_makes_another_error_of_it(
 ):
     started = []
 
-    def execute(settings: Any) -> Any:
+    def execute(settings: Any, command: str) -> Any:
         started.append(settings)
         try:
             signal.raise_signal(signal.SIGINT)
@@ -126,11 +126,11 @@ class Killed(BaseException):
 def test_a_launcher_that_ends_early_costs_no_finished_job(command, tmp_path, monkeypatch):
     hydra, whole, jobs = pipeline.__main__._job, runner.execute, []
 
-    def execute(settings: Any) -> Any:
+    def execute(settings: Any, command: str) -> Any:
         jobs.append(settings)
         if len(jobs) == 2:
             raise Killed
-        return whole(settings)
+        return whole(settings, command)
 
     def launched() -> None:
         try:
