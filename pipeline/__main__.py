@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import sys
 import time
 import uuid
@@ -88,14 +87,13 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _run(settings: Settings, folder: Path) -> None:
-    from pipeline import results, runner, tracked
+    from pipeline import jobs, results, runner, tracked
 
     started = time.time()
     if settings.runtime.plan:  # nothing asked for a plan, but what is configured may not run either
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s", settings.name)
-    command = shlex.join(["python", "-m", "pipeline", *_overrides()])
-    result, sites, run = runner.execute(settings, command)
+    result, sites, run = runner.execute(settings, jobs.command(_overrides()))
     result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
     sites.to_parquet(folder / "per_site.parquet")

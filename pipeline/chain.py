@@ -119,20 +119,16 @@ def _conversion(found: Chain) -> dict[str, str]:
 
 def _evaluation(found: Chain, fitted: dict[str, str]) -> None:
     s, spec = found.settings, found.settings.evaluation
+    windows: dict[str, Any] = {"coding": s.coding, "count": spec.windows, "length": spec.length}
     for name in spec.corpora:
-        fields: dict[str, Any] = {"perplexity": name, "coding": s.coding}
-        fields |= {"count": spec.windows, "length": spec.length}
-        keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")}
-        found.add(f"evaluation ppl_{name}", fields, keys | fitted)
-    if spec.anytime and fitted:
-        name = spec.corpora[0]
-        fields = {"anytime": name, "coding": s.coding, "count": spec.windows, "length": spec.length}
-        keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")}
-        found.add("evaluation anytime", fields, keys | fitted)
+        keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")} | fitted
+        found.add(f"evaluation ppl_{name}", {"perplexity": name} | windows, keys)
+        if spec.anytime and fitted and name == spec.corpora[0]:
+            found.add("evaluation anytime", {"anytime": name} | windows, keys)
     for task in (s.tasks[name] for name in spec.tasks):
         if task.path is None and task.package is not None:
             found.sources[f"asset {task.name}"] = asset_step(task.package)
-        fields = {"task": replace(task, path=None), "coding": s.coding}
+        fields: dict[str, Any] = {"task": replace(task, path=None), "coding": s.coding}
         fields |= {"items": spec.items, "lm_eval": version("lm_eval")}  # whose prompts these are
         keys = {"model": found.model.key, "data": inputs.question_key(task)}
         found.add(f"evaluation acc_{task.name}", fields, keys | fitted)

@@ -141,9 +141,8 @@ def _generated(
     size = inputs["input_ids"].shape[1]
     with torch.inference_mode():
         generate: Any = model.generate
-        generate(
-            **inputs, max_new_tokens=1, **options
-        )  # kernels are compiled before the clock runs
+        # Kernels are compiled before the clock runs.
+        generate(**inputs, max_new_tokens=1, **options)
         if counters is not None:
             counters.sums.zero_()
         torch.manual_seed(request.seed)

@@ -33,7 +33,12 @@ class Job:
     @property
     def command(self) -> str:
         """The command that runs this job alone."""
-        return shlex.join(["python", "-m", "pipeline", *self.overrides, "hydra.mode=RUN"])
+        return command(self.overrides)
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The command that runs the job of these overrides alone, whatever sweep it is of."""
+    return shlex.join(["python", "-m", "pipeline", *overrides, "hydra.mode=RUN"])
 
 
 def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:

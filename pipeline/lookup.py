@@ -79,7 +79,7 @@ def _filled(job: Job) -> str | None:
     """Runs a job; what failed, in a line, and nothing of it in memory."""
     log.info("%s", job.settings.name)
     try:
-        runner.execute(job.settings)
+        runner.execute(job.settings, job.command)
     except Exception as error:
         line = f"  {shlex.join(job.overrides)}: {failures.reason(error)}"
         failures.release(error)

@@ -200,8 +200,8 @@ def _perplexities(run: Run, conversion: Conversion | None) -> None:
         if calibration is not None:
             inputs.refuse_overlap(calibration, tokens)
 
-        def make(out: Path, name: str = name, tokens: Artifact = tokens) -> None:
-            ids = text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
+        def make(out: Path, name: str = name) -> None:
+            ids = _evaluation_windows(run, name)
             model, _ = run.model.load()
             batch = s.runtime.evaluation_batch
             how = s.runtime.execution
@@ -210,16 +210,21 @@ def _perplexities(run: Run, conversion: Conversion | None) -> None:
         run.build(f"evaluation ppl_{name}", make)
 
 
+def _evaluation_windows(run: Run, name: str) -> torch.Tensor:
+    """The ids [windows, length] of a corpus that a perplexity is measured on."""
+    s, spec = run.settings, run.settings.evaluation
+    tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
+    return text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
+
+
 def _anytime(run: Run, conversion: Conversion) -> None:
     """Perplexity of the first corpus after each step of the neurons."""
-    s, spec = run.settings, run.settings.evaluation
-    name = spec.corpora[0]
+    name, batch = run.settings.evaluation.corpora[0], run.settings.runtime.evaluation_batch
 
     def make(out: Path) -> None:
-        tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
-        ids = text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
+        ids = _evaluation_windows(run, name)
         model, _ = run.model.load()
-        found = evaluating.anytime(model, ids, conversion, s.runtime.evaluation_batch, name)
+        found = evaluating.anytime(model, ids, conversion, batch, name)
         (out / "anytime.json").write_text(json.dumps(found, indent=1))
 
     run.build("evaluation anytime", make)

@@ -30,47 +30,39 @@ def experiment(folder: Path) -> str | None:
 def draw(folder: Path, name: str, into: Path) -> list[Path]:
     """Reads the results below a sweep's folder and writes `into`/`name`_*; returns what is written.
 
-    A table of errors by role; one of convergence where the surrogate's slope varies, one of errors
-    by quantile where the level density's exponent does; pictures unless runtime.figures is false.
+    A table of perplexities by step where runs have them; of several runs one of errors by role, one of
+    convergence where the surrogate's slope varies, one of errors by quantile where the level
+    density's exponent does; pictures unless runtime.figures is false.
     """
     results = sweep_results(folder)
     kept = {id(result) for result in distinct(results.values())}
     jobs = {job: result for job, result in results.items() if id(result) in kept}
-    written, pictures = [], {}
-    early = anytime.anytime_frame(jobs)
-    if len(early):
-        written += tables.write(early, into / f"{name}_anytime", anytime.CAPTION)
-        pictures["anytime"] = anytime.perplexity_by_steps(early)
-    if len(jobs) > 1:
-        pictures |= _compared(jobs, into / name, written)
+    found = {kind: told for kind, told in _tables(jobs).items() if len(told[0])}
+    written = []
+    for kind, (frame, caption) in found.items():
+        written += tables.write(frame, into / f"{name}_{kind}", caption)
     if not any(levels.job_config(job).runtime.figures for job in jobs):
         return written
+    drawn = {"anytime": anytime.perplexity_by_steps, "convergence": convergence.limit_by_slope}
+    pictures = {kind: draws(found[kind][0]) for kind, draws in drawn.items() if kind in found}
+    if len(jobs) > 1:
+        pictures |= _comparisons(jobs)
     for kind, figure in pictures.items():
         written += figures.save(figure, into / f"{name}_{kind}")
     return written
 
 
-def _compared(
-    jobs: Mapping[Path, Mapping[str, Any]], stem: Path, written: list[Path]
-) -> dict[str, Figure]:
-    """The figures that compare runs; their tables are written and added to `written`."""
-    pictures: dict[str, Figure] = {}
-    frame = convergence.convergence_frame(jobs)
-    if len(frame):
-        text = convergence.caption(frame)
-        written += tables.write(frame, stem.with_name(f"{stem.name}_convergence"), text)
-        pictures["convergence"] = convergence.limit_by_slope(frame)
-    by_role = roles.role_frame(jobs)
-    if len(by_role):
-        written += tables.write(by_role, stem.with_name(f"{stem.name}_roles"), roles.CAPTION)
-    by_quantile = quantiles.quantile_frame(jobs)
-    if len(by_quantile):
-        written += tables.write(
-            by_quantile, stem.with_name(f"{stem.name}_quantiles"), quantiles.CAPTION
-        )
-    if any(levels.job_config(job).runtime.figures for job in jobs):
-        pictures |= _comparisons(jobs)
-    return pictures
+def _tables(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, tuple[pd.DataFrame, str]]:
+    """What is told of jobs beside their rows, and its caption; a frame may be empty."""
+    found = {"anytime": (anytime.anytime_frame(jobs), anytime.CAPTION)}
+    if len(jobs) < 2:
+        return found
+    curves = convergence.convergence_frame(jobs)
+    return found | {
+        "convergence": (curves, convergence.caption(curves) if len(curves) else ""),
+        "roles": (roles.role_frame(jobs), roles.CAPTION),
+        "quantiles": (quantiles.quantile_frame(jobs), quantiles.CAPTION),
+    }
 
 
 def _comparisons(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Figure]:

@@ -63,8 +63,8 @@ class Capture:
         named = [(site.name, site.role, site.layer) for site in reached]
         sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in reached])
         sketches.check_finite()
-        missed = tuple(site.name for site in sites if site not in reached)
-        return replace(sketches, unreached=missed)
+        unreached = tuple(site.name for site in sites if not ports[site.name].reached)
+        return replace(sketches, unreached=unreached)
 
     def _reached(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> list[Site]:
         """The sites with values; those without are experts that stay dense, and are told."""

@@ -71,9 +71,8 @@ class Export:
         place = Path(self.folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
-            shutil.copy2(
-                file, place / file.name
-            )  # no link: whoever edits it must not edit the store
+            # No link: whoever edits it must not edit the store.
+            shutil.copy2(file, place / file.name)
         (place / MARK).write_text(key)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from stages.codings.coding import Coding, Observing
 from stages.distribution import Atoms
 from stages.fitting import Algorithm1
+from stages.llm.offload import OUTSIDE
 from stages.llm.operations import operations
 from stages.llm.rules import architecture
 from stages.llm.sites import Site, find_sites
@@ -31,12 +32,11 @@ class Resident:
 
 def resident(model: PreTrainedModel, dtype: torch.dtype) -> Resident:
     """The sizes of a model, which may be on the meta device, with its weights in `dtype`."""
-    prefix = architecture(model).layers + "."
-    groups: dict[str, int] = {}
+    rules = architecture(model)
+    groups: Counter[int] = Counter()
     for name, weight in model.named_parameters():  # tied ones once
-        inside = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        groups[inside] = groups.get(inside, 0) + weight.numel() * dtype.itemsize
-    outside = groups.pop("", 0)
+        groups[rules.layer_of(name)[0]] += weight.numel() * dtype.itemsize
+    outside = groups.pop(OUTSIDE, 0)
     return Resident(outside + sum(groups.values()), max(groups.values()), outside)
 
 

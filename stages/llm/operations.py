@@ -159,10 +159,8 @@ def _norms(
     for name, module in modules.items():
         if not (type(module).__name__.endswith("RMSNorm") or isinstance(module, nn.LayerNorm)):
             continue
-        inside = name.startswith(f"{rules.layers}.")
-        number, _, rest = name.removeprefix(f"{rules.layers}.").partition(".")
-        layer = int(number) if inside else -1
-        if inside and rest in rules.head_norms:
+        layer, rest = rules.layer_of(name)
+        if rest in rules.head_norms:
             shape = shapes[layer]
             heads = shape.heads if rules.head_norms[rest] == "attn.q" else shape.groups
             yield Operation(name, "norm", layer, Amount(heads * shape.width))

@@ -136,7 +136,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
         _fuse([model.get_output_embeddings()], modules[last], stream)
         for name in norms:
             modules[name].weight.fill_(1)
-    rotate_online(model, seed)
+    _rotate_online(model, sites, online)
 
 
 def _drawn(
@@ -156,11 +156,13 @@ def _drawn(
 def rotate_online(model: PreTrainedModel, seed: int) -> None:
     """What a rotated model does while it runs: the input of every down_proj is rotated."""
     sites = find_sites(model)
-    modules = dict(model.named_modules())
-    online = _drawn(model, sites, seed)[2]
+    _rotate_online(model, sites, _drawn(model, sites, seed)[2])
+
+
+def _rotate_online(model: PreTrainedModel, sites: list[Site], online: Orthogonal) -> None:
     for site in sites:
         if site.role == "mlp.down":
-            modules[site.consumers[0]].register_forward_pre_hook(_online(online))
+            model.get_submodule(site.consumers[0]).register_forward_pre_hook(_online(online))
     declare(model)
 
 

@@ -46,6 +46,14 @@ class Architecture:
     head_norms: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Rule] = field(default_factory=dict)
 
+    def layer_of(self, name: str) -> tuple[int, str]:
+        """The decoder layer of a module or weight and its name in there; -1 outside of all layers."""
+        prefix = f"{self.layers}."
+        if not name.startswith(prefix):
+            return -1, name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return int(number), rest
+
     def activation_of(self, layer: int, routed: bool) -> str:
         """The module of a layer's nonlinearity; experts have their own."""
         experts = self.experts["mlp.act"].port.rpartition(":")[0] if routed else ""

@@ -126,10 +126,10 @@ def matrix(module: Any, site: Site, config: Any) -> Matrix:
         outputs, inputs = module.weight.shape
         return Matrix(inputs, outputs, outputs)
     routes = config.num_experts_per_tok
-    fused = module.gate_up_proj if site.expert is None else module.down_proj
-    _, outputs, inputs = fused.shape
     if site.expert is None:
+        _, outputs, inputs = module.gate_up_proj.shape
         return Matrix(inputs, routes * outputs, routes * outputs)
+    _, outputs, inputs = module.down_proj.shape
     return Matrix(routes * inputs, outputs, routes * outputs)
 
 

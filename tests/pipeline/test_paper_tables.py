@@ -292,11 +292,11 @@ def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
 def test_fill_runs_what_is_missing_and_lists_what_failed(swept, monkeypatch):
     execute, ran = runner.execute, []
 
-    def counted(settings: Any) -> Any:
+    def counted(settings: Any, command: str) -> Any:
         ran.append(settings.name)
         if settings.timesteps == 9:
             raise InputError("no T of nine here")
-        return execute(settings)
+        return execute(settings, command)
 
     monkeypatch.setattr(runner, "execute", counted)
     arguments = (
