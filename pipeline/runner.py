@@ -31,6 +31,7 @@ from stages.llm import corpus as text
 from stages.llm.kernels import compiled, use_compiler
 from stages.llm.operations import operations, untransformed
 from stages.llm.sites import find_sites, select
+from stages.llm.stepped import real_valued
 from stages.patching import Conversion
 from stages.sketch import SketchSet
 
@@ -205,6 +206,9 @@ def _perplexities(run: Run, conversion: Conversion | None) -> None:
             model, _ = run.model.load()
             batch = s.runtime.evaluation_batch
             how = s.runtime.execution
+            if how == "stepped":
+                plan = operations(model, find_sites(model))
+                log.info("stepped; on real values: %s", ", ".join(real_valued(plan)))
             evaluating.perplexity(model, ids, conversion, batch, name, how).save(out)
 
         run.build(f"evaluation ppl_{name}", make)

@@ -19,7 +19,7 @@ from stages.llm.counters import Counters, SiteCounter
 from stages.llm.offload import device_of
 from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached, stream
 from stages.llm.sites import Site, find_sites
-from stages.llm.stepped import stepped_ports, stepping
+from stages.llm.stepped import stepped_ports
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def patched(
     conversion; yields the number of converted sites.
 
     `execution`: `fast` multiplies decoded values, `stepped` runs every neuron step by step and lets
-    its spikes add up weights. `steps` counts the first of them only, which is stepped too.
+    its spikes add up weights. `steps` multiplies what has arrived after the first of them.
     Raises InputError if the conversion has no site or one that this model lacks.
     """
     sites = find_sites(model)
@@ -51,7 +51,7 @@ def patched(
     if conversion is not None and (execution == "stepped" or steps is not None):
         spiking = stepped_ports(conversion.coding, converted, rows, steps)
         every: dict[str, Port] = {site.name: DensePort(rows.get(site.name)) for site in sites}
-        with stepping(model, sites, spiking), attached(model, sites, every | dict(spiking)):
+        with attached(model, sites, every | dict(spiking)):
             yield len(converted)
         return
     ports = {

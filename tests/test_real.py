@@ -12,18 +12,14 @@ from hydra.utils import instantiate
 from pipeline import inputs, runner
 from pipeline.settings import Settings
 from pipeline.store import Store
-from stages.codings.coding import site_params
 from stages.codings.dense import Dense
 from stages.distribution import Densities
 from stages.evaluation import perplexity
 from stages.fitting import FittedNeurons, Fitting
 from stages.llm import corpus
-from stages.llm.counters import Counters, SiteCounter
 from stages.llm.kernels import use_compiler
-from stages.llm.ports import SpikingPort, attached
-from stages.llm.sites import find_sites
-from stages.llm.stepped import SteppedPort, stepping
 from stages.patching import Conversion
+from tests.llm.held import compare
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
@@ -159,36 +155,6 @@ def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
     inputs.forget()
 
 
-class Kept(SpikingPort):
-    """The fast path, which keeps what reaches the site."""
-
-    def __call__(self, x, real, fanout):  # type: ignore[no-untyped-def]
-        self.seen = x
-        return super().__call__(x, real, fanout)
-
-    def softmax(self, scores, scaling, view, fanout):  # type: ignore[no-untyped-def]
-        self.seen = scores
-        return super().softmax(scores, scaling, view, fanout)
-
-
-class Held(SteppedPort):
-    """The stepped path on what reached the site in the fast one; `far` is how far it was from that."""
-
-    def hold(self, kept: Kept, site: str, far: dict[str, float]) -> None:
-        self.kept, self.site, self.far = kept, site, far
-
-    def held(self, x: torch.Tensor) -> torch.Tensor:
-        expected = self.kept.seen
-        self.far[self.site] = float((x - expected).abs().max() / expected.abs().max())
-        return expected
-
-    def __call__(self, x, real, fanout):  # type: ignore[no-untyped-def]
-        return super().__call__(self.held(x), real, fanout)
-
-    def softmax(self, scores, scaling, view, fanout):  # type: ignore[no-untyped-def]
-        return super().softmax(self.held(scores), scaling, view, fanout)
-
-
 @pytest.mark.parametrize("coding", ["las", "multigrain", "gated", "signed_digit", "one_spike"])
 def test_the_stepped_model_is_the_fast_one(
     run: runner.Run, densities: Densities, coding: str
@@ -198,26 +164,8 @@ def test_the_stepped_model_is_the_fast_one(
     conversion = fitted(densities, f"coding={coding}", "timesteps=6")
     step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
     ids = corpus.windows(inputs.load_tokens(step), 1, 32)
-    model, _ = run.model.load()
-    sites = find_sites(model)
-    params = {
-        name: site_params(conversion.neurons.fit.params, index)
-        for index, name in enumerate(conversion.neurons.sites)
-    }
-    sums, logits, far = [], [], dict[str, float]()
-    kept: dict[str, Kept] = {}
-    for kind in (Kept, Held):
-        counters = Counters(sites, "cpu")
-        rows = {site.name: SiteCounter(counters, i) for i, site in enumerate(sites)}
-        ports = {n: kind(conversion.coding, own, rows[n]) for n, own in params.items()}
-        stepped = {n: port for n, port in ports.items() if isinstance(port, Held)}
-        for name, port in stepped.items():
-            port.hold(kept[name], name, far)
-        with torch.inference_mode(), stepping(model, sites, stepped), attached(model, sites, ports):
-            logits.append(model(ids, use_cache=False).logits)
-        kept |= {n: port for n, port in ports.items() if isinstance(port, Kept)}
-        sums.append(counters.sums)
-    assert len(far) == len(sites) == 301
-    assert max(far.values()) < 1e-5, max(far, key=far.__getitem__)
-    assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 1e-5
-    assert torch.equal(sums[1], sums[0])
+    found = compare(run.model.load()[0], conversion, ids)
+    assert len(found.far) == 301
+    assert max(found.far.values()) < 1e-5, max(found.far, key=found.far.__getitem__)
+    assert found.logits < 1e-5
+    assert torch.equal(*found.counters)

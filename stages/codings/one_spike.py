@@ -13,7 +13,6 @@ from stages.codings import neurons
 from stages.codings.coding import Fit
 from stages.codings.lloyd_max import running
 from stages.errors import InputError
-from stages.llm.planes import Planes
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -112,25 +111,29 @@ class OneSpike:
         after its row's winner with weight B^-k, if at all (k < T), and the weights are divided by
         their sum. x = scores * scaling; a row without an allowed key is zero.
         """
-        x = torch.where(mask, scores.float() * scaling, torch.finfo(torch.float32).min)
-        log_base = p["base"].log()
-        step = torch.round((x.amax(-1, keepdim=True) - x) / log_base)
-        spikes = (mask & (step < self.timesteps)).float()
-        weight = spikes * torch.exp(-step.clamp(max=self.timesteps) * log_base)
+        step, spikes = self._shifted(scores, scaling, mask, p)
+        weight = spikes * torch.exp(-step * p["base"].log())
         # The winner weighs 1, so a smaller sum is that of a row without a key.
         return weight / weight.sum(-1, keepdim=True).clamp(min=1), spikes
 
-    def softmax_planes(self, probabilities: Tensor, p: neurons.Params) -> Planes:
-        """The probabilities that `softmax` gave, apart by the step of their spike: weights B^-k, and
-        the winner's probability as the scale of its row."""
-        row = probabilities.amax(-1, keepdim=True)
-        ratio = (probabilities / row.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-30)
-        step = torch.round(-ratio.log() / p["base"].log())
-        steps = torch.arange(self.timesteps, device=step.device)
-        at = steps.view(-1, *[1] * step.dim())
-        plane = ((step == at) & (probabilities > 0)).to(torch.int8)
-        weight = torch.exp(-steps * p["base"].log())
-        return Planes(plane, weight, steps, row)
+    def softmax_spikes(
+        self, scores: Tensor, scaling: float, mask: Tensor, p: neurons.Params
+    ) -> tuple[neurons.SpikeTime, Tensor, Tensor]:
+        """The same as spikes: when each key fires, the weights B^-k [T], and one over their sums."""
+        step, spikes = self._shifted(scores, scaling, mask, p)
+        weight = torch.exp(-torch.arange(self.timesteps, device=step.device) * p["base"].log())
+        time = torch.where(spikes > 0, step, self.timesteps).long()
+        total = (spikes * weight[step.long().clamp(max=self.timesteps - 1)]).sum(-1, keepdim=True)
+        fired = neurons.SpikeTime(spikes.to(torch.int8), time, self.timesteps)
+        return fired, weight, 1 / total.clamp(min=1)
+
+    def _shifted(
+        self, scores: Tensor, scaling: float, mask: Tensor, p: neurons.Params
+    ) -> tuple[Tensor, Tensor]:
+        """Steps behind the winner of the row, at most T, and whether a key fires, in float32."""
+        x = torch.where(mask, scores.float() * scaling, torch.finfo(torch.float32).min)
+        step = torch.round((x.amax(-1, keepdim=True) - x) / p["base"].log())
+        return step.clamp(max=self.timesteps), (mask & (step < self.timesteps)).float()
 
 
 def _weights(base: Tensor, timesteps: int) -> Tensor:

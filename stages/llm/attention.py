@@ -6,7 +6,6 @@ and the model silently stops being causal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,21 +158,12 @@ def ported_attention(
         def rows_of(x: Tensor) -> Tensor:
             return x.view(batch, key.shape[1], -1, x.shape[-1])
 
-        scores = _product(ports.q, query, key[..., :keys], queries_of)
+        scores = torch.matmul(queries_of(query), key[..., :keys])
         scores = scores.view(batch, heads, size, keys)
         probs = ports.probs.softmax(scores, scaling, view, width)
-        block = _product(ports.probs, probs, value[:, :, :keys], rows_of)
+        block = torch.matmul(rows_of(probs), value[:, :, :keys])
         output[:, start:stop] = block.view(batch, heads, size, width).transpose(1, 2)
     return output, None
-
-
-def _product(port: Port, x: Tensor, other: Tensor, arrange: Callable[[Tensor], Tensor]) -> Tensor:
-    """arrange(x) @ other; by the spikes of x where its port keeps them."""
-    planes = getattr(port, "planes", None)
-    if planes is None:
-        return torch.matmul(arrange(x), other)
-    found: Tensor = planes.product(other, arrange)
-    return found
 
 
 def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
