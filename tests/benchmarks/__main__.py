@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from stages.llm import corpus
 from stages.llm.kernels import compiled, row_kernel
 from stages.llm.sites import find_sites, select
 from stages.patching import Conversion, patched
+from tests.benchmarks import timed
 
 CONF = Path(__file__).parents[2] / "conf"
 REPEATS = 3
@@ -51,19 +51,13 @@ def main() -> None:
     fitted = fitting(figures, densities)
     with torch.inference_mode():
         forward(figures, model, inputs.load_tokens(tokens), fitted["gated"])
-        fast_path(figures, densities, fitted["gated"])
+        fast_path(figures, densities, fitted["gated"], model.device)
     print(json.dumps(figures, indent=1))
 
 
 def configured(overrides: list[str]) -> Settings:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         return instantiate(compose("config", ["experiment=none", *overrides]))
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    value = work()
-    return time.perf_counter() - start, value
 
 
 def in_turn(*works: Callable[[], Any]) -> list[float]:
@@ -83,7 +77,7 @@ def capture(figures: dict[str, Any], settings: Settings, model: Any, ids: Tensor
 
     def plain() -> None:
         for window in ids.split(batch):
-            model(window, use_cache=False)
+            model(window.to(model.device), use_cache=False)
 
     def sketch() -> Any:
         return settings.capture.run(model, ids, sites, batch)
@@ -108,11 +102,14 @@ def fitting(figures: dict[str, Any], densities: Densities) -> dict[str, Conversi
     return fitted
 
 
-def fast_path(figures: dict[str, Any], densities: Densities, conversion: Conversion) -> None:
+def fast_path(
+    figures: dict[str, Any], densities: Densities, conversion: Conversion, device: torch.device
+) -> None:
     """One layer's MLP input of 2048 tokens, coded both ways."""
     coding = conversion.coding
     params = site_params(conversion.neurons.fit.params, densities.roles.index("mlp.down"))
-    x = torch.randn(2048, 1536, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2048, 1536, generator=torch.Generator().manual_seed(0)).to(device)
+    params = {name: value.to(device) for name, value in params.items()}
     kernel = row_kernel(coding, counted=True)
     kernel(x, params)
 
@@ -125,7 +122,7 @@ def fast_path(figures: dict[str, Any], densities: Densities, conversion: Convers
 
 
 def forward(figures: dict[str, Any], model: Any, ids: Tensor, conversion: Conversion) -> None:
-    window = ids[None, :2048]
+    window = ids[None, :2048].to(model.device)
 
     def dense() -> None:
         model(window, use_cache=False)

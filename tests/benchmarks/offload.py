@@ -35,6 +35,7 @@ from stages.llm.loading import load_offloaded, meta_model
 from stages.llm.offload import Offload, offloaded
 from stages.llm.sites import find_sites
 from stages.patching import Conversion
+from tests.benchmarks import timed
 
 CONF = Path(__file__).parents[2] / "conf/model"
 WINDOWS, LENGTH = 8, 512
@@ -124,12 +125,6 @@ def weights(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    value = work()
-    return time.perf_counter() - start, value
 
 
 class Peak(threading.Thread):
