@@ -43,7 +43,8 @@ def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
 
 @rc_context(STYLE)
 def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
-    """Perplexity against the steps that have arrived, a line a run; diverged points are left out."""
+    """Perplexity against the steps that have arrived, a line a run; its label tells the steps after
+    which the perplexity is beyond what is drawn."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     runs = frame.groupby(["run", "timesteps", "transform"], sort=False)
@@ -51,7 +52,7 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
         color, marker = LOOKS[number % len(LOOKS)]
         told = "" if transform == "none" else f", {transform}"
         shown = points[points["ppl"] <= DIVERGED]
-        label = f"{run}, T={timesteps:.0f}{told}"
+        label = f"{run}, T={timesteps:.0f}{told}{_beyond(points)}"
         axes.plot(shown["steps"], shown["ppl"], color=color, marker=marker, label=label)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -59,3 +60,9 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
     axes.set_ylabel("perplexity")
     figure.legend(loc="outside right upper")
     return figure
+
+
+def _beyond(points: pd.DataFrame) -> str:
+    """The steps whose perplexity says only that the model is broken."""
+    steps = [str(step) for step in points.loc[points["ppl"] > DIVERGED, "steps"]]
+    return f"\nabove {DIVERGED:g} at t = {', '.join(steps)}" if steps else ""
