@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 from stages.llm.experts import refuse_experts
 from stages.llm.offload import refuse_offloaded
+from stages.llm.rules import Architecture, architecture
 from stages.llm.sites import Site, find_sites
 
 _RECORD = "online_rotation"
@@ -116,7 +117,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
     sites = find_sites(model)
     refuse_experts(sites, "a rotation", "use transform=none")
     modules = dict(model.named_modules())
-    norms = _norms(modules, sites)
+    norms = _norms(architecture(model), modules, sites)
     _check(model, modules, sites, norms)
     stream, head, online = _drawn(model, sites, seed)
     with torch.no_grad():
@@ -131,7 +132,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
             elif site.role == "mlp.down":
                 _write(linears[0], stream, online)
             if site.role == "attn.in":
-                _rotate_heads(linears[-1], head)  # the rule's order is q, k, v
+                _rotate_heads(linears[-1], head, model.config.num_key_value_heads)
         last = next(name for name in norms if name not in {site.path for site in sites})
         _fuse([model.get_output_embeddings()], modules[last], stream)
         for name in norms:
@@ -181,11 +182,15 @@ def _online(rotation: Orthogonal) -> Callable[..., Any]:
     return lambda module, args: (rotation(args[0]), *args[1:])
 
 
-def _norms(modules: dict[str, Any], sites: list[Site]) -> list[str]:
-    """The paths of all norms; the last is the one behind the layers, which is no site."""
+def _norms(rules: Architecture, modules: dict[str, Any], sites: list[Site]) -> list[str]:
+    """The paths of the norms of the stream; the last is the one behind the layers, which is no site.
+
+    Norms of the queries and keys of every head stay as they are: they come behind the projections.
+    """
     paths = {site.path for site in sites if site.role in ("attn.in", "mlp.in")}
     others = [name for name, m in modules.items() if "norm" in type(m).__name__.lower()]
-    extra = [name for name in others if name not in paths]
+    inner = [name for name in others if rules.layer_of(name)[1] in rules.head_norms]
+    extra = [name for name in others if name not in paths and name not in inner]
     if len(extra) != 1:
         raise InputError(
             f"transform: {len(extra)} norms beside those of attention and MLP ({extra[:4]}), where "
@@ -266,10 +271,14 @@ def _write(linear: Any, stream: Orthogonal, inner: Orthogonal) -> None:
         linear.bias.copy_(stream(linear.bias.double()))
 
 
-def _rotate_heads(linear: Any, head: Orthogonal) -> None:
-    """The values of every head: v <- v R, as rows of the weight and as parts of the bias."""
-    parts = linear.weight.view(-1, head.width, linear.weight.shape[1])
-    for part in parts:
+def _rotate_heads(linear: Any, head: Orthogonal, groups: int) -> None:
+    """The values of every key head: v <- v R, as rows of the weight and as parts of the bias.
+
+    They are all rows of a projection of their own, and the last of one of q, k and v in turn.
+    """
+    rows = groups * head.width
+    for part in linear.weight[-rows:].split(head.width):
         part.copy_(head(part.double().t()).t())
     if linear.bias is not None:
-        linear.bias.copy_(head(linear.bias.double().view(-1, head.width)).flatten())
+        own = linear.bias[-rows:]
+        own.copy_(head(own.double().view(-1, head.width)).flatten())

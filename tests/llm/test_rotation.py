@@ -15,9 +15,17 @@ from stages.llm.operations import operations
 from stages.llm.ports import DensePort, attached
 from stages.llm.rotation import OnlineRotation, Orthogonal, online_rotation, rotate
 from stages.llm.sites import find_sites
+from tests.conftest import FAMILIES
 
 # hidden, inner, heads, key heads, head width: no power of two, an odd inner width, one key head
 SHAPES = [(36, 60, 4, 2, 14), (24, 45, 4, 2, 10), (32, 64, 4, 1, 8)]
+REFUSED = {
+    "gemma3_text": "norms beside those of attention and MLP",
+    "opt": "norms beside those of attention and MLP",
+    "gpt_neox": "is a LayerNorm",
+    "mixtral": "not defined on experts",
+    "qwen3_moe": "not defined on experts",
+}
 KINDS = {"llama": {"attention_bias": True, "mlp_bias": True}, "mistral": {}, "qwen2": {}}
 
 
@@ -73,6 +81,39 @@ def test_a_rotated_model_gives_the_same_logits(kind, shape, tied):
     assert moved == {*rotated, "lm_head.weight"}  # biases of what is no reader of the stream
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in REFUSED])
+def test_every_family_that_is_not_refused_gives_the_same_logits(tiny, kind):
+    model = tiny(kind)
+    before = logits(model)
+    rotate(model, seed=3)
+    assert online_rotation(model) is not None
+    assert difference(model, before) < 1e-4
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_other_families_are_refused_untouched_in_one_line(tiny, kind):
+    model = tiny(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=REFUSED[kind]) as raised:
+        rotate(model, seed=3)
+    assert "\n" not in str(raised.value) and "use transform=none" in str(raised.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_queries_and_keys_of_one_projection_with_the_values_stay(tiny):
+    model = tiny("phi3")
+    projection = model.model.layers[0].self_attn.qkv_proj
+    values = 2 * 6  # key heads of this width
+    seen: list[Tensor] = []
+    projection.register_forward_hook(lambda _, args, x: seen.append(x))
+    logits(model)
+    rotate(model, seed=3)
+    logits(model)
+    before, after = seen
+    torch.testing.assert_close(after[..., :-values], before[..., :-values], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after[..., -values:], before[..., -values:], atol=1e-1)
 
 
 @pytest.mark.parametrize(
