@@ -126,7 +126,7 @@ def attached(
     if unknown:
         raise InputError(f"no such site in this model: {', '.join(sorted(unknown)[:4])}")
     modules = dict(model.named_modules())
-    state = ForwardState()
+    state = _Pass()
     handles = [model.register_forward_pre_hook(_begin(state), with_kwargs=True)]
     attention = _attention_ports(sites, ports)
     experts = _expert_ports(sites, ports, state)
@@ -204,6 +204,16 @@ def _fanout(site: Site, modules: Mapping[str, nn.Module], config: Any) -> int:
     return sum(matrix(modules[name], site, config).outputs for name in site.consumers)
 
 
+class _Pass(ForwardState):
+    """The state of a pass of `length` new tokens."""
+
+    length = 0
+
+    def begin(self, attention_mask: Tensor | None, length: int) -> None:
+        super().begin(attention_mask, length)
+        self.length = length
+
+
 def _begin(state: ForwardState) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -215,16 +225,18 @@ def _begin(state: ForwardState) -> Callable[..., None]:
 
 
 def _hooks(
-    modules: Mapping[str, nn.Module], site: Site, port: Port, state: ForwardState, fanout: int
+    modules: Mapping[str, nn.Module], site: Site, port: Port, state: _Pass, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
-        return port(x, _real_rows(x, state), fanout)
+        rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
+        real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
+        return port(rows, real, fanout).view(x.shape)
 
     module = modules[site.path]
     if site.port == "in":
-        shared = _Shared(passed)
-        readers = dict.fromkeys((site.path, *site.consumers))
-        return [modules[name].register_forward_pre_hook(shared.enter) for name in readers]
+        readers = [modules[name] for name in dict.fromkeys((site.path, *site.consumers))]
+        shared = _Shared(passed, readers)
+        return [reader.register_forward_pre_hook(shared.enter) for reader in readers]
     if site.port == "out":
         return [module.register_forward_hook(lambda _, args, x: passed(x))]
     index, parts = map(int, site.port.removeprefix("out[").removesuffix("]").split("/"))
@@ -238,24 +250,21 @@ def _hooks(
 
 
 class _Shared:
-    """Gives all readers of one tensor the same coded value, which is coded and counted once."""
+    """Gives all readers of one tensor the same coded value, which is coded and counted once and let
+    go with the last of them."""
 
-    def __init__(self, passed: Callable[[Tensor], Tensor]) -> None:
-        self._passed = passed
+    def __init__(self, passed: Callable[[Tensor], Tensor], readers: Sequence[nn.Module]) -> None:
+        self._passed, self._readers = passed, readers
+        self._waiting: set[nn.Module] = set()
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        if self._last is None or self._last[0] is not x:
+        if self._last is None or self._last[0] is not x or reader not in self._waiting:
+            self._waiting = set(self._readers)
             self._last = (x, self._passed(x))
-        return (self._last[1], *args[1:])
-
-
-def _real_rows(x: Tensor, state: ForwardState) -> Tensor | None:
-    """Which rows of x [B, S, C] or [B S, C] are real; None for all.
-
-    The head may see the last positions only (`logits_to_keep`).
-    """
-    if state.real is None:
-        return None
-    return state.real.flatten() if x.dim() == 2 else state.real[:, -x.shape[1] :]
+        value = self._last[1]
+        self._waiting.discard(reader)
+        if not self._waiting:
+            self._last = None
+        return (value, *args[1:])

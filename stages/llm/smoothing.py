@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.codings.coding import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
+from stages.llm.experts import refuse_experts
 from stages.llm.offload import refuse_offloaded
 from stages.llm.ports import DensePort, attached, stream
 from stages.llm.rules import architecture
@@ -69,8 +70,9 @@ class Smoothing:
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> dict[str, Tensor]:
         """scale [sites, C], filled up with 1; loss [sites, epochs]: that of the site's block, NaN
-        for the head. Raises InputError if ids [W, S] has too few windows."""
+        for the head. Raises InputError on experts, and if ids [W, S] has too few windows."""
         refuse_offloaded(model, "smoothing", "use coding=gif")
+        refuse_experts(find_sites(model), "smoothing", "use coding=gif")
         if len(ids) < self.windows:
             raise InputError(
                 f"coding.smoothing.windows={self.windows}: calibration has {len(ids)}; lower it or "
@@ -232,7 +234,8 @@ def _blocks(model: PreTrainedModel, ids: Tensor, batch: int, alpha: float) -> li
         return Watch(note)
 
     stream(model, ids, batch, {site.name: see(site.name) for site in sites}, "ranges")
-    groups, heads = model.config.num_key_value_heads, model.config.num_attention_heads
+    heads = model.config.num_attention_heads
+    groups = getattr(model.config, "num_key_value_heads", None) or heads  # OPT has no groups
     logs: dict[int, dict[str, Tensor]] = {}
     for site in sites:
         linears = [m for m in map(modules.get, site.consumers) if isinstance(m, nn.Linear)]

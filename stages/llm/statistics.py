@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +126,8 @@ class Saliency:
     A linear site with input X [tokens, C] and the weights W [out, C] of all its consumers scores
     X o (X W^T W). K scores K o (K Q^T Q), with Q of all query heads that read the key head, and V
     scores V o (P^T P V) likewise; a channel is then a key head's dimension. Q^T Q is taken over the
-    whole window without the causal mask. Sites that feed no linear module, q and the probabilities
-    have no score.
+    whole window without the causal mask. Sites that feed no product with weights, q and the
+    probabilities have no score.
     """
 
     name = "saliency"
@@ -134,14 +135,24 @@ class Saliency:
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> dict[str, Tensor]:
-        """score [sites, C], NaN where there is none; operand [sites]: 1 for k and v, else 0."""
-        modules = dict(model.named_modules())
+        """score [sites, C], NaN where there is none; operand [sites]: 1 for k and v, else 0.
+
+        Raises InputError where other modules than linear ones multiply a site.
+        """
+        modules: dict[str, Any] = dict(model.named_modules())
+        linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+        odd = [site.name for site in sites if not linear.issuperset(site.consumers)]
+        if odd:
+            raise InputError(
+                f"saliency is defined on linear modules, not on what multiplies {odd[0]}: use "
+                "coding.salient_fraction=0, or another coding"
+            )
         outputs = {site.layer: site for site in find_sites(model) if site.role == "attn.out"}
         layers: dict[str, _Operands] = {}
         sums: dict[str, _Sum] = {}
         sees: dict[str, list[See]] = {}
         for site in sites:
-            linears = [m for m in map(modules.get, site.consumers) if isinstance(m, nn.Linear)]
+            linears = [modules[name] for name in site.consumers]
             operands = layers.setdefault(site.path, _Operands())
             if site.port == "k":
                 sums[site.name] = operands.key
@@ -152,9 +163,9 @@ class Saliency:
                 sees.setdefault(site.name, []).append(operands.see_value)
                 sees.setdefault(outputs[site.layer].name, []).append(operands.see_output)
             elif linears:
-                linear = _Linear(linears)
-                sums[site.name] = linear.score
-                sees.setdefault(site.name, []).append(linear.see)
+                product = _Linear(linears)
+                sums[site.name] = product.score
+                sees.setdefault(site.name, []).append(product.see)
         watches = {name: Watch(*each) for name, each in sees.items()}
         stream(model, ids, batch, watches, self.name)
         rows = [sums[s.name].total if s.name in sums else None for s in sites]

@@ -1,5 +1,6 @@
 """Every family of decoders: its sites, its exact dense model, a conversion of it, and what that costs."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.capture import Capture
+from stages.codings.coding import site_params
 from stages.codings.gated import Gated
 from stages.distribution import Distribution
 from stages.energy import Energy, account
@@ -20,9 +23,10 @@ from stages.evaluation import perplexity
 from stages.fitting import Fitting
 from stages.llm import rules
 from stages.llm.counters import Counters
-from stages.llm.loading import meta_model
+from stages.llm.loading import load_offloaded, meta_model
+from stages.llm.offload import Offload
 from stages.llm.operations import PRODUCTS, operations
-from stages.llm.ports import DensePort, attached
+from stages.llm.ports import DensePort, SpikingPort, attached, stream
 from stages.llm.sites import ROLES, find_sites
 from stages.patching import Conversion, patched
 from stages.sketch import SketchSet
@@ -170,6 +174,55 @@ def test_products_are_those_that_pytorch_counts(
     rows = cost[(cost["convention"] == "paper") & (cost["phase"] == "prefill")]
     products = rows[rows["kind"].isin(PRODUCTS)]["macs"].sum()
     assert 2 * products == sum(flops["Global"].values()) - positions
+
+
+class Watcher(SpikingPort):
+    """Tells who is alive when a value comes, and keeps weak references to its code."""
+
+    def __init__(self, coding, params, layer: int, made: list[tuple[int, StorageWeakRef]]) -> None:
+        super().__init__(coding, params)
+        self.layer, self.made, self.calls = layer, made, 0
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        self.calls += 1
+        alive = {layer for layer, each in self.made if not each.expired()}
+        assert not self.layer or alive <= {self.layer}, "an earlier layer's values are kept"
+        value = super().__call__(x, real, fanout)
+        self.made += [(self.layer, StorageWeakRef(value.untyped_storage()))]
+        return value
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["in memory", "from disk"])
+def test_codes_of_shared_inputs_are_made_once_and_let_go(
+    any_model: PreTrainedModel,
+    tokens: Draws,
+    convert: Converts,
+    tmp_path: Path,
+    byte_tokenizer: PreTrainedTokenizerBase,
+    offloaded: bool,
+) -> None:
+    model, conversion = any_model, convert(any_model, GATED)
+    if offloaded:
+        any_model.save_pretrained(tmp_path)
+        byte_tokenizer.save_pretrained(tmp_path)
+        where = {"dtype": "float32", "device": "cpu", "revision": None}
+        model, _ = load_offloaded(str(tmp_path), offload=Offload("memory"), **where)
+    neurons = conversion.neurons
+    made: list[tuple[int, StorageWeakRef]] = []
+    sites = [site for site in find_sites(model) if site.port == "in"]
+    ports = {
+        site.name: Watcher(
+            GATED, site_params(neurons.fit.params, neurons.sites.index(site.name)), site.layer, made
+        )
+        for site in sites
+    }
+    gc.disable()  # nothing may wait for it
+    try:
+        stream(model, tokens(3, 9), 2, ports, "test")
+    finally:
+        gc.enable()
+    assert {port.calls for port in ports.values()} == {2}  # batches
+    assert len(made) == 2 * len(sites) and all(each.expired() for _, each in made)
 
 
 def test_operations_need_no_weights(any_model: PreTrainedModel) -> None:

@@ -28,7 +28,8 @@ from stages.llm.prefix import PrefixSearch
 from stages.llm.rotation import rotate
 from stages.llm.sensitivity import Sensitivity
 from stages.llm.sites import find_sites
-from stages.llm.statistics import RunningMaximum
+from stages.llm.smoothing import Smoothing
+from stages.llm.statistics import RunningMaximum, Saliency
 from stages.patching import Conversion, patched
 
 GATED = Gated("gated", 5, 2)
@@ -245,6 +246,10 @@ def test_statistics_that_experts_lack_are_refused_in_one_line(
     ids, sites = tokens(4, 16), find_sites(mixture)
     with pytest.raises(InputError, match="running maximum is not defined on experts"):
         RunningMaximum().run(mixture, ids, sites, 2)
+    with pytest.raises(InputError, match="saliency is defined on linear modules, .*layernorm:out"):
+        Saliency().run(mixture, ids, sites, 2)
+    with pytest.raises(InputError, match="smoothing is not defined on experts"):
+        Smoothing(1, 1, 0.01, 0.5, 2, 16, 0.0).run(mixture, ids, sites, 2)
     with pytest.raises(InputError, match="prefix is not defined on experts"):
         PrefixSearch(outlier=64.0).run(mixture, None, ids, 2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="rotation is not defined on experts"):

@@ -16,6 +16,7 @@ from stages.llm.attention import NAME
 from stages.llm.sites import find_sites
 from stages.llm.smoothing import Smoothing
 from stages.patching import Conversion, patched
+from tests.conftest import FAMILIES
 
 SMOOTHING = Smoothing(8, 4, 0.02, 0.75, 2, 16, 0.0)
 PLANTED = (3, 17)
@@ -88,6 +89,26 @@ def test_the_first_loss_is_the_error_of_the_converted_block(outliers, ids) -> No
         right = outliers(ids, output_hidden_states=True).hidden_states[1]
     error = (coded(outliers, ids, still)() - right).square().mean()
     assert float(found["loss"][0, 0]) == pytest.approx(float(error), rel=1e-3)
+
+
+OTHERS = {kind: {} for kind in FAMILIES if kind not in ("llama", "mixtral", "qwen3_moe")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *OTHERS.items(),
+        ("opt", {"do_layer_norm_before": False}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_every_family_without_experts_is_smoothed(tiny, ids, kind, changes) -> None:
+    model = tiny(kind, **changes)
+    test_the_first_loss_is_the_error_of_the_converted_block(model, ids)
+    sites = find_sites(model)
+    rows = replace(SMOOTHING, epochs=1).run(model, ids, sites, 2)["scale"]
+    moved = {s.role for s, row in zip(sites, rows, strict=True) if bool((row != 1).any())}
+    assert moved == {"attn.in", "attn.q", "attn.k", "attn.v", "attn.out", "mlp.in"}
 
 
 def test_scales_are_shared_as_the_products_need_them(outliers, ids) -> None:

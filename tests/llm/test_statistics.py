@@ -113,6 +113,36 @@ def test_running_maximum_over_blocks_of_queries(model, tokens) -> None:
         assert float(maximum) == pytest.approx(float((first + second).max() / 2), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox", "phi3"])
+def test_of_other_families_against_what_their_modules_are_given(tiny, ids, kind) -> None:
+    """OPT gives its MLP the tokens of all windows in one row [B S, C]."""
+    model = tiny(kind)
+    modules = dict(model.named_modules())
+    sites = [s for s in find_sites(model) if s.role in ("attn.in", "mlp.in", "mlp.down", "head.in")]
+    given: dict[str, Tensor] = {}
+
+    def note(name: str):
+        def hook(module, args):
+            given[name] = args[0].unflatten(0, (-1, LENGTH)) if args[0].dim() == 2 else args[0]
+
+        return hook
+
+    hooks = [modules[s.consumers[0]].register_forward_pre_hook(note(s.name)) for s in sites]
+    with torch.inference_mode():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    maxima = RunningMaximum(0.9).run(model, ids, sites, 2)["maximum"]
+    found = Saliency().run(model, ids, sites, 2)["score"]
+    for site, maximum, score in zip(sites, maxima, found, strict=True):
+        average = given[site.name][0].abs().amax(0)
+        for x in given[site.name][1:]:
+            average = 0.9 * average + 0.1 * x.abs().amax(0)
+        assert float(maximum) == pytest.approx(float(average.max()), rel=1e-5)
+        right = expected(model, site, given).float()
+        torch.testing.assert_close(score[: len(right)], right, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
     with pytest.raises(InputError, match="momentum"):
