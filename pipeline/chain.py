@@ -120,6 +120,7 @@ def _conversion(found: Chain) -> dict[str, str]:
 def _evaluation(found: Chain, fitted: dict[str, str]) -> None:
     s, spec = found.settings, found.settings.evaluation
     windows: dict[str, Any] = {"coding": s.coding, "count": spec.windows, "length": spec.length}
+    windows |= _begin(s)
     for name in spec.corpora:
         keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")} | fitted
         found.add(f"evaluation ppl_{name}", {"perplexity": name} | windows, keys)
@@ -141,7 +142,14 @@ def _measured(found: Chain) -> dict[str, str]:
 
 
 def _windows(settings: Settings) -> dict[str, int]:
-    return {"windows": settings.calibration.windows, "length": settings.calibration.length}
+    calibration = settings.calibration
+    return {"windows": calibration.windows, "length": calibration.length} | _begin(settings)
+
+
+def _begin(settings: Settings) -> dict[str, int]:
+    """The token in front of every window, where there is one."""
+    begin = settings.model.begin
+    return {} if begin is None else {"begin": begin}
 
 
 def _text_sources(corpus: Corpus, purpose: Purpose) -> dict[str, Step]:

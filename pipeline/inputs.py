@@ -73,7 +73,9 @@ class ModelSource:
         revision = None if Path(source).is_dir() else spec.revision
         origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map, self.offload)
         chosen: Any = self.transform  # a frozen dataclass, but a protocol cannot promise a hash
-        return _loaded(self.key, origin, chosen, self._prefix())
+        model, tokenizer = _loaded(self.key, origin, chosen, self._prefix())
+        spec.check_begin(model.get_input_embeddings().num_embeddings)
+        return model, tokenizer
 
     def transformed(self, transform: Transform, prefix: Step | None = None) -> ModelSource:
         """The same model behind a transform, whose prefix is what the step `prefix` finds."""

@@ -117,7 +117,14 @@ def _calibration(run: Run, model: inputs.ModelSource) -> Artifact:
 def _calibration_windows(run: Run, model: inputs.ModelSource) -> torch.Tensor:
     """The ids [windows, length] that everything is measured and fitted on."""
     spec, ids = run.settings.calibration, inputs.load_tokens(_calibration(run, model))
-    return text.windows(ids, spec.windows, spec.length, name=spec.corpus)
+    return _windows(run, ids, spec.windows, spec.length, spec.corpus)
+
+
+def _windows(
+    run: Run, ids: torch.Tensor, count: int, length: int, name: str, skip: int = 0
+) -> torch.Tensor:
+    """Windows [count, length] of a corpus' ids, as the model wants them to begin."""
+    return text.windows(ids, count, length, skip, name, run.settings.model.begin)
 
 
 def _prefix(run: Run) -> None:
@@ -163,7 +170,7 @@ def convert(run: Run) -> Conversion:
 
     def measure(out: Path) -> None:
         ids, skip = inputs.load_tokens(_calibration(run, run.model)), spec.windows * spec.length
-        held_out = text.windows(ids, s.patching.windows, spec.length, skip, name=spec.corpus)
+        held_out = _windows(run, ids, s.patching.windows, spec.length, spec.corpus, skip)
         model, _ = run.model.load()
         frame = s.patching.run(model, held_out, conversion, s.runtime.batch)
         frame.to_parquet(out / "sites.parquet")
@@ -218,7 +225,7 @@ def _evaluation_windows(run: Run, name: str) -> torch.Tensor:
     """The ids [windows, length] of a corpus that a perplexity is measured on."""
     s, spec = run.settings, run.settings.evaluation
     tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
-    return text.windows(inputs.load_tokens(tokens), spec.windows, spec.length, name=name)
+    return _windows(run, inputs.load_tokens(tokens), spec.windows, spec.length, name)
 
 
 def _anytime(run: Run, conversion: Conversion) -> None:

@@ -131,17 +131,35 @@ def tokenise(documents: Sequence[str], join: str, tokenizer: PreTrainedTokenizer
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(ids: Tensor, count: int, length: int, skip: int = 0, name: str = "corpus") -> Tensor:
-    """The first `count` non-overlapping windows [count, length] after `skip` tokens."""
+def windows(
+    ids: Tensor,
+    count: int,
+    length: int,
+    skip: int = 0,
+    name: str = "corpus",
+    begin: int | None = None,
+) -> Tensor:
+    """The first `count` non-overlapping windows [count, length] after `skip` tokens.
+
+    With `begin` every window is that token and length - 1 tokens of the text; one that the tokenizer
+    has put in front of the text is not repeated.
+    """
+    import torch
+
     if count < 1 or length < 2 or skip < 0:
         raise InputError(
             f"windows: got {count} of {length} tokens after {skip};"
             " needs 1 or more, of 2 or more, after 0 or more"
         )
-    needed = skip + count * length
+    first = [] if begin is None else [begin]
+    if first and ids[:1].tolist() == first:
+        ids = ids[1:]
+    own = length - len(first)
+    needed = skip + count * own
     if len(ids) < needed:
         raise InputError(
-            f"{name} has {len(ids)} tokens, {count} windows of {length} tokens"
+            f"{name} has {len(ids)} tokens, {count} windows of {own} tokens"
             f"{f' after {skip}' if skip else ''} need {needed}; give a longer text or fewer windows"
         )
-    return ids[skip:needed].reshape(count, length)
+    found = ids[skip:needed].reshape(count, own)
+    return torch.cat([found.new_tensor(first).expand(count, -1), found], 1)

@@ -26,7 +26,7 @@ class ModelSpec:
 
     `dims` are its published dimensions, as in config.json and with `model_type`; they stand in
     for the weights where only shapes are needed. `revision` and `device_map` go to the hub and
-    to accelerate as they are.
+    to accelerate as they are. `begin` is a token that stands in front of every window of text.
     """
 
     name: str
@@ -37,6 +37,7 @@ class ModelSpec:
     dtype: str
     device_map: str | None
     dims: Mapping[str, Any]
+    begin: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,6 +50,15 @@ class ModelSpec:
             )
         if self.path and not Path(self.path).expanduser().is_dir():
             raise InputError(f"model.path: {self.path} is not a folder")
+        if self.begin is not None and type(self.begin) is not int:
+            raise InputError(f"model.begin={self.begin!r}: give the id of a token, or null")
+
+    def check_begin(self, vocabulary: int) -> None:
+        """Raises InputError if the model has no token `begin`."""
+        if self.begin is not None and not 0 <= self.begin < vocabulary:
+            raise InputError(
+                f"model.begin={self.begin}: {self.name} has the tokens 0 to {vocabulary - 1}"
+            )
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:

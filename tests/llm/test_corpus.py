@@ -118,6 +118,15 @@ def test_windows_are_the_first_and_do_not_overlap():
     assert windows(torch.arange(10), 2, 3, skip=4).tolist() == [[4, 5, 6], [7, 8, 9]]
 
 
+def test_a_begin_token_stands_in_front_of_every_window_once():
+    ids = torch.arange(10)
+    assert windows(ids, 2, 3, begin=77).tolist() == [[77, 0, 1], [77, 2, 3]]
+    assert windows(ids, 2, 3, skip=4, begin=77).tolist() == [[77, 4, 5], [77, 6, 7]]
+    assert windows(ids, 2, 3, begin=0).tolist() == [[0, 1, 2], [0, 3, 4]]  # the tokenizer's own
+    with pytest.raises(InputError, match="5 windows of 2 tokens after 1 need 11"):
+        windows(ids, 5, 3, skip=1, begin=77)
+
+
 @pytest.mark.parametrize(("count", "length", "skip", "needed"), [(1, 11, 0, 11), (3, 3, 2, 11)])
 def test_a_short_corpus_says_what_it_has_and_needs(count, length, skip, needed):
     with pytest.raises(InputError, match=f"c4 has 10 tokens.* need {needed};"):

@@ -190,6 +190,7 @@ def spec(**fields):
         ({"hub": None}, "model.path=FOLDER"),
         ({"dims": {"hidden_size": 8}}, "model_type"),
         ({"path": "/no/such/folder"}, "/no/such/folder is not a folder"),
+        ({"begin": "<bos>"}, "model.begin='<bos>': give the id of a token, or null"),
     ],
 )
 def test_a_model_spec_checks_itself(fields, message):

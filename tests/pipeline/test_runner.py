@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline import inputs, runner
 from pipeline.settings import Settings
 from stages.errors import InputError
 from stages.llm.rotation import online_rotation
+from stages.llm.statistics import RunningMaximum
 
 Make = Callable[..., Settings]
 FOUR = ("capture", "distribution", "fitting", "patching")  # of a coding without statistics
@@ -133,6 +136,70 @@ def test_another_file_under_the_same_name_is_another_text(settings, built, tmp_p
     changed = runner.execute(own)[0]
     assert not changed["hits"]["evaluation ppl_wikipedia"] and changed["hits"]["patching"]
     assert changed["ppl_wikipedia"] != plain["ppl_wikipedia"]
+
+
+def test_every_window_begins_with_the_token_of_the_model(settings, built, monkeypatch):
+    seen: dict[str, Tensor] = {}
+
+    def noted(run: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def spy(*args: Any, **options: Any) -> Any:
+            seen[stage] = next(each for each in args if isinstance(each, Tensor))
+            return run(*args, **options)
+
+        return spy
+
+    chosen = settings(built, "model.begin=256", "coding=multigrain", "coding.tau=running_maximum")
+    for place, name in (
+        (type(chosen.capture), "run"),
+        (type(chosen.patching), "run"),
+        (RunningMaximum, "run"),
+        (runner.evaluating, "perplexity"),
+    ):
+        monkeypatch.setattr(place, name, noted(getattr(place, name), f"{place.__name__}"))
+    runner.execute(chosen)
+    assert len(seen) == 4
+    assert all(bool((ids[:, 0] == 256).all()) and ids.shape[1] == 48 for ids in seen.values())
+    assert not any(bool((ids[:, 1:] == 256).any()) for ids in seen.values())
+
+
+def test_the_perplexity_behind_a_begin_token_is_that_of_the_text_alone(settings, built, tiny_run):
+    result, _, run = runner.execute(settings(built, "model.begin=256", "coding=dense"))
+    step = run.chain.sources["tokens wikipedia evaluation"]
+    text = load_file(built / "tokens" / step.key() / "tokens.safetensors")["ids"]
+    model, _ = run.model.load()
+    losses = []
+    for window in range(3):
+        own = text[window * 47 : (window + 1) * 47]
+        with torch.no_grad():
+            logits = model(torch.cat([torch.tensor([256]), own])[None]).logits[0]
+        chance = logits.double().softmax(-1)[
+            torch.arange(47), own
+        ]  # of each token by the one before
+        losses += [-chance.log()]
+    assert result["ppl_wikipedia"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+    assert (
+        result["ppl_wikipedia"]
+        != runner.execute(settings(built, "coding=dense"))[0]["ppl_wikipedia"]
+    )
+
+
+def test_a_begin_token_is_in_the_keys_of_what_is_measured_on_windows(settings, built):
+    def keys(*overrides: str) -> dict[str, str]:
+        made = settings(built, "coding=dense", "evaluation.tasks=[piqa]", *overrides)
+        found = runner.stored(made)[0].chain
+        return {label: step.key() for label, step in (found.sources | found.steps).items()}
+
+    plain, begun, other = keys(), keys("model.begin=256"), keys("model.begin=255")
+    assert plain == keys("model.begin=null")
+    changed = {label for label in plain if len({plain[label], begun[label], other[label]}) == 3}
+    same = {label for label in plain if plain[label] == begun[label] == other[label]}
+    assert changed == {"evaluation ppl_wikipedia", "energy"} and changed | same == set(plain)
+
+
+@pytest.mark.parametrize("begin", [-1, 258])
+def test_a_begin_token_that_the_model_lacks_is_refused(begin, settings, tmp_path):
+    with pytest.raises(InputError, match=f"model.begin={begin}: tiny has the tokens 0 to 257"):
+        runner.execute(settings(tmp_path, f"model.begin={begin}"))
 
 
 def test_changed_weights_in_the_same_folder_are_another_model(settings, tiny_run, tmp_path):
