@@ -17,6 +17,7 @@ from stages.sketch import SketchSet
 
 CELLS_PER_OCTAVE = 8
 EXTREME_BINS = 16
+SITES_AT_ONCE = 64  # of a megabyte each while their bins are dense
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Atoms:
 class Densities:
     """What is known of every site's values.
 
-    atoms: as above; bins: the sketch's own magnitude bins as atoms, for exact search;
-    edges [C + 1]: cells of equal width in log2; density, optimal [sites, C]: p(|x|) and lambda*(|x|),
-    each integrating to one over the cells (zeros apart); bennett [sites]: (integral p^(1/3))^3, so
-    that L optimal magnitude levels cost bennett / (12 L^2); moments [sites, 4]: count, mean, variance
-    and kurtosis of x; extremes [sites, 2]: smallest and largest x.
+    atoms: as above; the filled magnitude bins of site i are [bin_offsets[i], bin_offsets[i + 1]) of
+    bin_count, bin_mean and bin_spread; edges [C + 1]: cells of equal width in log2; density, optimal
+    [sites, C]: p(|x|) and lambda*(|x|), each integrating to one over the cells (zeros apart); bennett
+    [sites]: (integral p^(1/3))^3, so that L optimal magnitude levels cost bennett / (12 L^2); moments
+    [sites, 4]: count, mean, variance and kurtosis of x; extremes [sites, 2]: smallest and largest x.
     """
 
     sites: tuple[str, ...]
@@ -99,19 +100,21 @@ class Densities:
 
     def sample(self, size: int, generator: torch.Generator) -> Tensor:
         """Draws `size` magnitudes of every site from its estimated distribution, [sites, size]."""
-        count, mean, spread = (self.tensors[f"bin_{n}"] for n in ("count", "mean", "spread"))
-        cumulative = count.cumsum(-1)
-        uniform = torch.rand(len(count), size, generator=generator, dtype=torch.float64)
-        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        index = index.clamp(max=count.shape[1] - 1)
-        inside = torch.rand(len(count), size, generator=generator, dtype=torch.float64) * 2 - 1
-        x = mean.gather(-1, index) + 3**0.5 * inside * spread.gather(-1, index)
+        shape = (len(self.sites), size)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        x = 3**0.5 * (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1)
+        names = ("bin_count", "bin_mean", "bin_spread")
+        sizes = self.tensors["bin_offsets"].diff().tolist()
+        bins = zip(*(self.tensors[name].split(sizes) for name in names), strict=True)
+        for own, place, (count, mean, spread) in zip(x, uniform, bins, strict=True):
+            cumulative = count.cumsum(-1)
+            index = torch.searchsorted(cumulative, place * cumulative[-1], right=True)
+            index = index.clamp(max=len(count) - 1)
+            own.mul_(spread[index]).add_(mean[index])
         return torch.minimum(x.clamp(min=0), self.atoms.maximum[:, None])
 
     def save(self, folder: Path) -> None:
-        parts = {k: v for k, v in vars(self.atoms).items() if isinstance(v, Tensor)}
-        atoms = {f"atom_{k}": v.contiguous() for k, v in parts.items()}
-        save_file(atoms | self.tensors, folder / "densities.safetensors")
+        save_file(_named(self.atoms) | self.tensors, folder / "densities.safetensors")
         meta = {"sites": self.sites, "roles": self.roles, "layers": self.layers}
         (folder / "densities.json").write_text(json.dumps(meta))
 
@@ -119,11 +122,20 @@ class Densities:
     def load(cls, folder: Path) -> Densities:
         meta = json.loads((folder / "densities.json").read_text())
         tensors = load_file(folder / "densities.safetensors")
-        parts: dict[str, Any] = {
-            name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("atom_")
-        }
         sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
-        return cls(sites, roles, layers, Atoms(**parts), tensors)
+        return cls(sites, roles, layers, _taken(tensors), tensors)
+
+
+def _named(atoms: Atoms) -> dict[str, Tensor]:
+    parts = {k: v for k, v in vars(atoms).items() if isinstance(v, Tensor)}
+    return {f"atom_{k}": v.contiguous() for k, v in parts.items()}
+
+
+def _taken(tensors: dict[str, Tensor]) -> Atoms:
+    """The atoms among named tensors, which lose them."""
+    names = [name for name in tensors if name.startswith("atom_")]
+    parts: dict[str, Any] = {name.removeprefix("atom_"): tensors.pop(name) for name in names}
+    return Atoms(**parts)
 
 
 @dataclass(frozen=True)
@@ -142,19 +154,30 @@ class Distribution:
     def run(self, sketches: SketchSet) -> Densities:
         """Estimates the distribution of every site; raises InputError for a site of one value."""
         _refuse_constant(sketches)
+        cells = Cells.of(sketches)
+        parts = [self._estimate(part, cells) for part in sketches.split(SITES_AT_ONCE)]
+        tensors = {n: torch.cat([part.pop(n) for part in parts]) for n in list(parts[0])}
+        filled = tensors.pop("filled")
+        tensors["bin_offsets"] = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
+        tensors["edges"] = cells.edges.contiguous()
+        atoms = _taken(tensors)
+        return Densities(sketches.sites, sketches.roles, sketches.layers, atoms, tensors)
+
+    def _estimate(self, sketches: SketchSet, cells: Cells) -> dict[str, Tensor]:
+        """All tensors of some sites, and their number of `filled` bins."""
         count, mean, variance, negative = sketches.magnitudes()
         extremes = sketches.tensors["range"].double()
         edges = sketches.grid.edges()
         atoms = merge(count, mean, variance, edges, extremes.abs().amax(-1), self.atoms, negative)
-        atoms = replace(atoms, extremes=extremes)
-        used = count.sum(0).nonzero().squeeze(-1)
+        some = count > 0
         bins = {
-            "bin_count": count[:, used].contiguous(),
-            "bin_mean": mean[:, used].contiguous(),
-            "bin_spread": variance[:, used].sqrt().contiguous(),
+            "filled": some.sum(-1),
+            "bin_count": count[some],
+            "bin_mean": mean[some],
+            "bin_spread": variance[some].sqrt(),
         }
-        tensors = bins | _densities(sketches, count)
-        return Densities(sketches.sites, sketches.roles, sketches.layers, atoms, tensors)
+        atoms = replace(atoms, extremes=extremes)
+        return _named(atoms) | bins | _densities(sketches, count, cells)
 
 
 def merge(
@@ -218,22 +241,39 @@ def _last(count: Tensor) -> Tensor:
     return (count.gt(0) * bins).amax(-1)
 
 
-def _densities(sketches: SketchSet, count: Tensor) -> dict[str, Tensor]:
-    """p, lambda* and the Bennett value on cells an eighth of an octave wide, and the moments."""
-    group = max(1, 2**sketches.grid.mantissa_bits // CELLS_PER_OCTAVE)
-    edges = sketches.grid.edges()[1:-1:group]
-    cells = count[:, 1:-1].unflatten(-1, (-1, group)).sum(-1)
-    filled = cells.sum(0).nonzero()
-    low, high = int(filled.min()), int(filled.max()) + 1
-    cells, edges = cells[:, low:high], edges[low : high + 1]
-    width = edges.diff()
-    density = cells / count.sum(-1, keepdim=True) / width
+@dataclass(frozen=True)
+class Cells:
+    """Cells an eighth of an octave wide, `group` bins each, from the first to the last that any site
+    fills; edges [C + 1]."""
+
+    group: int
+    first: int
+    edges: Tensor
+
+    @classmethod
+    def of(cls, sketches: SketchSet) -> Cells:
+        grid = sketches.grid
+        group = max(1, 2**grid.mantissa_bits // CELLS_PER_OCTAVE)
+        bins = sketches.tensors["code"] % grid.magnitudes
+        inner = bins[(bins > 0) & (bins < grid.magnitudes - 1)]
+        first, last = ((int(each) - 1) // group for each in (inner.min(), inner.max()))
+        return cls(group, first, grid.edges()[1:-1:group][first : last + 2])
+
+    def counts(self, count: Tensor) -> Tensor:
+        """Sums of bins [sites, M] over the cells, [sites, C]."""
+        cells = count[:, 1:-1].unflatten(-1, (-1, self.group)).sum(-1)
+        return cells[:, self.first : self.first + len(self.edges) - 1]
+
+
+def _densities(sketches: SketchSet, count: Tensor, cells: Cells) -> dict[str, Tensor]:
+    """p, lambda* and the Bennett value on the cells, and the moments."""
+    width = cells.edges.diff()
+    density = cells.counts(count) / count.sum(-1, keepdim=True) / width
     cube = density ** (1 / 3)
     norm = (cube * width).sum(-1, keepdim=True)
     total, mean, second, fourth = sketches.signed_moments().unbind(-1)
     kurtosis = fourth / second.clamp(min=1e-300) ** 2
     return {
-        "edges": edges.contiguous(),
         "density": density.contiguous(),
         "optimal": (cube / norm).contiguous(),
         "bennett": norm.squeeze(-1) ** 3,

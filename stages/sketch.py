@@ -8,7 +8,7 @@ position r in [0, 1) inside the bin, to an eighth of it, from counts of finer bi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +189,21 @@ class SketchSet:
         names, roles, layers = zip(*named, strict=True)
         cpu = {key: value.cpu() for key, value in tensors.items()}
         return cls(tuple(names), tuple(roles), tuple(layers), grid, cpu)
+
+    def split(self, size: int) -> Iterator[SketchSet]:
+        """Sets of `size` sites in turn, the last of what is left."""
+        t = self.tensors
+        for start in range(0, len(self.sites), size):
+            own = slice(start, start + size)
+            bins, channels = (
+                t[name][start : start + size + 1] for name in ("offsets", "channel_offsets")
+            )
+            filled, wide = (slice(int(each[0]), int(each[-1])) for each in (bins, channels))
+            tensors = {name: t[name][filled] for name in ("code", "count", "first", "second")}
+            tensors |= {name: t[name][wide] for name in ("absmax", "square")}
+            tensors |= {"offsets": bins - bins[0], "channel_offsets": channels - channels[0]}
+            tensors["range"] = t["range"][own]
+            yield SketchSet(self.sites[own], self.roles[own], self.layers[own], self.grid, tensors)
 
     def check_finite(self) -> None:
         """Raises InputError naming the first site with values that are not finite or not below 2^24."""

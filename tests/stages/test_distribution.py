@@ -1,6 +1,7 @@
 """Atoms, densities, Bennett value, moments and sampler against closed forms, torch and scipy."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
+from stages import distribution
 from stages.codings.coding import squared_error
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
@@ -255,6 +257,31 @@ def test_the_sampler_is_its_generator(densities: Densities) -> None:
     first = densities.sample(500, torch.Generator().manual_seed(7))
     assert torch.equal(first, densities.sample(500, torch.Generator().manual_seed(7)))
     assert not torch.equal(first, densities.sample(500, torch.Generator().manual_seed(8)))
+
+
+def test_sites_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sketches(*(samples(name, 2_000) for name in NAMES))
+    found = []
+    for number in (1, 2, len(NAMES) + 1):
+        monkeypatch.setattr(distribution, "SITES_AT_ONCE", number)
+        densities = Distribution(64).run(made)
+        drawn = densities.sample(50, torch.Generator().manual_seed(7))
+        atoms = {name: t for name, t in vars(densities.atoms).items() if isinstance(t, Tensor)}
+        found.append(densities.tensors | atoms | {"drawn": drawn})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())
+
+
+def test_only_filled_bins_are_kept(densities: Densities) -> None:
+    made = sketches(*(samples(name) for name in NAMES))
+    count, mean, _, _ = made.magnitudes()
+    offsets = densities.tensors["bin_offsets"].tolist()
+    assert offsets[0] == 0 and offsets[-1] == int((count > 0).sum())
+    for site, (start, stop) in enumerate(pairwise(offsets)):
+        filled = count[site] > 0
+        assert torch.equal(densities.tensors["bin_count"][start:stop], count[site][filled])
+        assert torch.equal(densities.tensors["bin_mean"][start:stop], mean[site][filled])
 
 
 # --- files and errors -----------------------------------------------------------------------------

@@ -206,6 +206,16 @@ def test_a_value_that_is_not_finite_is_an_error_with_its_site(bad: float) -> Non
         collected(Grid(7), good, broken, good).check_finite()
 
 
+def test_a_split_set_is_the_sets_of_its_sites() -> None:
+    x = [values(600).view(-1, 3), values(400, 1).view(-1, 2), values(90, 2).view(-1, 1)]
+    parts = list(collected(Grid(5), *x).split(2))
+    assert [part.sites for part in parts] == [("site0:in", "site1:in"), ("site2:in",)]
+    for part, own in zip(parts, (x[:2], x[2:]), strict=True):
+        alone = collected(Grid(5), *own)
+        assert part.tensors.keys() == alone.tensors.keys()
+        assert all(torch.equal(part.tensors[name], t) for name, t in alone.tensors.items())
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     before = collected(Grid(5), values(900).view(-1, 3), values(400, 1).view(-1, 2))
     before.save(tmp_path)
