@@ -214,8 +214,7 @@ def _perplexities(run: Run, conversion: Conversion | None) -> None:
             batch = s.runtime.evaluation_batch
             how = s.runtime.execution
             if how == "stepped":
-                plan = operations(model, find_sites(model))
-                log.info("stepped; on real values: %s", ", ".join(real_valued(plan)))
+                log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
             evaluating.perplexity(model, ids, conversion, batch, name, how).save(out)
 
         run.build(f"evaluation ppl_{name}", make)

@@ -113,12 +113,8 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
     Raises InputError on an architecture without rules, on weights that are quantised or absent,
     and on norms that are not x / rms(x) * weight. ValueError if it is rotated already.
     """
-    refuse_offloaded(model, "a rotation", "use transform=none")
-    sites = find_sites(model)
-    refuse_experts(sites, "a rotation", "use transform=none")
+    sites, norms = _rotatable(model)
     modules = dict(model.named_modules())
-    norms = _norms(architecture(model), modules, sites)
-    _check(model, modules, sites, norms)
     stream, head, online = _drawn(model, sites, seed)
     with torch.no_grad():
         _untie(model)
@@ -133,11 +129,36 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
                 _write(linears[0], stream, online)
             if site.role == "attn.in":
                 _rotate_heads(linears[-1], head, model.config.num_key_value_heads)
-        last = next(name for name in norms if name not in {site.path for site in sites})
-        _fuse([model.get_output_embeddings()], modules[last], stream)
+        _fuse([model.get_output_embeddings()], modules[norms[-1]], stream)
         for name in norms:
             modules[name].weight.fill_(1)
     _rotate_online(model, sites, online)
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Puts the scales of the norms of a loaded model into the weights behind them, in place;
+    embedding and head are untied. Raises what `rotate` does."""
+    sites, norms = _rotatable(model)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        _untie(model)
+        for site in sites:
+            if site.path in norms:
+                _fuse([modules[name] for name in site.consumers], modules[site.path])
+        _fuse([model.get_output_embeddings()], modules[norms[-1]])
+        for name in norms:
+            modules[name].weight.fill_(1)
+
+
+def _rotatable(model: PreTrainedModel) -> tuple[list[Site], list[str]]:
+    """Sites and norms of a model whose scales can be fused; InputError says what is in the way."""
+    refuse_offloaded(model, "a rotation", "use transform=none")
+    sites = find_sites(model)
+    refuse_experts(sites, "a rotation", "use transform=none")
+    modules = dict(model.named_modules())
+    norms = _norms(architecture(model), modules, sites)
+    _check(model, modules, sites, norms)
+    return sites, norms
 
 
 def _drawn(
@@ -251,7 +272,9 @@ def _map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         part.copy_(change(part.double()))
 
 
-def _fuse(linears: list[Any], norm: Any, stream: Orthogonal) -> None:
+def _fuse(
+    linears: list[Any], norm: Any, stream: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> None:
     """Readers of the stream: W <- W diag(g) Q, so that they take the bare norm of x Q."""
     scale = norm.weight.double()
     for linear in linears:

@@ -8,8 +8,10 @@ tells `real_valued`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding, ReplacesSoftmax
 from stages.codings.neurons import Params
@@ -18,9 +20,10 @@ from stages.llm.attention import View
 from stages.llm.coded import coded
 from stages.llm.counters import SiteCounter
 from stages.llm.kernels import masked_softmax
-from stages.llm.operations import Operation
+from stages.llm.operations import Operation, operations
 from stages.llm.planes import Planes, SpikingSoftmax, check_ternary, planes, timed
 from stages.llm.ports import allowed, real_rows
+from stages.llm.sites import find_sites
 
 EXECUTIONS = ("fast", "stepped")
 REAL = {
@@ -34,12 +37,22 @@ REAL = {
 }
 
 
-def real_valued(plan: Sequence[Operation]) -> tuple[str, ...]:
-    """What is computed on real values in a stepped run of a model with these operations."""
+def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a stepped run of the model computes on real values."""
+    plan = operations(model, find_sites(model))
+    told = dict(REAL)
+    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
+        told["norm"] += " and its scale (transform=fuse puts it into weights)"
     kinds = {operation.kind for operation in plan}
-    routed = any(operation.name.endswith(":weighting") for operation in plan)
-    found = [told for kind, told in REAL.items() if kind in kinds]
-    return tuple(dict.fromkeys([*found, *(["weights of the experts' outputs"] if routed else [])]))
+    found = [told[kind] for kind in REAL if kind in kinds]
+    if any(operation.name.endswith(":weighting") for operation in plan):
+        found.append("weights of the experts' outputs")
+    return tuple(dict.fromkeys(found))
+
+
+def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:
+    norms = [model.get_submodule(o.name) for o in plan if o.kind == "norm"]
+    return [norm for norm in norms if getattr(norm, "weight", None) is not None]
 
 
 class SteppedPort:

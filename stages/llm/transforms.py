@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.llm.prefix import PrefixSearch, attach_prefix
-from stages.llm.rotation import declare, rotate, rotate_online
+from stages.llm.rotation import declare, fuse, rotate, rotate_online
 
 
 class Transform(Protocol):
@@ -48,6 +48,16 @@ class Untouched:
 
     def restore(self, model: PreTrainedModel) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True)
+class Fuse(Untouched):
+    """The scales of norms as part of the weights behind them, so that no spike is scaled by one."""
+
+    name: str = "fuse"
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        fuse(model)
 
 
 @dataclass(frozen=True)

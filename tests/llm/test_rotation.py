@@ -13,7 +13,7 @@ from stages.llm import rotation
 from stages.llm.loading import meta_model
 from stages.llm.operations import operations
 from stages.llm.ports import DensePort, attached
-from stages.llm.rotation import OnlineRotation, Orthogonal, online_rotation, rotate
+from stages.llm.rotation import OnlineRotation, Orthogonal, fuse, online_rotation, rotate
 from stages.llm.sites import find_sites
 from tests.conftest import FAMILIES
 
@@ -90,6 +90,21 @@ def test_every_family_that_is_not_refused_gives_the_same_logits(tiny, kind):
     rotate(model, seed=3)
     assert online_rotation(model) is not None
     assert difference(model, before) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in REFUSED])
+def test_fused_scales_give_the_same_logits(tiny, kind):
+    model = tiny(kind)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(len(name)))
+    before = logits(model)
+    fuse(model)
+    assert difference(model, before) < 1e-5
+    assert online_rotation(model) is None
+    scales = [w for n, w in model.named_parameters() if n.endswith("layernorm.weight")]
+    assert scales and all(bool((scale == 1).all()) for scale in scales)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

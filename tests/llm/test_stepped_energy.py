@@ -21,6 +21,7 @@ from stages.energy import Energy, HardwareProfile, account
 from stages.llm import attention
 from stages.llm.counters import Counters
 from stages.llm.operations import operations
+from stages.llm.rotation import fuse
 from stages.llm.sites import find_sites
 from stages.llm.stepped import real_valued
 from stages.patching import Conversion, patched
@@ -126,8 +127,10 @@ def test_what_stays_real_is_listed(tiny: Callable[..., PreTrainedModel]) -> None
     listed = {}
     for kind in ("llama", "opt", "mixtral"):
         model = tiny(kind)
-        listed[kind] = real_valued(operations(model, find_sites(model)))
-    functions = ("normalisation", "softmax", "activation function", "residual and bias additions")
-    assert set(listed["opt"]) == set(functions)
-    assert set(listed["llama"]) - set(functions) == {"rotary position embedding"}
-    assert set(listed["mixtral"]) - set(listed["llama"]) == {"weights of the experts' outputs"}
+        fuse(model) if kind == "llama" else None
+        listed[kind] = set(real_valued(model))
+    functions = {"softmax", "activation function", "residual and bias additions"}
+    assert listed["llama"] == {*functions, "normalisation", "rotary position embedding"}
+    scaled = "normalisation and its scale (transform=fuse puts it into weights)"
+    assert listed["opt"] == {*functions, scaled}
+    assert listed["mixtral"] - listed["llama"] == {scaled, "weights of the experts' outputs"}
