@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stages.llm.sites import Site
 
 MAX_TIMESTEPS = 16
+SITES_AT_ONCE = 64  # of some 300 kB each while the errors of their atoms are added up
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,19 @@ def site_params(params: Params, index: int) -> dict[str, Tensor]:
 def error_and_spikes(coding: Coding, atoms: Atoms, params: Params) -> tuple[Tensor, Tensor]:
     """Expected squared error and spikes of one value of every site over its atoms, [S] float64;
     NaN where they depend on the whole token."""
-    x, weight = atoms.signed_points()
+    sites = torch.arange(len(atoms.maximum))
     if isinstance(coding, Tokenwise):
-        unknown = torch.full((len(x),), torch.nan, dtype=torch.float64)
+        unknown = torch.full(sites.shape, torch.nan, dtype=torch.float64)
         return unknown, unknown
-    value, count = coding.quantise(x.float(), {k: v.float() for k, v in params.items()})
-    error = ((value.double() - x) ** 2 * weight).sum(-1)
-    return error, (count.double() * weight).sum(-1)
+    parts = []
+    for index in sites.split(SITES_AT_ONCE):
+        x, weight = atoms.rows(index).signed_points()
+        own = {name: value[index].float() for name, value in params.items()}
+        value, count = coding.quantise(x.float(), own)
+        error = ((value.double() - x) ** 2 * weight).sum(-1)
+        parts.append((error, (count.double() * weight).sum(-1)))
+    errors, spikes = zip(*parts, strict=True)
+    return torch.cat(errors), torch.cat(spikes)
 
 
 def squared_error(coding: Coding, atoms: Atoms, params: Params) -> Tensor:

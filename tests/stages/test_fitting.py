@@ -71,6 +71,18 @@ def test_the_reported_error_and_spikes_are_those_of_the_values(
     assert (fitted.fit.curve is not None) == coding.trained
 
 
+@pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.name}-{c.grains}")
+def test_sites_at_once_change_no_report(
+    coding: Coding, densities: Densities, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ATOMS.run(densities, coding)
+    monkeypatch.setattr("stages.codings.coding.SITES_AT_ONCE", 1)
+    apart = ATOMS.run(densities, coding)
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}  # a bound has no spikes
+    torch.testing.assert_close(apart.nmse, whole.nmse, **exact)
+    torch.testing.assert_close(apart.spikes, whole.spikes, **exact)
+
+
 def test_the_error_report_fails_for_parameters_of_another_site(densities: Densities) -> None:
     fitted = ATOMS.run(densities, Gated("gated", 6, 2))
     x = values(3, 100_000)[0, :, 0]
