@@ -32,6 +32,7 @@ class Fit:
     curve: Tensor | None = None
 
 
+@runtime_checkable
 class Coding(Hashable, Protocol):
     """A coding: how a site's neuron is fitted, and what it does to a value."""
 

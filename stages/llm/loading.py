@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
 from stages.llm.sources import PackageFile
+from stages.plugin import METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _readable(f"GGUF file {gguf.name}"):
+    with readable(f"GGUF file {gguf.name}"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -90,8 +91,9 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = _origin(source, revision)
-    with _readable(f"model {source}"):
+    with readable(f"model {source}"):
         config = AutoConfig.from_pretrained(**where)
+        _refuse_spiking(config, source)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
@@ -123,11 +125,12 @@ def load_offloaded(
     from stages.llm.offload import attach, skeleton
 
     where = _origin(source, revision)
-    with _readable(f"model {source}"):
+    with readable(f"model {source}"):
+        config = AutoConfig.from_pretrained(**where)
+        _refuse_spiking(config, source)
         if not where["local_files_only"]:
             wanted = ["*.json", "*.model", "*.txt", "*.safetensors"]
             source = snapshot_download(source, revision=revision, allow_patterns=wanted)
-        config = AutoConfig.from_pretrained(**where)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         kind = getattr(torch, dtype)
         model = skeleton(config, kind, ATTENTION)
@@ -175,12 +178,6 @@ def _origin(source: str, revision: str | None) -> dict[str, Any]:
 
 def _check_folder(folder: Path) -> None:
     """Names the file that is missing, before transformers looks for it elsewhere."""
-    config = folder / "config.json"
-    if config.is_file() and '"quant_method": "spiking"' in config.read_text():
-        raise InputError(
-            f"model folder {folder} holds a spiking model already: stages.load reads it, "
-            "python -m pipeline.generate runs it; a conversion starts from a dense one"
-        )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     for what, names in {
         "config.json": ["config.json"],
@@ -194,19 +191,34 @@ def _check_folder(folder: Path) -> None:
             )
 
 
+def _refuse_spiking(config: Any, source: str) -> None:
+    """Raises InputError for the config of an exported model."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        raise InputError(
+            f"model {source} is a spiking model already: stages.load reads it, "
+            "python -m pipeline.generate runs it; a conversion starts from a dense one"
+        )
+
+
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def readable(
+    what: str, instead: str = "a folder on this machine is used by model.path=FOLDER"
+) -> Iterator[None]:
     """Turns what transformers raises for a missing, gated or damaged model into one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    damaged = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(
-            f"{what} cannot be loaded: {_first_line(error)};"
-            " a folder on this machine is used by model.path=FOLDER"
-        ) from error
+    except InputError:
+        raise
+    except (*damaged, StrictDataclassError, SafetensorError) as error:
+        raise InputError(f"{what} cannot be loaded: {_first_line(error)}; {instead}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Of what an error says; with the next where that tells what is wrong."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

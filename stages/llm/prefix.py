@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
+from stages.llm.attachment import refuse_spiking
 from stages.llm.attention import View
 from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
+from stages.llm.rules import architecture
 from stages.llm.sites import find_sites
 
 _RECORD = "prefix_ids"
+KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class PrefixSearch:
         ids that are outliers there most often, a window's first position left out, which is one
         whatever token it holds. Without a BOS they take all places; without either, InputError.
         """
+        refuse_spiking(model)
         sites = [site for site in find_sites(model) if site.role == "mlp.down"]
         refuse_experts(sites, "the search for a prefix", "use transform=none")
         ports = {site.name: PeakPort() for site in sites}
@@ -110,11 +114,11 @@ def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class PrefixCache:
-    """Keys and values [1, G, P, D] of the prefix, layer by layer, and the names of forward's
+    """The decoder layers with the prefix' keys and values [1, G, P, D], and the names of forward's
     arguments."""
 
     ids: tuple[int, ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: nn.ModuleList
     names: tuple[str, ...]
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,8 +137,11 @@ class PrefixCache:
             cache = DynamicCache(config=module.config)
         past = int(cache.get_seq_length())
         if past == 0:
-            for index, (key, value) in enumerate(self.layers):
-                cache.update(_expand(key, batch), _expand(value, batch), index)
+            for index, layer in enumerate(self.layers):
+                own: Any = layer
+                cache.update(
+                    _expand(own.prefix_keys, batch), _expand(own.prefix_values, batch), index
+                )
         given["cache"] = cache
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
@@ -188,7 +195,10 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
     with torch.no_grad():
         model(torch.tensor([list(ids)], device=model.device), cache=cache, use_cache=True)
     filled: Any = cache.layers
-    layers = tuple((layer.keys, layer.values) for layer in filled)
+    layers: Any = model.get_submodule(architecture(model).layers)
+    for layer, states in zip(layers, filled, strict=True):  # as buffers they go where a model goes
+        layer.register_buffer(KEYS, states.keys, persistent=False)
+        layer.register_buffer(VALUES, states.values, persistent=False)
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     kept = PrefixCache(tuple(ids), layers, names)
     model.register_forward_pre_hook(kept.enter, with_kwargs=True)

@@ -12,10 +12,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from stages.errors import InputError
+from stages.plugin import METHOD
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-METHOD = "spiking"
 
 
 @register_quantization_config(METHOD)
@@ -24,7 +25,7 @@ class SpikingConfig(QuantizationConfigMixin):
 
     `coding`, `transform`: dataclasses as plain values with the name of their class. `sites`: names in
     the order of the parameters. `parameters`: shape of each. `prefix`: ids kept in front of every text.
-    `versions`: of what wrote it.
+    `versions`: of what wrote it. Raises InputError on any other field.
     """
 
     def __init__(
@@ -37,6 +38,12 @@ class SpikingConfig(QuantizationConfigMixin):
         versions: dict[str, str],
         **rest: Any,
     ) -> None:
+        unknown = sorted(rest.keys() - {"quant_method"})
+        if unknown:
+            raise InputError(
+                f"a quantization_config of method {METHOD!r} has the unknown field {unknown[0]!r}; "
+                "load it with the version that wrote it"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.coding = coding
         self.sites = sites
@@ -55,7 +62,7 @@ class SpikingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from stages.llm.saved import make_room
 
-        make_room(model, self.quantization_config)
+        make_room(model, self.quantization_config, kwargs["checkpoint_files"])
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -12,6 +12,7 @@ from stages.llm.prefix import PrefixSearch, attach_prefix
 from stages.llm.rotation import declare, fuse, rotate, rotate_online
 
 
+@runtime_checkable
 class Transform(Protocol):
     """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` found."""
 

@@ -55,6 +55,18 @@ def test_logits_are_those_behind_the_prefix(pair, tokens, use_cache):
         assert not torch.allclose(plain(ids).logits, want, atol=0.1)  # it makes a difference
 
 
+def test_a_prefix_goes_where_its_model_goes(pair, tokens):
+    plain, changed = pair
+    ids = tokens(3, 9)
+    with torch.no_grad():
+        want = plain(behind(ids)).logits[:, len(PREFIX) :]
+        assert changed.to(torch.bfloat16)(ids).logits.dtype == torch.bfloat16
+        error = changed(ids).logits - want
+        assert float(error.norm()) < 0.05 * float(want.norm())
+        changed.to("meta")
+        assert changed(ids.to("meta")).logits.is_meta
+
+
 def test_logits_of_left_padded_rows_are_those_of_each_row_alone(pair, tokens):
     plain, changed = pair
     ids = tokens(3, 9)

@@ -1,10 +1,13 @@
 """Spiking models in folders: what comes back is what was saved, to the bit, and says when it is not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,11 +33,13 @@ from stages.codings.ttfs import Ttfs
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitting import Algorithm1, Fitting
-from stages.llm.loading import load
+from stages.llm.loading import load, load_offloaded
+from stages.llm.offload import Offload
+from stages.llm.prefix import PrefixSearch, attach_prefix
 from stages.llm.saved import attachment, save
 from stages.llm.sites import find_sites
-from stages.llm.transforms import Rotate, Untouched
-from stages.patching import Conversion, patched
+from stages.llm.transforms import Rotate, RotatePrefix, Untouched
+from stages.patching import Conversion, Patching, patched
 
 GATED = Gated("gated", 4, 2)
 CODINGS = [
@@ -98,8 +103,6 @@ def test_every_architecture_comes_back(saved, tokens: Draws, kind: str) -> None:
 def test_a_rotated_model_comes_back_rotated_and_with_its_prefix(
     tmp_path: Path, tiny: Callable[..., PreTrainedModel], tokens: Draws, convert: Converts
 ) -> None:
-    from stages.llm.prefix import attach_prefix
-
     ids = tokens(2, 11)
     for prefix in ((), (5, 48)):
         model, transform = tiny(tie_word_embeddings=True), Rotate("rotate", 3)
@@ -153,6 +156,29 @@ def test_neurons_stay_float32_in_a_model_of_another_type(saved, tokens: Draws, h
     with patched(dense, conversion):
         expected = logits(dense, tokens(2, 11))
     assert torch.equal(logits(found, tokens(2, 11)), expected)
+
+
+@pytest.mark.parametrize("how", ["dtype", "to"])
+def test_a_prefix_takes_the_type_of_its_model(
+    tmp_path: Path, tiny: Callable[..., PreTrainedModel], tokens: Draws, convert: Converts, how: str
+) -> None:
+    model, transform = tiny(), RotatePrefix("rotate_prefix", 3, PrefixSearch(64))
+    transform.apply(model, (5, 48))
+    save(model, convert(model, GATED), transform, (5, 48), tmp_path / "spiking")
+    kind, ids = torch.bfloat16, tokens(2, 11)
+    given = {"dtype": kind} if how == "dtype" else {}
+    found = stages.load(tmp_path / "spiking", **given).to(kind)
+    assert {value.dtype for value in found.spiking_neurons.buffers()} == {torch.float32}
+    spiking = logits(found, ids)
+    text = found.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert spiking.dtype == kind and text.shape == (2, 14)
+    bound = attachment(found)
+    assert bound is not None
+    bound.close()
+    dense, expected = logits(found, ids), logits(model, ids)
+    assert float((dense - expected).norm()) < 0.03 * float(expected.norm())
+    with patched(found, bound.conversion):
+        assert torch.equal(logits(found, ids), spiking)
 
 
 def test_accelerate_places_it(saved, tokens: Draws) -> None:
@@ -227,33 +253,35 @@ def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_folder_without_neurons_is_refused(saved, tmp_path: Path) -> None:
-    model, _, folder = saved()
-    model.save_pretrained(tmp_path / "dense")
-    for place in (tmp_path / "dense", tmp_path / "absent"):
-        with pytest.raises(InputError, match="holds no spiking model"):
-            stages.load(place)
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="lacks the neurons' parameters scale"):
-        stages.load(tmp_path / "dense")
+def test_a_conversion_does_not_start_from_an_exported_model(
+    spiking_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: Path | str) -> None:
+        options: Any = {"dtype": "float32", "device": "cpu", "revision": None}
+        with pytest.raises(InputError, match="is a spiking model already: stages.load reads it"):
+            load(str(source), **options, device_map=None)
+        with pytest.raises(InputError, match="is a spiking model already"):
+            load_offloaded(str(source), **options, offload=Offload("memory"))
+
+    refused(spiking_llama)
+    file = spiking_llama / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
+    refused(spiking_llama)
+    cached = tmp_path / "hub" / "models--org--spiking"  # as if downloaded before
+    shutil.copytree(spiking_llama, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    refused("org/spiking")
 
 
-@pytest.mark.parametrize(
-    "name", ["os.path", "stages.llm.saved.Neurons", "stages.absent.Coding", "subprocess.Popen"]
-)
-def test_a_config_names_dataclasses_of_this_package_only(saved, name: str) -> None:
-    _, _, folder = saved()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["coding"]["class"] = name
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="none of this version's codings"):
-        stages.load(folder)
-
-
-def test_a_conversion_does_not_start_from_a_spiking_model(spiking_llama: Path) -> None:
-    with pytest.raises(InputError, match="holds a spiking model already"):
-        load(str(spiking_llama), dtype="float32", device="cpu", revision=None, device_map=None)
+def test_a_dense_model_may_speak_of_spikes(
+    spiking_llama: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    tiny_llama.config.note = '"quant_method": "spiking"'
+    tiny_llama.save_pretrained(spiking_llama)
+    load(str(spiking_llama), dtype="float32", device="cpu", revision=None, device_map=None)
 
 
 def test_doubled_thresholds_are_another_model(saved, tokens: Draws) -> None:
@@ -262,3 +290,51 @@ def test_doubled_thresholds_are_another_model(saved, tokens: Draws) -> None:
     before = logits(found, tokens(2, 11))
     found.spiking_neurons.scale.mul_(2)
     assert not torch.equal(logits(found, tokens(2, 11)), before)
+
+
+def test_a_spiking_model_is_converted_once_its_neurons_are_off(
+    saved, tokens: Draws, convert: Converts, tmp_path: Path
+) -> None:
+    model, conversion, folder = saved()
+    found, ids = stages.load(folder, attn_implementation="eager"), tokens(4, 11)
+    spiking = logits(found, ids)
+    for use in (
+        lambda: convert(found, GATED),
+        lambda: patched(found, conversion).__enter__(),
+        lambda: patched(found, None).__enter__(),
+        lambda: Patching(1).run(found, ids, conversion, 2),
+        lambda: PrefixSearch(64).run(found, SimpleNamespace(bos_token_id=48), ids, 2),
+        lambda: save(found, conversion, Untouched(), (), tmp_path / "twice"),
+    ):
+        with pytest.raises(InputError, match=r"stages.llm.saved.attachment\(model\).close\(\)"):
+            use()
+    assert torch.equal(logits(found, ids), spiking)  # a refusal changes nothing
+    bound = attachment(found)
+    assert bound is not None
+    bound.close()
+    bound.close()
+    assert attachment(found) is None
+    assert torch.equal(logits(found, ids), logits(model, ids))
+    with patched(found, bound.conversion):
+        assert torch.equal(logits(found, ids), spiking)
+    again = convert(found, GATED).neurons
+    assert torch.equal(again.fit.params["scale"], conversion.neurons.fit.params["scale"])
+    found.save_pretrained(tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not hasattr(plain.config, "quantization_config")
+    assert torch.allclose(logits(plain.eval(), ids), logits(model, ids), atol=1e-4)
+
+
+def test_a_source_tree_that_is_not_installed_saves_too(
+    saved, tokens: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "spiking-llm-pipeline":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("stages.llm.saved.version", version)
+    _, _, folder = saved()
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["versions"] == {"torch": "1", "transformers": "1"}
+    stages.load(folder)
