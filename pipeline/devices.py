@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 
 
-def resolve(name: str) -> str:
-    """The device of that name; `auto` is a GPU if there is one, else cpu.
+def resolve(name: str, key: str = "runtime.device") -> str:
+    """The device of that name, the value of `key`; `auto` is a GPU if there is one, else cpu.
 
     Raises InputError for a device that this machine lacks.
     """
@@ -41,9 +41,7 @@ def resolve(name: str) -> str:
         found = False
     if not found:
         gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        raise InputError(
-            f"runtime.device: no {name} here; choose among {', '.join(['cpu', *gpus])}"
-        )
+        raise InputError(f"{key}: no {name} here; choose among {', '.join(['cpu', *gpus])}")
     return name
 
 

@@ -84,20 +84,13 @@ def parsed(arguments: Sequence[str]) -> Request:
 
 def _report(request: Request) -> None:
     import pandas as pd
-    import torch
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    import stages
     from stages.llm.counters import Counters
     from stages.llm.saved import attachment
     from stages.llm.sites import find_sites
     from stages.patching import patched
 
-    logging.disable_progress_bar()
-    dtype = getattr(torch, request.dtype)
-    model = stages.load(request.model_path, dtype=dtype).to(request.device)  # type: ignore[arg-type]
-    tokenizer = AutoTokenizer.from_pretrained(Path(request.model_path).expanduser())
+    model, tokenizer = _loaded(request)
     bound = attachment(model)
     assert bound is not None  # stages.load sees to it
     bound.close()
@@ -105,23 +98,43 @@ def _report(request: Request) -> None:
     counters = Counters(find_sites(model), model.device)
     with patched(model, bound.conversion, counters):
         spiking, passed = _generated(model, tokenizer, request, counters)
+    coding = bound.conversion.coding
     coded = counters.frame(set(bound.conversion.neurons.sites))
-    joules = _joules(model, coded, bound.conversion.coding, passed)
+    joules = _joules(model, coded, coding, passed)
     rows = {
         "dense": [dense.tokens, dense.tokens / dense.seconds, 0.0, joules[0]],
         "spiking": [
             spiking.tokens,
             spiking.tokens / spiking.seconds,
-            coded["spikes"].sum() / passed,
+            coded["spikes"].sum() / passed if coding.neuron else None,  # a bound does not spike
             joules[1],
         ],
     }
     names = ["tokens", "tokens/s", "spikes/token", "J/token"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=names)
-    print(table.to_markdown(tablefmt="simple", floatfmt=("", ".0f", ".2f", ".4g", ".4g")))
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=names, dtype=object)
+    formats = ("", ".0f", ".2f", ".4g", ".4g")
+    print(table.to_markdown(tablefmt="simple", floatfmt=formats, missingval="–"))
     print(f"J/token: a token decoded at the end of {passed + 1}, {CONVENTION} convention, 45 nm\n")
     for name, result in (("dense", dense), ("spiking", spiking)):
         print(f"{name}:\n{request.prompt}{result.text}\n")
+
+
+def _loaded(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The spiking model and its tokenizer; raises InputError where one of them is not there."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    import stages
+    from pipeline.devices import resolve
+    from stages.llm.loading import readable
+
+    logging.disable_progress_bar()
+    folder, device = Path(request.model_path).expanduser(), resolve(request.device, "device")
+    model: Any = stages.load(request.model_path, dtype=getattr(torch, request.dtype))
+    with readable(f"the tokenizer of {folder}", "export the model again, which writes one"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(device), tokenizer
 
 
 def _generated(
@@ -139,6 +152,8 @@ def _generated(
     if drawn:
         options["temperature"] = request.temperature
     size = inputs["input_ids"].shape[1]
+    if not size:
+        raise InputError(f"prompt={request.prompt!r} has no token; give another text")
     with torch.inference_mode():
         generate: Any = model.generate
         # Kernels are compiled before the clock runs.
@@ -153,8 +168,8 @@ def _generated(
     return Generated(str(text), len(ids) - size, seconds), len(ids) - 1
 
 
-def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> tuple[float, float]:
-    """What one more token costs, dense and spiking with the spikes of this text."""
+def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> list[float | None]:
+    """What one more token costs, dense and spiking with the spikes of this text; None of a bound."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -167,8 +182,7 @@ def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> 
     context = passed + 1
     dense = summary(account(untransformed(plan), energy, context))
     spiking = summary(account(plan, energy, context, counters, coding))
-    found = [each[CONVENTION][PHASE]["energy_J"] for each in (dense, spiking)]
-    return tuple(float("nan") if value is None else value for value in found)  # type: ignore[return-value]
+    return [each[CONVENTION][PHASE]["energy_J"] for each in (dense, spiking)]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 MARK = ".export"  # holds the key of what was copied to a folder
 PACKAGES = ("python", "torch", "transformers")
+DENSE = "those of the dense model"
+CHANGED = (
+    "those of the dense model after its transform, a part of\nwhich works while the model runs and is "
+    "attached with the neurons: without them the weights are of no use"
+)
 CARD = """---
 library_name: transformers
 tags: [spiking, snn, phase-coding]
@@ -27,7 +32,7 @@ tags: [spiking, snn, phase-coding]
 # {title}
 
 A spiking conversion of {model}: every selected operand of every product is a spike train, the weights
-are those of the dense model. Coding `{coding}`, transform `{transform}`, {sites} converted operands.
+are {weights}. Coding `{coding}`, transform `{transform}`, {sites} converted operands.
 
 | measured | |
 |---|---|
@@ -39,7 +44,7 @@ Energy: {energy}. Made by
 
 with {versions}. It is read by
 
-    import stages  # of the pipeline that wrote it: without it transformers gives the dense model
+    import stages  # of the pipeline that wrote it: without it transformers reads the weights alone
     model = stages.load(FOLDER)  # or AutoModelForCausalLM.from_pretrained(FOLDER)
 """
 
@@ -56,10 +61,13 @@ class Export:
             raise InputError("export.folder is given, but export.enabled=false: set it to true")
 
     def check_free(self, key: str) -> None:
-        """Raises InputError where the folder holds anything but this very export."""
+        """Raises InputError where the folder is none, or holds anything but this very export."""
         if self.folder is None:
             return
         place = Path(self.folder).expanduser()
+        found = next(p for p in (place, *place.absolute().parents) if p.exists())
+        if not found.is_dir():
+            raise InputError(f"export.folder: {found} is a file; give a folder")
         if place.exists() and any(place.iterdir()) and _mark(place) != key:
             raise InputError(f"export.folder: {place} is not empty; give another folder")
 
@@ -110,6 +118,7 @@ def card(
         model=row["model"],
         coding=row["coding"],
         transform=row["transform"],
+        weights=DENSE if row["transform"] == "none" else CHANGED,
         sites=sites,
         table="\n".join(lines),
         energy=energy,

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import stages
 from pipeline import generate
 from stages.errors import InputError
+from stages.export import Export, card
 
 GATED = ("experiment=null", "coding=gated", "coding.timesteps=4", "export.enabled=true")
 
@@ -72,15 +75,84 @@ def test_both_texts_and_what_they_cost(exported: Path, capsys) -> None:
     arguments = [f"model_path={exported}/spiking", "prompt=a=b, c", "max_new_tokens=5"]
     assert generate.main(arguments) == 0
     out = capsys.readouterr().out
-    rows = {
-        line.split()[0]: line.split()[1:]
-        for line in out.splitlines()
-        if re.match(r"dense |spiking ", line)
-    }
+    rows = table(out)
     assert [row[0] for row in rows.values()] == ["5", "5"]
     assert float(rows["dense"][2]) == 0 < float(rows["spiking"][2])
     assert 0 < float(rows["spiking"][3]) != float(rows["dense"][3])
     assert out.count("a=b, c") == 2
+
+
+def table(out: str) -> dict[str, list[str]]:
+    lines = [line.split() for line in out.splitlines() if re.match(r"dense |spiking ", line)]
+    return {name: cells for name, *cells in lines}
+
+
+def test_a_bound_has_no_spikes_and_no_energy(exported: Path, command, capsys) -> None:
+    done = command(exported, *GATED, "coding=lloyd_max", "export.folder=bound")
+    assert done.code == 0, done.err
+    assert generate.main([f"model_path={exported}/bound", "prompt=x", "max_new_tokens=2"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["spiking"][2:] == ["–", "–"]
+    assert rows["dense"][2] == "0" and float(rows["dense"][3]) > 0
+
+
+def stripped(folder: Path) -> None:
+    """Lets the tokenizer drop the blanks around a text."""
+    file = folder / "tokenizer.json"
+    config = json.loads(file.read_text())
+    config["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    file.write_text(json.dumps(config))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda folder: None, "device=nope", "device: no nope here; choose among cpu"),
+        (lambda folder: None, "device=cuda:99", "device: no cuda:99 here; choose among cpu"),
+        (without_tokenizer, "seed=1", "the tokenizer of "),
+        (stripped, "prompt=  ", "prompt='  ' has no token; give another text"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "seed=1",
+            "config.json is damaged",
+        ),
+    ],
+)
+def test_what_cannot_be_generated_is_one_line(
+    exported: Path,
+    tmp_path: Path,
+    capsys,
+    change: Callable[[Path], object],
+    more: str,
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(exported / "spiking", tmp_path / "spiking"))
+    change(folder)
+    assert generate.main([f"model_path={folder}", "prompt=x", more]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_folder_to_export_to_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"export.folder: .*/file is a file; give a folder"):
+            Export(True, str(place)).check_free("key")
+    Export(True, str(tmp_path / "new" / "below")).check_free("key")
+
+
+def test_the_card_says_whose_weights_these_are() -> None:
+    row = {"model": "m", "label": "gated", "coding": "gated"}
+    told = {
+        name: card(row | {"transform": name}, 3, "run", {}, "none") for name in ("none", "rotate")
+    }
+    assert "weights\nare those of the dense model. Coding" in told["none"]
+    assert "weights\nare those of the dense model after its transform, a part of" in told["rotate"]
 
 
 @pytest.mark.parametrize(
