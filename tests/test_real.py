@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+import stages
 from pipeline import inputs, runner
 from pipeline.settings import Settings
 from pipeline.store import Store
@@ -18,8 +19,10 @@ from stages.evaluation import perplexity
 from stages.fitting import FittedNeurons, Fitting
 from stages.llm import corpus
 from stages.llm.kernels import use_compiler
-from stages.patching import Conversion
-from tests.llm.held import compare
+from stages.llm.saved import save
+from stages.llm.transforms import Untouched
+from stages.patching import Conversion, patched
+from tests.llm.held import Kept, compare
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
@@ -169,3 +172,32 @@ def test_the_stepped_model_is_the_fast_one(
     assert max(found.far.values()) < 1e-5, max(found.far, key=found.far.__getitem__)
     assert found.logits < 1e-5
     assert torch.equal(*found.counters)
+
+
+def test_an_export_is_the_model_that_was_converted(
+    run: runner.Run,
+    densities: Densities,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What reaches every site and the logits, to the bit."""
+    conversion = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
+    step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
+    ids = corpus.windows(inputs.load_tokens(step), 1, 32)
+    model, _ = run.model.load()
+    made: list[Kept] = []
+
+    def kept(*given):  # type: ignore[no-untyped-def]
+        made.append(Kept(*given))
+        return made[-1]
+
+    monkeypatch.setattr("stages.patching.SpikingPort", kept)
+    with torch.inference_mode():
+        with patched(model, conversion):
+            expected = model(ids, use_cache=False).logits
+        save(model, conversion, Untouched(), (), tmp_path)
+        found = stages.load(str(tmp_path))(ids, use_cache=False).logits
+    ours, theirs = made[:301], made[301:]
+    assert len(ours) == len(theirs) == len(conversion.neurons.sites)
+    assert all(torch.equal(a.seen, b.seen) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(found, expected)
