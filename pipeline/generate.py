@@ -127,12 +127,13 @@ def _loaded(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
     import stages
     from pipeline.devices import resolve
-    from stages.llm.loading import readable
+    from stages.llm.loading import check_folder, readable
 
     logging.disable_progress_bar()
     folder, device = Path(request.model_path).expanduser(), resolve(request.device, "device")
     model: Any = stages.load(request.model_path, dtype=getattr(torch, request.dtype))
-    with readable(f"the tokenizer of {folder}", "export the model again, which writes one"):
+    check_folder(folder)
+    with readable(f"the tokenizer of {folder}", "export the model again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.to(device), tokenizer
 

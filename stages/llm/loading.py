@@ -165,7 +165,7 @@ def _origin(source: str, revision: str | None) -> dict[str, Any]:
     logging.disable_progress_bar()
     folder = Path(source).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        check_folder(folder)
     elif folder.is_absolute():
         raise InputError(f"model folder {source} does not exist")
     return {
@@ -176,7 +176,7 @@ def _origin(source: str, revision: str | None) -> dict[str, Any]:
     }
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Names the file that is missing, before transformers looks for it elsewhere."""
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     for what, names in {
@@ -221,4 +221,4 @@ def readable(
 def _first_line(error: BaseException) -> str:
     """Of what an error says; with the next where that tells what is wrong."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    return f"{first} {more[0].strip()}" if more and first.rstrip().endswith(":") else first

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.codings.coding import Fit
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.llm.attachment import Attachment, attachment, record, refuse_spiking
+from stages.llm.attachment import attachment, record, refuse_spiking
 from stages.llm.checkpoint import (
     AGAIN,
     NEURONS,
@@ -33,7 +33,7 @@ from stages.llm.sites import find_sites
 from stages.llm.transforms import Transform
 from stages.patching import Conversion, patched
 
-__all__ = ["Attachment", "Neurons", "attach", "attachment", "load", "make_room", "save"]
+__all__ = ["Neurons", "attach", "attachment", "load", "make_room", "save"]
 _PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 

@@ -114,7 +114,12 @@ def without_tokenizer(folder: Path) -> None:
     [
         (lambda folder: None, "device=nope", "device: no nope here; choose among cpu"),
         (lambda folder: None, "device=cuda:99", "device: no cuda:99 here; choose among cpu"),
-        (without_tokenizer, "seed=1", "the tokenizer of "),
+        (without_tokenizer, "seed=1", "has no tokenizer; it needs"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{"),
+            "seed=1",
+            "the tokenizer of ",
+        ),
         (stripped, "prompt=  ", "prompt='  ' has no token; give another text"),
         (
             lambda folder: (folder / "config.json").write_text("{"),
