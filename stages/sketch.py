@@ -26,6 +26,16 @@ SUB_BITS = 3
 MOST_BITS = 13
 _MANTISSA = 23
 _BIAS = 127
+# By mantissa bits: how far a bit pattern is shifted, the bin it then starts from, and the number of bins.
+# Looked up, they are constants of a compiled kernel, which no symbolic shift would be on a GPU.
+_PLACES = tuple(
+    (
+        _MANTISSA - bits,
+        ((LOWEST_EXPONENT + _BIAS) << bits) - 1,
+        ((HIGHEST_EXPONENT - LOWEST_EXPONENT) << bits) + 2,
+    )
+    for bits in range(MOST_BITS + 1)
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,15 @@ class Grid:
     @property
     def magnitudes(self) -> int:
         """Number of magnitude bins, underflow and overflow included."""
-        return ((HIGHEST_EXPONENT - LOWEST_EXPONENT) << self.mantissa_bits) + 2
+        return _PLACES[self.mantissa_bits][2]
 
     def codes(self, x: Tensor) -> Tensor:
         """Bin of every value of flat float32 x (int32), negative ones shifted by `magnitudes`."""
-        shift = _MANTISSA - self.mantissa_bits
-        base = ((LOWEST_EXPONENT + _BIAS) << self.mantissa_bits) - 1
+        shift, base, magnitudes = _PLACES[self.mantissa_bits]
         bits = x.view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
-        code = torch.clamp((magnitude >> shift) - base, 0, self.magnitudes - 1)
-        return code + ((bits >> 31) & self.magnitudes)
+        code = torch.clamp((magnitude >> shift) - base, 0, magnitudes - 1)
+        return code + ((bits >> 31) & magnitudes)
 
     def edges(self) -> Tensor:
         """Lower edges of the magnitude bins and the end of the last, [magnitudes + 1] float64."""

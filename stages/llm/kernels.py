@@ -31,7 +31,7 @@ SoftmaxKernel = Callable[[Tensor, float, Tensor, Params], tuple[Tensor, Tensor]]
 
 
 class _Compiler:
-    """Whether this process compiles; switched off by request or by the first failure."""
+    """Whether this process compiles, and its first failure."""
 
     enabled = True
     failure: str | None = None
@@ -39,14 +39,14 @@ class _Compiler:
 
 def use_compiler(enabled: bool, cache: Path | None = None) -> None:
     """Turns compilation on or off for this process; `cache` keeps compiled kernels on disk."""
-    _Compiler.enabled = enabled and _Compiler.failure is None
+    _Compiler.enabled = enabled
     if cache is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def compiled() -> bool:
-    """Whether kernels are compiled, not eager."""
-    return _Compiler.enabled
+    """Whether all kernels are compiled, none eager."""
+    return _Compiler.enabled and _Compiler.failure is None
 
 
 def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
@@ -105,22 +105,26 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
 
 
 def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` compiled for all shapes, or itself once the compiler has failed."""
+    """`kernel` compiled for all shapes, or itself once the compiler has failed at it."""
     # Compilations are counted per code object, and all codings share the code of one closure; a
     # code object of its own keeps one coding from using up the others'.
     own = types.FunctionType(
         kernel.__code__.replace(), kernel.__globals__, kernel.__name__, None, kernel.__closure__
     )
     fast = torch.compile(own, dynamic=True)
+    broken = False
 
     def call(*args: Any) -> Any:
-        if not _Compiler.enabled:
+        nonlocal broken
+        if broken or not _Compiler.enabled:
             return kernel(*args)
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            _Compiler.enabled, _Compiler.failure = False, str(error).splitlines()[0]
-            log.warning("no compiled kernels, running eagerly: %s", _Compiler.failure)
+            broken = True
+            if _Compiler.failure is None:
+                _Compiler.failure = str(error).splitlines()[0]
+                log.warning("not every kernel is compiled, some run eagerly: %s", _Compiler.failure)
             return kernel(*args)
 
     return call
