@@ -139,8 +139,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
             )
     if attachment(model) is None:
         raise InputError(f"{path} came back dense; import stages before transformers loads it")
-    dense: PreTrainedModel = model.eval()
-    return dense
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 @contextmanager

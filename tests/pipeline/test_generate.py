@@ -66,6 +66,12 @@ def test_again_it_costs_nothing_and_another_export_does_not_overwrite_it(
     assert other.code == 1 and "spiking is not empty; give another folder" in other.err
 
 
+def test_an_export_is_no_model_to_convert(exported: Path, command) -> None:
+    done = command(exported, *GATED, "model.path=spiking")
+    assert done.code == 1 and "model spiking is a spiking model already" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_there_is_nothing_to_export_of_a_dense_model(exported: Path, command) -> None:
     done = command(exported, "experiment=null", "coding=dense", "export.enabled=true")
     assert done.code == 1 and "there is nothing to export" in done.err
