@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 MARK = ".export"  # holds the key of what was copied to a folder
 PACKAGES = ("python", "torch", "transformers")
-DENSE = "those of the dense model"
+WEIGHTS = {  # by transform; of every other one a part works while the model runs
+    "none": "those of the dense model",
+    "fuse": "those of the dense model\nwith the scales of its norms in the weights behind them",
+}
 CHANGED = (
     "those of the dense model after its transform, a part of\nwhich works while the model runs and is "
     "attached with the neurons: without them the weights are of no use"
@@ -118,7 +121,7 @@ def card(
         model=row["model"],
         coding=row["coding"],
         transform=row["transform"],
-        weights=DENSE if row["transform"] == "none" else CHANGED,
+        weights=WEIGHTS.get(row["transform"], CHANGED),
         sites=sites,
         table="\n".join(lines),
         energy=energy,

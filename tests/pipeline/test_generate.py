@@ -160,9 +160,11 @@ def test_a_folder_to_export_to_is_no_file(tmp_path: Path) -> None:
 def test_the_card_says_whose_weights_these_are() -> None:
     row = {"model": "m", "label": "gated", "coding": "gated"}
     told = {
-        name: card(row | {"transform": name}, 3, "run", {}, "none") for name in ("none", "rotate")
+        name: card(row | {"transform": name}, 3, "run", {}, "none")
+        for name in ("none", "fuse", "rotate")
     }
     assert "weights\nare those of the dense model. Coding" in told["none"]
+    assert "with the scales of its norms in the weights behind them. Coding" in told["fuse"]
     assert "weights\nare those of the dense model after its transform, a part of" in told["rotate"]
 
 
