@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-from stages.llm.attachment import refuse_spiking
 from stages.llm.attention import View
 from stages.llm.kernels import fused, masked_softmax
 from stages.llm.ports import stream
@@ -51,7 +50,6 @@ class Capture:
         Raises InputError where a site holds values that are not finite, or was not reached, and for
         a loaded spiking model.
         """
-        refuse_spiking(model)
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site) for site in sites}

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from stages.codings.coding import Coding, site_params
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.llm.attachment import refuse_spiking
 from stages.llm.attention import Port
 from stages.llm.counters import Counters, SiteCounter
 from stages.llm.offload import device_of
@@ -47,7 +46,6 @@ def patched(
     Raises InputError if the conversion has no site or one that this model lacks, and for a loaded
     spiking model.
     """
-    refuse_spiking(model)
     sites = find_sites(model)
     converted = {} if conversion is None else _parameters(conversion, sites, device_of(model))
     rows = _rows(counters)
@@ -85,7 +83,6 @@ class Patching:
         One row a site: site, role, layer, values, spikes, nmse, nmse_atoms, where nmse is
         sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen.
         """
-        refuse_spiking(model)
         sites = find_sites(model)
         converted = _parameters(conversion, sites, device_of(model))
         kept = [site for site in sites if site.name in converted]

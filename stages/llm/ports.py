@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding
 from stages.errors import InputError
+from stages.llm.attachment import refuse_spiking
 from stages.llm.attention import (
     NAME,
     AttentionPorts,
@@ -120,8 +121,9 @@ def attached(
     """Lets every site's value pass through its port while the context is open.
 
     `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
-    site is unknown. Leaving the context restores the model exactly.
+    site is unknown, and for a loaded spiking model. Leaving the context restores the model exactly.
     """
+    refuse_spiking(model)
     unknown = set(ports) - {site.name for site in sites}
     if unknown:
         raise InputError(f"no such site in this model: {', '.join(sorted(unknown)[:4])}")

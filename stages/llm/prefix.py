@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
-from stages.llm.attachment import refuse_spiking
 from stages.llm.attention import View
 from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
@@ -49,7 +48,6 @@ class PrefixSearch:
         ids that are outliers there most often, a window's first position left out, which is one
         whatever token it holds. Without a BOS they take all places; without either, InputError.
         """
-        refuse_spiking(model)
         sites = [site for site in find_sites(model) if site.role == "mlp.down"]
         refuse_experts(sites, "the search for a prefix", "use transform=none")
         ports = {site.name: PeakPort() for site in sites}

@@ -128,6 +128,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
             elif site.role == "mlp.down":
                 _write(linears[0], stream, online)
             if site.role == "attn.in":
+                # The order of the rule is q, k, v, of modules or of the rows of one.
                 _rotate_heads(linears[-1], head, model.config.num_key_value_heads)
         _fuse([model.get_output_embeddings()], modules[norms[-1]], stream)
         for name in norms:
