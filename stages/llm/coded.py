@@ -43,7 +43,7 @@ class Coded(Tensor):
             if name == "cat":
                 return _joined(*args, **kwargs)
             if isinstance(args[0], _Joined):
-                if name == "chunk":
+                if name == "chunk" and args[1] == len(args[0].parts):
                     return args[0].parts
             elif name in LAYOUT:
                 return _laid_out(func, args, kwargs)
