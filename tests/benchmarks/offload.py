@@ -81,7 +81,10 @@ def main() -> int:
     command = [sys.executable, "-m", "tests.benchmarks.offload", args.model, "--run"]
     command += ["--folder", str(folder), "--dtype", args.dtype, "--boundary", args.boundary]
     try:
-        return subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            print(f"{args.model}: its process ended with {code}", flush=True)
+        return code
     finally:
         if not args.keep:
             shutil.rmtree(folder)
