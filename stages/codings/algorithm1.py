@@ -8,7 +8,7 @@ same as one a problem.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.errors import InputError
+from stages.llm.kernels import fused
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 SMALLEST_BASE = 1.05
+COMPILED_FROM = 2e9  # steps of values in all iterations
 PROBLEMS_AT_ONCE = 1 << 21  # values held by one batch of problems
 
 
@@ -102,6 +104,35 @@ def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
     return ((y - u) ** 2 * weight).sum(-1)
 
 
+def loss_and_slopes(
+    u: Tensor, weight: Tensor, d: Tensor, h: Tensor, theta: Tensor, v0: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss` [P] of steps [P, T], and what autograd makes of it: its derivatives by d, h, theta
+    [P, T] and v0 [P]. One pass over the values where it is compiled."""
+    v, y = u + v0[:, None], torch.zeros_like(u)
+    above, spikes = [], []
+    for t in range(d.shape[1]):
+        above.append(v - theta[:, t, None])
+        spikes.append((above[t] >= 0).to(u.dtype))
+        v = v - spikes[t] * h[:, t, None]
+        y = y + spikes[t] * d[:, t, None]
+    error = y - u
+    by_y, by_v = 2 * error * weight, torch.zeros_like(u)
+    slopes: list[list[Tensor]] = [[], [], []]
+    for t in reversed(range(d.shape[1])):
+        soft = torch.sigmoid(slope * above[t])
+        slopes[0].append((by_y * spikes[t]).sum(-1))
+        slopes[1].append(-(by_v * spikes[t]).sum(-1))
+        fired = (by_y * d[:, t, None] - by_v * h[:, t, None]) * (slope * soft * (1 - soft))
+        slopes[2].append(-fired.sum(-1))
+        by_v = by_v + fired
+    by_d, by_h, by_theta = (torch.stack(each[::-1], -1) for each in slopes)
+    return (error * error * weight).sum(-1), by_d, by_h, by_theta, by_v.sum(-1)
+
+
+_compiled = fused(loss_and_slopes)
+
+
 def fit_bases(
     atoms: Atoms,
     grain: Tensor,
@@ -127,14 +158,17 @@ def fit_bases(
     initial = starts.repeat(len(grain), 1).repeat_interleave(sites, 0)
     grain = grain.repeat_interleave(len(starts) * sites, 0)  # [A * K * sites, T]
     size = max(1, PROBLEMS_AT_ONCE // u.shape[1])
+    iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
+    # A short fit is over before a kernel is compiled.
+    long = problems * u.shape[1] * grain.shape[1] * iterations >= COMPILED_FROM
+    slopes = _compiled if long else loss_and_slopes
     results = []
     chunks = torch.arange(problems).split(size)
-    iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
     with tqdm(total=len(chunks) * iterations, desc="fitting", disable=None) as progress:
         for chunk in chunks:
             bases = Bases.start(grain[chunk], initial[chunk], tied, half_step)
             site = chunk % sites
-            results.append(_descend(bases, u[site], weight[site], algorithm, progress))
+            results.append(_descend(bases, u[site], weight[site], slopes, algorithm, progress))
     losses, kept, curve = (torch.cat(parts) for parts in zip(*results, strict=True))
     choice = losses.view(-1, sites).argmin(0) * sites + torch.arange(sites)
     d, h, theta = kept[choice].unbind(1)
@@ -145,7 +179,12 @@ def fit_bases(
 
 
 def _descend(
-    bases: Bases, u: Tensor, weight: Tensor, algorithm: Algorithm1, progress: tqdm
+    bases: Bases,
+    u: Tensor,
+    weight: Tensor,
+    slopes: Callable[..., tuple[Tensor, ...]],
+    algorithm: Algorithm1,
+    progress: tqdm,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the alternation: best loss [P], its bases [P, 3, n], and the loss curve [P, iterations + 1]."""
     groups: Sequence[tuple[list[Tensor], float, int]] = (
@@ -170,10 +209,13 @@ def _descend(
             for tensor in (bases.d, bases.h, bases.theta):
                 tensor.requires_grad_(any(tensor is t for t in tensors))
             for _ in range(steps):
-                value = loss(bases, u, weight, algorithm.slope)
-                note(value.detach())
+                weights = bases.steps()
+                with torch.no_grad():
+                    value, *found = slopes(u, weight, *weights, algorithm.slope)
+                note(value)
                 optimiser.zero_grad()
-                value.sum().backward()
+                moved = [(w, g) for w, g in zip(weights, found, strict=True) if w.requires_grad]
+                torch.autograd.backward([w for w, _ in moved], [g for _, g in moved])
                 optimiser.step()
                 with torch.no_grad():
                     for tensor in tensors:

@@ -6,6 +6,8 @@ come from a search over the distribution, not from a gradient.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from stages.codings.range_search import (
     nested_ranges,
 )
 from stages.errors import InputError
+from stages.llm.kernels import fused
 from stages.llm.sensitivity import Sensitivity, loss_weight
 
 if TYPE_CHECKING:
@@ -163,18 +166,19 @@ class Gated:
         """The best outcome of a coordinate search from every start, [sites, n]."""
         x, own = atoms.points()
         inside = x.shape[1] // weight.shape[1]
-        heavy = (weight / inside).repeat_interleave(inside, -1).float()[..., None]
-        x, own = x.float()[:, None], own.float()[..., None]
+        heavy = (weight / inside).repeat_interleave(inside, -1).float()[:, None]
+        given = (x.float()[:, None], heavy, own.float()[:, None], price[:, None])
+        kernel = _objective(self)
 
         def cost(scale: Tensor, p: Params) -> Tensor:
-            value, count = self.quantise(x, {name: t.float() for name, t in p.items()})
-            error = ((value - x).square() @ heavy).squeeze(-1)
-            return error + price[:, None] * (count @ own).squeeze(-1)
+            return kernel(*given, {name: t.float() for name, t in p.items()})
 
         found = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
-        costs = torch.cat([cost(s[:, None], self._bank(s[:, None], steps)) for s in found], -1)
+        if len(found) == 1:
+            return found[0]
+        costs = cost(ends := torch.stack(found, 1), self._bank(ends, steps))
         pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
-        return torch.stack(found, 1).gather(1, pick).squeeze(1)
+        return ends.gather(1, pick).squeeze(1)
 
     def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
         return ranges.encode(x, p, self.timesteps, self.longest, self.signed)
@@ -184,3 +188,15 @@ class Gated:
 
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         return ranges.quantise(x, p, self.timesteps, self.signed)
+
+
+@functools.lru_cache(maxsize=16)
+def _objective(coding: Gated) -> Callable[..., Tensor]:
+    """What banks with parameters p [S, C, n] cost, [S, C]: squared errors on x [S, 1, K] that weigh
+    `heavy`, and spikes of values as frequent as `own` at a `price` [S, 1]."""
+
+    def kernel(x: Tensor, heavy: Tensor, own: Tensor, price: Tensor, p: Params) -> Tensor:
+        value, count = coding.quantise(x, p)
+        return ((value - x).square() * heavy).sum(-1) + price * (count * own).sum(-1)
+
+    return fused(kernel)

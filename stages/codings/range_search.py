@@ -138,4 +138,5 @@ def rounding_error(mean: Tensor, spread: Tensor) -> Tensor:
 
 def _integral(z: Tensor) -> Tensor:
     whole = z.round()
-    return whole / 12 + (z - whole) ** 3 / 3
+    rest = z - whole
+    return whole / 12 + rest * rest * rest / 3

@@ -125,13 +125,13 @@ class _CurvaturePort(DensePort):
 
         def add(derivative: Tensor) -> None:
             square = derivative.float().square()
-            places = cell(value)
             if mask is not None:
-                seen = mask.expand_as(value)
-                square, places = square[seen], places[seen]
-            places = places.flatten()
+                square = square * mask
+            places = cell(value).flatten()
             self.total += torch.bincount(places, square.flatten().double(), CELLS)
             self.count += torch.bincount(places, minlength=CELLS)
+            if mask is not None:  # what is masked is zero, and no value
+                self.count[0] -= mask.numel() * x.shape[1] - mask.sum() * x.shape[1]
 
         if x.requires_grad:
             x.register_hook(add)

@@ -10,7 +10,7 @@ from reference import atoms_of, heavy_tailed
 from torch import Tensor
 
 from stages.codings import algorithm1
-from stages.codings.algorithm1 import Bases, allocations, fit_bases, loss
+from stages.codings.algorithm1 import Bases, allocations, fit_bases, loss, loss_and_slopes
 from stages.codings.coding import Fit, site_params, squared_error
 from stages.codings.multigrain import Multigrain
 from stages.codings.neurons import step_quantise
@@ -146,9 +146,8 @@ def test_bases_never_fall_below_their_bound() -> None:
     atoms = atoms_of(heavy_tailed(2, 200))
     wild = Algorithm1(rounds=2, neuron_steps=3, base_steps=3, neuron_lr=5.0, base_lr=5.0)
     bases = Bases.start(allocations(4, 2).expand(2, -1), torch.full((2, 2), 2.0), False, True)
-    algorithm1._descend(
-        bases, (atoms.value / atoms.maximum[:, None]).float(), atoms.weight.float(), wild, Silent()
-    )
+    u = (atoms.value / atoms.maximum[:, None]).float()
+    algorithm1._descend(bases, u, atoms.weight.float(), loss_and_slopes, wild, Silent())
     lowest = [base.amin().item() for base in (bases.d, bases.h, bases.theta)]
     assert min(lowest) == pytest.approx(algorithm1.SMALLEST_BASE)  # it was reached, and held
 
@@ -194,6 +193,23 @@ def test_the_loss_is_the_error_of_the_running_neuron(half_step: bool) -> None:
             assert float(p["d"][a, t]) == pytest.approx(float(d[a, grain[a, t]]) ** -(t + 1))
     last = p["d"][:, -1] / 2 if half_step else torch.zeros(len(grain))
     torch.testing.assert_close(p["v0"], last)
+
+
+@pytest.mark.parametrize("half_step", [True, False])
+def test_the_slopes_are_those_of_autograd(half_step: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grain = allocations(6, 2)
+    d, h, theta = 2 + 0.1 * torch.randn(3, len(grain), 2, generator=generator).double()
+    bases = Bases(*(base.requires_grad_() for base in (d, h, theta)), half_step, grain)
+    u, weight = torch.rand(2, len(grain), 500, generator=generator).double()
+    steps = bases.steps()
+    expected = loss(bases, u, weight, 10.0)
+    leaves = [step for step in steps if step.requires_grad]
+    value, *slopes = loss_and_slopes(u, weight, *(step.detach() for step in steps), 10.0)
+    torch.testing.assert_close(value, expected)
+    by_bases = torch.autograd.grad(expected.sum(), [d, h, theta])
+    chained = torch.autograd.grad(leaves, [d, h, theta], slopes[: len(leaves)])
+    torch.testing.assert_close(chained, by_bases)
 
 
 def test_the_surrogate_is_the_derivative_of_the_sigmoid() -> None:
