@@ -66,7 +66,9 @@ def test_the_bin_check_fails_on_a_shifted_grid(monkeypatch: pytest.MonkeyPatch) 
     index, _ = bins_of(x, 7)
     right = Grid(7).codes(x)
     assert torch.equal(right % Grid(7).magnitudes, torch.from_numpy(index).int())
-    monkeypatch.setattr(sketch, "LOWEST_EXPONENT", -39)
+    octave = 2**7
+    places = tuple((shift, base + octave, bins) for shift, base, bins in sketch._PLACES)
+    monkeypatch.setattr(sketch, "_PLACES", places)
     wrong = Grid(7).codes(x)
     assert not torch.equal(wrong % Grid(7).magnitudes, torch.from_numpy(index).int())
 
