@@ -52,13 +52,23 @@ class Untouched:
 
 
 @dataclass(frozen=True)
-class Fuse(Untouched):
+class Fuse:
     """The scales of norms as part of the weights behind them, so that no spike is scaled by one."""
 
     name: str = "fuse"
 
+    @property
+    def search(self) -> None:
+        return None
+
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
         fuse(model)
+
+    def declare(self, model: PreTrainedModel) -> None:
+        """Nothing: the operations stay what they are."""
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Nothing: it is all in the weights."""
 
 
 @dataclass(frozen=True)
