@@ -279,16 +279,18 @@ def test_every_transform_has_its_own_model_in_memory(settings, tmp_path, loads):
     assert rotated is run.model.load()[0] and rotated is not plain
     assert online_rotation(rotated) is not None and online_rotation(plain) is None
     assert len(loads) == 2
-    fused = runner.start(settings(tmp_path, "transform=fuse")).model
-    assert len({fused.key, run.model.key, runner.start(settings(tmp_path)).model.key}) == 3
-    head, embedding = (m.weight for m in _ends(fused.load()[0]))
-    assert head is not embedding and online_rotation(fused.load()[0]) is None
-    head, embedding = (m.weight for m in _ends(plain))
-    assert head is embedding
 
 
-def _ends(model):
-    return model.get_output_embeddings(), model.get_input_embeddings()
+def test_the_scales_of_norms_are_fused_where_that_is_asked(settings, tmp_path, monkeypatch):
+    fused: list[object] = []
+    monkeypatch.setattr("stages.llm.transforms.fuse", fused.append)
+    plain, asked = (runner.start(settings(tmp_path, *t)).model for t in ((), ("transform=fuse",)))
+    assert asked.key != plain.key
+    plain.load()
+    assert fused == []
+    model, _ = asked.load()
+    assert fused == [model]
+    inputs.forget()
 
 
 def test_the_seed_of_a_rotation_and_the_search_of_a_prefix_make_other_artifacts(settings, built):
