@@ -40,6 +40,7 @@ from stages.llm.saved import attachment, save
 from stages.llm.sites import find_sites
 from stages.llm.transforms import Rotate, RotatePrefix, Untouched
 from stages.patching import Conversion, Patching, patched
+from tests.conftest import FAMILIES
 
 GATED = Gated("gated", 4, 2)
 CODINGS = [
@@ -90,7 +91,7 @@ def test_a_saved_model_has_the_same_logits_to_the_bit(saved, tokens: Draws, codi
     assert torch.equal(logits(model, ids), dense)  # what was saved is dense again
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "opt", "gpt_neox", "qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", [*FAMILIES])
 def test_every_architecture_comes_back(saved, tokens: Draws, kind: str) -> None:
     model, conversion, folder = saved(kind=kind)
     ids = tokens(2, 11)
