@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m pipeline
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -45,11 +45,6 @@ TINY = {
 SLIDING_WINDOW = 5
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model first: its one file takes longest, and other files fill up the second worker."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
-
-
 @pytest.fixture(autouse=True)
 def eager_kernels() -> Iterator[None]:
     before = compiled()
