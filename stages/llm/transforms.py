@@ -31,38 +31,12 @@ class Transform(Protocol):
         """What `apply` did beside changing weights, on a model whose saved weights are changed."""
 
 
-@dataclass(frozen=True)
-class Untouched:
-    """The model as it was trained."""
-
-    name: str = "none"
+class _WithoutPrefix:
+    """What a transform is that has no prefix and changes nothing but weights."""
 
     @property
     def search(self) -> None:
         return None
-
-    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
-        """Nothing."""
-
-    def declare(self, model: PreTrainedModel) -> None:
-        """Nothing."""
-
-    def restore(self, model: PreTrainedModel) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Fuse:
-    """The scales of norms as part of the weights behind them, so that no spike is scaled by one."""
-
-    name: str = "fuse"
-
-    @property
-    def search(self) -> None:
-        return None
-
-    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
-        fuse(model)
 
     def declare(self, model: PreTrainedModel) -> None:
         """Nothing: the operations stay what they are."""
@@ -72,15 +46,31 @@ class Fuse:
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Untouched(_WithoutPrefix):
+    """The model as it was trained."""
+
+    name: str = "none"
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Fuse(_WithoutPrefix):
+    """The scales of norms as part of the weights behind them, so that no spike is scaled by one."""
+
+    name: str = "fuse"
+
+    def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        fuse(model)
+
+
+@dataclass(frozen=True)
+class Rotate(_WithoutPrefix):
     """Norm scales fused, residual stream, heads and down_proj inputs rotated; `seed` draws signs."""
 
     name: str
     seed: int
-
-    @property
-    def search(self) -> None:
-        return None
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
         rotate(model, self.seed)
