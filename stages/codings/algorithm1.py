@@ -76,39 +76,12 @@ class Bases:
         return d, h, theta, d[:, -1] / 2 if self.half_step else torch.zeros(len(d))
 
 
-class _Fire(torch.autograd.Function):
-    """Heaviside step forward, derivative of sigmoid(slope x) backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slope: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        ctx.slope = slope
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        soft = torch.sigmoid(ctx.slope * x)
-        return grad * ctx.slope * soft * (1 - soft), None
-
-
-def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
-    """Mean squared error of every problem on normalised magnitudes u [P, K], [P]."""
-    d, h, theta, v0 = bases.steps()
-    v = u + v0[:, None]
-    y = torch.zeros_like(u)
-    for t in range(d.shape[1]):
-        spike = _Fire.apply(v - theta[:, t, None], slope)
-        v = v - spike * h[:, t, None]
-        y = y + spike * d[:, t, None]
-    return ((y - u) ** 2 * weight).sum(-1)
-
-
 def loss_and_slopes(
     u: Tensor, weight: Tensor, d: Tensor, h: Tensor, theta: Tensor, v0: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`loss` [P] of steps [P, T], and what autograd makes of it: its derivatives by d, h, theta
-    [P, T] and v0 [P]. One pass over the values where it is compiled."""
+    """Squared error of every problem on normalised magnitudes u [P, K] that weigh `weight`, [P], and
+    its derivatives by the steps d, h, theta [P, T] and by v0 [P], where a spike has the derivative of
+    sigmoid(slope x). One pass over the values where it is compiled."""
     v, y = u + v0[:, None], torch.zeros_like(u)
     above, spikes = [], []
     for t in range(d.shape[1]):
@@ -222,7 +195,7 @@ def _descend(
                         tensor.clamp_(min=SMALLEST_BASE)
                 progress.update()
     with torch.no_grad():
-        note(loss(bases, u, weight, algorithm.slope))
+        note(slopes(u, weight, *bases.steps(), algorithm.slope)[0])
     return best, kept, torch.stack(curve, -1)
 
 

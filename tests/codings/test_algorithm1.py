@@ -10,7 +10,7 @@ from reference import atoms_of, heavy_tailed
 from torch import Tensor
 
 from stages.codings import algorithm1
-from stages.codings.algorithm1 import Bases, allocations, fit_bases, loss, loss_and_slopes
+from stages.codings.algorithm1 import Bases, allocations, fit_bases, loss_and_slopes
 from stages.codings.coding import Fit, site_params, squared_error
 from stages.codings.multigrain import Multigrain
 from stages.codings.neurons import step_quantise
@@ -142,6 +142,34 @@ def test_the_curve_starts_at_binary_phase_coding() -> None:
         assert bool((fit.curve.amin(-1) <= fit.curve[:, 0]).all())
 
 
+class Fire(torch.autograd.Function):
+    """Heaviside step forward, derivative of sigmoid(slope x) backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        soft = torch.sigmoid(ctx.slope * x)
+        return grad * ctx.slope * soft * (1 - soft), None
+
+
+def loss(bases: Bases, u: Tensor, weight: Tensor, slope: float) -> Tensor:
+    """What `loss_and_slopes` returns first, for autograd to derive."""
+    d, h, theta, v0 = bases.steps()
+    v = u + v0[:, None]
+    y = torch.zeros_like(u)
+    for t in range(d.shape[1]):
+        spike = Fire.apply(v - theta[:, t, None], slope)
+        v = v - spike * h[:, t, None]
+        y = y + spike * d[:, t, None]
+    return ((y - u) ** 2 * weight).sum(-1)
+
+
 def test_bases_never_fall_below_their_bound() -> None:
     atoms = atoms_of(heavy_tailed(2, 200))
     wild = Algorithm1(rounds=2, neuron_steps=3, base_steps=3, neuron_lr=5.0, base_lr=5.0)
@@ -214,7 +242,7 @@ def test_the_slopes_are_those_of_autograd(half_step: bool) -> None:
 
 def test_the_surrogate_is_the_derivative_of_the_sigmoid() -> None:
     x = torch.linspace(-1, 1, 41, dtype=torch.float64, requires_grad=True)
-    y = algorithm1._Fire.apply(x, 7.0)
+    y = Fire.apply(x, 7.0)
     assert torch.equal(y.detach(), (x.detach() >= 0).double())
     (found,) = torch.autograd.grad(y.sum(), x)
     soft = x.detach().clone().requires_grad_()
