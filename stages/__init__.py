@@ -1,6 +1,11 @@
 """The science: six stages, the codings, and what touches transformers.
 
-Importing it lets transformers read models that the export wrote: `from_pretrained(folder)` then gives the
+    model = stages.convert(model, text, stages.Gated(timesteps=6), tokenizer=tokenizer)
+
+makes a model of transformers spiking, in place. `stages.fit`, `bind`, `restore`, `patched`, `table`,
+`measure`, `save` and `load` are functions of `stages.api`; every coding is a class by its name.
+
+Importing it lets transformers read models that `save` wrote: `from_pretrained(folder)` then gives the
 spiking model. Nothing heavy is imported for that before transformers itself is.
 """
 
@@ -16,6 +21,18 @@ if TYPE_CHECKING:
 
 install()
 
+FUNCTIONS = (
+    "fit",
+    "convert",
+    "bind",
+    "restore",
+    "patched",
+    "conversion",
+    "table",
+    "measure",
+    "save",
+)
+
 
 def load(folder: str, **options: Any) -> PreTrainedModel:
     """The spiking model that an export wrote to `folder`; `options` are those of `from_pretrained`.
@@ -25,3 +42,16 @@ def load(folder: str, **options: Any) -> PreTrainedModel:
     # By name: what a stage imports enters its key, and every stage imports this package.
     found: PreTrainedModel = importlib.import_module("stages.llm.saved").load(folder, **options)
     return found
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of `stages.api` and the classes of the codings, imported when they are asked for."""
+    if name in FUNCTIONS:
+        return getattr(importlib.import_module("stages.api"), name)
+    # Names of submodules and of dunder look-ups are no codings: only a capital letter begins one.
+    if name[:1].isupper():
+        known = importlib.import_module("stages.api").known()
+        if name in known:
+            return known[name]
+        raise AttributeError(f"stages has no coding {name}; it has {', '.join(sorted(known))}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

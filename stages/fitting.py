@@ -54,10 +54,10 @@ class Fitting:
     """`data`: `atoms` (the weighted atoms of the distribution) or `samples` (`samples` magnitudes
     a site drawn from it with `seed`, as the paper does)."""
 
-    data: str
-    samples: int
-    seed: int
-    algorithm1: Algorithm1 | None
+    data: str = "atoms"
+    samples: int = 100_000
+    seed: int = 0
+    algorithm1: Algorithm1 | None = Algorithm1()
 
     def __post_init__(self) -> None:
         if self.data not in ("atoms", "samples") or self.samples < 1:

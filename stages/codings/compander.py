@@ -26,7 +26,8 @@ class Compander(LloydMax):
     Sources: Bennett 1948; Panter & Dite 1951.
     """
 
-    alpha: float
+    name: str = "compander"
+    alpha: float = 1 / 3
 
     def __post_init__(self) -> None:
         super().__post_init__()

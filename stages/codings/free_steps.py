@@ -16,7 +16,12 @@ class FreeSteps(Multigrain):
     Source: FS neurons, Stöckl & Maass, Nature Machine Intelligence 2021.
     """
 
+    name: str = "free_steps"
+    grains: int = 0  # as many as steps
+
     def __post_init__(self) -> None:
+        if self.grains == 0:
+            object.__setattr__(self, "grains", self.timesteps)
         super().__post_init__()
         if self.grains != self.timesteps:
             raise InputError(

@@ -50,9 +50,9 @@ class Gated:
     + mu times spikes, so that a sweep over mu draws the frontier.
     """
 
-    name: str
-    timesteps: int
-    grains: int
+    name: str = "gated"
+    timesteps: int = 6
+    grains: int = 2
     offset: bool = False
     grain_steps: tuple[int, ...] | None = None
     mu: float = 0.0

@@ -66,12 +66,12 @@ class Gif:
     before the code and multiplies after it, which leaves the weights as they are.
     """
 
-    name: str
-    timesteps: int
-    levels: int
-    salient_fraction: float
-    convention: str
-    smoothing: Smoothing | None
+    name: str = "gif"
+    timesteps: int = 6
+    levels: int = 16
+    salient_fraction: float = 0.1
+    convention: str = "unary"
+    smoothing: Smoothing | None = None
 
     grains = 1
     trained = False

@@ -23,9 +23,9 @@ class Las:
     Source: LAS, arXiv 2505.09659, base neuron.
     """
 
-    name: str
-    timesteps: int
-    v0: str
+    name: str = "las"
+    timesteps: int = 6
+    v0: str = "zero"
 
     grains = 1
     trained = False

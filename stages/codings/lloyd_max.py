@@ -28,8 +28,8 @@ class LloydMax:
     programming (T <= 6), else the p^(1/3) compander (Panter & Dite 1951).
     """
 
-    name: str
-    timesteps: int
+    name: str = "lloyd_max"
+    timesteps: int = 6
 
     grains = 1
     trained = False

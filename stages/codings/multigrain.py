@@ -28,11 +28,11 @@ class Multigrain:
     paper's released code (`running_maximum`), which clips.
     """
 
-    name: str
-    timesteps: int
-    grains: int
-    v0: str
-    tied: bool
+    name: str = "multigrain"
+    timesteps: int = 6
+    grains: int = 2
+    v0: str = "half_step"
+    tied: bool = False
     tau: str = field(default="maximum", kw_only=True)
 
     trained = True

@@ -24,7 +24,8 @@ class Oat(Las):
     Source: LAS, arXiv 2505.09659, OAT neuron.
     """
 
-    percentile: float
+    name: str = "oat"
+    percentile: float = 99.9
 
     grains = 2
     decode_macs = 2

@@ -39,9 +39,9 @@ class OneSpike:
     the product of the decoded values.
     """
 
-    name: str
-    timesteps: int
-    base: float | None
+    name: str = "one_spike"
+    timesteps: int = 6
+    base: float | None = None
 
     grains = 1
     trained = False

@@ -16,6 +16,9 @@ class Phase(Multigrain):
     """d(t) = h(t) = theta(t) = B^-t (Kim et al. 2018, one period); at most `max_spikes` spikes a value
     if given, after which the neuron stays silent."""
 
+    name: str = "phase"
+    grains: int = 1
+    tied: bool = True
     max_spikes: int | None = None
 
     def __post_init__(self) -> None:

@@ -23,9 +23,9 @@ class Rate:
     `v0` zero floors, half_step (1 / 2T) rounds. Not trained; scale is the largest magnitude.
     """
 
-    name: str
-    timesteps: int
-    v0: str
+    name: str = "rate"
+    timesteps: int = 6
+    v0: str = "half_step"
 
     grains = 1
     trained = False

@@ -17,4 +17,6 @@ class SignedDigit(Gated):
     Reitwiesner 1960.
     """
 
+    name: str = "signed_digit"
+
     signed = True

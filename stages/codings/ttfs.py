@@ -37,10 +37,10 @@ class Ttfs:
     Source: TTFSFormer (ICML 2025) with ideal kernels at time precision T.
     """
 
-    name: str
-    timesteps: int
-    percentile: float | None
-    silent_zero: bool
+    name: str = "ttfs"
+    timesteps: int = 128
+    percentile: float | None = None
+    silent_zero: bool = False
 
     grains = 1
     trained = False

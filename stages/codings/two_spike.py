@@ -22,10 +22,10 @@ class TwoSpike:
     """Base 2, scale the largest magnitude, at most `max_spikes` spikes a value: relative error, so
     more steps do not help beyond about 19 dB. Not trained."""
 
-    name: str
-    timesteps: int
-    v0: str
-    max_spikes: int
+    name: str = "two_spike"
+    timesteps: int = 6
+    v0: str = "half_step"
+    max_spikes: int = 2
 
     grains = 1
     trained = False

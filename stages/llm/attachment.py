@@ -44,5 +44,5 @@ def refuse_spiking(model: PreTrainedModel) -> None:
     if attachment(model) is not None:
         raise InputError(
             "the model is a spiking one already, and this needs the dense one: "
-            "stages.llm.saved.attachment(model).close() takes its neurons off"
+            "stages.restore(model) takes its neurons off"
         )

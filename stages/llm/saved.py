@@ -67,8 +67,17 @@ def save(
     `model` is the dense one after its transform; it is left as it was.
     """
     refuse_spiking(model)
+    spec = describe(conversion, transform, prefix)
+    with _marked(model, spec, Neurons(conversion.neurons.fit.params)):
+        model.save_pretrained(folder)
+
+
+def describe(
+    conversion: Conversion, transform: Transform, prefix: tuple[int, ...] = ()
+) -> SpikingConfig:
+    """What a checkpoint's config says of a conversion."""
     neurons = conversion.neurons
-    spec = SpikingConfig(
+    return SpikingConfig(
         coding=encoded(conversion.coding),
         sites=list(neurons.sites),
         parameters={name: list(value.shape) for name, value in neurons.fit.params.items()},
@@ -76,8 +85,17 @@ def save(
         prefix=list(prefix),
         versions=_versions(),
     )
-    with _marked(model, spec, Neurons(neurons.fit.params)):
-        model.save_pretrained(folder)
+
+
+def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) -> None:
+    """Puts neurons on a dense model in memory until its attachment is closed; it is saved with them.
+
+    Raises InputError for a spiking model, and where a site is not one of this model's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patched(model, conversion))
+        stack.enter_context(_marked(model, spec, Neurons(conversion.neurons.fit.params)))
+        record(model, conversion, stack.pop_all())
 
 
 def _versions() -> dict[str, str]:

@@ -46,9 +46,9 @@ class Sensitivity:
     term of KL (Amari 1998; used for bit allocation by HAWQ, Dong et al. 2019).
     """
 
-    name: str
-    windows: int
-    seed: int
+    name: str = "sensitivity"
+    windows: int = 4
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.windows < 1:

@@ -308,7 +308,7 @@ def test_a_spiking_model_is_converted_once_its_neurons_are_off(
         lambda: PrefixSearch(64).run(found, SimpleNamespace(bos_token_id=48), ids, 2),
         lambda: save(found, conversion, Untouched(), (), tmp_path / "twice"),
     ):
-        with pytest.raises(InputError, match=r"stages.llm.saved.attachment\(model\).close\(\)"):
+        with pytest.raises(InputError, match=r"stages\.restore\(model\)"):
             use()
     assert torch.equal(logits(found, ids), spiking)  # a refusal changes nothing
     bound = attachment(found)

@@ -1,0 +1,205 @@
+"""What `import stages` offers to Python users, without Hydra and without a store."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages import codings
+from stages.capture import Capture
+from stages.codings.coding import Coding, Observing
+from stages.distribution import Distribution
+from stages.errors import InputError
+from stages.fitting import Fitting
+from stages.llm import corpus, saved
+from stages.llm.attachment import Attachment, attachment, refuse_spiking
+from stages.llm.sites import SiteSelection, find_sites, select
+from stages.llm.transforms import Untouched
+from stages.patching import Conversion, Patching
+
+if TYPE_CHECKING:
+    from stages.llm.sites import Site
+
+JOIN = "\n\n"  # between the documents of a text
+
+
+def fit(
+    model: PreTrainedModel,
+    text: Tensor | str | Sequence[str],
+    coding: Coding,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 512,
+    batch: int = 4,
+    sites: SiteSelection | None = None,
+    capture: Capture | None = None,
+    distribution: Distribution | None = None,
+    fitting: Fitting | None = None,
+) -> Conversion:
+    """Fit a coding to every site of a dense model on calibration text; the model stays dense.
+
+    `text`: token ids [windows, length], ids [N] that are cut into windows, or one or several texts
+    for `tokenizer`. Runs `batch` windows at a time. What is not given is what `python -m pipeline` uses.
+    Raises InputError where the text has no whole window, for a spiking model, and for a model whose
+    sites cannot be resolved.
+    """
+    refuse_spiking(model)
+    ids = _windows(text, tokenizer, length)
+    model.eval()
+    selected = select(find_sites(model), sites or SiteSelection())
+    sketches = (capture or Capture()).run(model, ids, selected, batch)
+    densities = (distribution or Distribution()).run(sketches)
+    statistics = _statistics(model, ids, coding, selected, batch)
+    neurons = (fitting or Fitting()).for_coding(coding).run(densities, coding, statistics)
+    return Conversion(coding, neurons)
+
+
+def convert(
+    model: PreTrainedModel,
+    text: Tensor | str | Sequence[str],
+    coding: Coding,
+    **options: Any,
+) -> PreTrainedModel:
+    """Turn a dense model into a spiking one, in place and without touching its weights.
+
+    Returns the same model: `generate`, `forward` and `save_pretrained` are those of the spiking model
+    until `restore`. `text` and `options` are those of `fit`.
+    """
+    return bind(model, fit(model, text, coding, **options))
+
+
+def bind(model: PreTrainedModel, conversion: Conversion) -> PreTrainedModel:
+    """Put fitted neurons on a dense model until `restore`; returns the model.
+
+    Raises InputError for a spiking model, and where a site is not one of this model's.
+    """
+    saved.bind(model, conversion, saved.describe(conversion, Untouched()))
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the neurons off; returns the model, which is the dense one again, bit for bit.
+
+    Raises InputError for a model that has none.
+    """
+    _attached(model).close()
+    return model
+
+
+@contextmanager
+def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrainedModel]:
+    """The spiking model inside a `with` block, the dense one again behind it."""
+    bind(model, conversion)
+    try:
+        yield model
+    finally:
+        restore(model)
+
+
+def conversion(model: PreTrainedModel) -> Conversion:
+    """The coding and the fitted neurons of a spiking model."""
+    return _attached(model).conversion
+
+
+def table(model: PreTrainedModel) -> pd.DataFrame:
+    """One row a site of a spiking model: site, role, layer, nmse, spikes, and its fitted parameters.
+
+    nmse = sum (SN(x) - x)^2 / sum x^2 and mean spikes of one value, both over the estimated
+    distribution of calibration; NaN for a model that was read from a folder, and for codings that
+    depend on the whole token. `measure` has them on other text.
+    """
+    neurons = conversion(model).neurons
+    columns = {"site": neurons.sites, "role": neurons.roles, "layer": neurons.layers}
+    frame = pd.DataFrame(columns | {"nmse": neurons.nmse, "spikes": neurons.spikes})
+    for name, value in neurons.fit.params.items():
+        frame[name] = value.tolist()
+    return frame
+
+
+def measure(
+    model: PreTrainedModel,
+    text: Tensor | str | Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 512,
+    batch: int = 4,
+) -> pd.DataFrame:
+    """Error and spikes of every neuron on the dense model's values over text that it was not fitted on.
+
+    Columns: those of `stages.patching.Patching.run`. `text` is that of `fit`; the model is dense while
+    it is measured, and spiking again afterwards.
+    """
+    ids, fitted = _windows(text, tokenizer, length), conversion(model)
+    spec: Any = model.config.quantization_config
+    restore(model)
+    try:
+        return Patching(len(ids)).run(model, ids, fitted, batch)
+    finally:
+        saved.bind(model, fitted, spec)
+
+
+def save(
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write a spiking model as a folder that `load` and transformers' `from_pretrained` read.
+
+    Raises InputError for a dense model, and where the folder is not empty.
+    """
+    _attached(model)
+    place = Path(folder).expanduser()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise InputError(f"stages.save: {place} is not an empty folder; give another one")
+    model.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+
+
+def known() -> dict[str, Any]:
+    """The classes of all codings by name, from the modules of `stages.codings`."""
+    found: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(codings.__path__, f"{codings.__name__}."):
+        for name, kind in vars(importlib.import_module(module.name)).items():
+            defined = inspect.isclass(kind) and kind.__module__ == module.name
+            if defined and is_dataclass(kind) and hasattr(kind, "quantise"):
+                found[name] = kind
+    return found
+
+
+def _attached(model: PreTrainedModel) -> Attachment:
+    present = attachment(model)
+    if present is None:
+        raise InputError("the model has no neurons: stages.convert gives it some")
+    return present
+
+
+def _windows(
+    text: Tensor | str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None, length: int
+) -> Tensor:
+    """Ids [windows, length] of what a user gave as text."""
+    if isinstance(text, Tensor) and text.dim() == 2 and len(text):
+        return text
+    if isinstance(text, Tensor):
+        ids = text.flatten()
+    elif tokenizer is None:
+        raise InputError("a text needs a tokenizer: give tokenizer=…, or token ids as a tensor")
+    else:
+        ids = corpus.tokenise([text] if isinstance(text, str) else text, JOIN, tokenizer)
+    return corpus.windows(ids, max(1, len(ids) // length), length, name="the text")
+
+
+def _statistics(
+    model: PreTrainedModel, ids: Tensor, coding: Coding, sites: Sequence[Site], batch: int
+) -> dict[str, dict[str, Tensor]]:
+    """What the coding needs beyond the distribution."""
+    declared = coding.statistics if isinstance(coding, Observing) else ()
+    return {each.name: each.run(model, ids, sites, batch) for each in declared}
