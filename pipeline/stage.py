@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.registry import identity
+
 ROOT = Path(__file__).parents[1]  # the folder that holds the packages `pipeline` and `stages`
 _UNTRUE = ("TYPE_CHECKING", "typing.TYPE_CHECKING")  # conditions that hold for type checkers only
 
@@ -53,7 +55,8 @@ def canonical(value: Any) -> str:
 
 
 def plain(value: Any, where: str = "value") -> Any:
-    """Dataclasses, mappings and sequences as json knows them; a dataclass keeps its qualified name.
+    """Dataclasses, mappings and sequences as json knows them; a dataclass keeps its registered name and
+    version, or else its qualified name.
 
     A path says where something lies and a dtype, an enum or an array has no lasting text of its
     own, so everything but None, bool, int, float, str is a TypeError that names the place.
@@ -61,7 +64,8 @@ def plain(value: Any, where: str = "value") -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        name = identity(type(value)) or path
         members = {f.name: getattr(value, f.name) for f in fields(value)}
         return {"class": name} | {k: plain(v, f"{where}.{k}") for k, v in members.items()}
     if isinstance(value, Mapping):

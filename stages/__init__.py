@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("stages.api"), name)
     # Names of submodules and of dunder look-ups are no codings: only a capital letter begins one.
     if name[:1].isupper():
-        known = importlib.import_module("stages.api").known()
+        known: dict[str, Any] = importlib.import_module("stages.registry").registered("coding")
         if name in known:
             return known[name]
         raise AttributeError(f"stages has no coding {name}; it has {', '.join(sorted(known))}")

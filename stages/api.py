@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +11,6 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages import codings
 from stages.capture import Capture
 from stages.codings.coding import Coding, Observing
 from stages.distribution import Distribution
@@ -162,17 +157,6 @@ def save(
     model.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
-
-
-def known() -> dict[str, Any]:
-    """The classes of all codings by name, from the modules of `stages.codings`."""
-    found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(codings.__path__, f"{codings.__name__}."):
-        for name, kind in vars(importlib.import_module(module.name)).items():
-            defined = inspect.isclass(kind) and kind.__module__ == module.name
-            if defined and is_dataclass(kind) and hasattr(kind, "quantise"):
-                found[name] = kind
-    return found
 
 
 def _attached(model: PreTrainedModel) -> Attachment:

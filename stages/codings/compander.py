@@ -11,12 +11,14 @@ from torch import Tensor
 from stages.codings.coding import Fit
 from stages.codings.lloyd_max import LloydMax, running, tensors
 from stages.errors import InputError
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/compander", was="stages.codings.compander.Compander")
 @dataclass(frozen=True)
 class Compander(LloydMax):
     """2^T magnitude levels at equal mass of λ(x) ∝ p(x)^α over x = |x| > 0, and zero apart: α = 0 is

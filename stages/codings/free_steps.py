@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
+from stages.registry import register
 
 
+@register("coding/free_steps", was="stages.codings.free_steps.FreeSteps")
 @dataclass(frozen=True)
 class FreeSteps(Multigrain):
     """The n = T limit of multi-granularity coding, where a base per step is a free weight per step.

@@ -27,12 +27,14 @@ from stages.codings.range_search import (
 from stages.errors import InputError
 from stages.llm.kernels import fused
 from stages.llm.sensitivity import Sensitivity, loss_weight
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/gated", was="stages.codings.gated.Gated")
 @dataclass(frozen=True)
 class Gated:
     """`grains` neurons per activation with scales tau_1 < … < tau_n and v0 = tau_k 2^-(T+1).

@@ -14,6 +14,7 @@ from stages.codings import neurons
 from stages.codings.coding import Fit, Statistic, check_timesteps
 from stages.errors import InputError
 from stages.llm.statistics import Saliency
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -47,6 +48,7 @@ class Increments(neurons.Spikes):
         return neurons.popcount(self.train).sum(0)
 
 
+@register("coding/gif", was="stages.codings.gif.Gif")
 @dataclass(frozen=True)
 class Gif:
     """An asymmetric quantiser with the minimum and maximum of every token, whose integer is emitted in

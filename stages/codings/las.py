@@ -9,12 +9,14 @@ from torch import Tensor
 
 from stages.codings import neurons
 from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/las", was="stages.codings.las.Las")
 @dataclass(frozen=True)
 class Las:
     """d(t) = h(t) = theta(t) = scale * 2^-t with scale the largest magnitude of the site.

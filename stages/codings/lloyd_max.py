@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.codings import neurons
 from stages.codings.coding import Fit, check_timesteps
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -20,6 +21,7 @@ PIECES_PER_LEVEL = 4
 ITERATIONS = 200
 
 
+@register("coding/lloyd_max", was="stages.codings.lloyd_max.LloydMax")
 @dataclass(frozen=True)
 class LloydMax:
     """2^T magnitude levels of least mean squared error, and the sign (zero stays zero).

@@ -12,12 +12,14 @@ from stages.codings.algorithm1 import allocations, fit_bases
 from stages.codings.coding import Fit, check_timesteps, half_step
 from stages.errors import InputError
 from stages.llm.statistics import RunningMaximum
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/multigrain", was="stages.codings.multigrain.Multigrain")
 @dataclass(frozen=True)
 class Multigrain:
     """d(t) = B_g^-t with one output, reset and threshold base per grain g(t) (the paper's coding).

@@ -10,12 +10,14 @@ import torch
 from stages.codings.coding import Fit
 from stages.codings.las import Las
 from stages.errors import InputError
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/oat", was="stages.codings.oat.Oat")
 @dataclass(frozen=True)
 class Oat(Las):
     """Normal range up to the `percentile` of |x|, outlier range up to the largest; one of the two

@@ -13,6 +13,7 @@ from stages.codings import neurons
 from stages.codings.coding import Fit
 from stages.codings.lloyd_max import running
 from stages.errors import InputError
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -23,6 +24,7 @@ BASES = (1.005, 16.0)  # searched between these
 GRID, FINER, ROUNDS = 256, 17, 4
 
 
+@register("coding/one_spike", was="stages.codings.one_spike.OneSpike")
 @dataclass(frozen=True)
 class OneSpike:
     """Magnitudes M B^-t, t = 0 … T - 1, and zero; M is the largest. The spike comes at the first t

@@ -9,8 +9,10 @@ from torch import Tensor
 from stages.codings import neurons
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
+from stages.registry import register
 
 
+@register("coding/phase", was="stages.codings.phase.Phase")
 @dataclass(frozen=True)
 class Phase(Multigrain):
     """d(t) = h(t) = theta(t) = B^-t (Kim et al. 2018, one period); at most `max_spikes` spikes a value

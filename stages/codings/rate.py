@@ -10,12 +10,14 @@ from torch import Tensor
 
 from stages.codings import neurons
 from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/rate", was="stages.codings.rate.Rate")
 @dataclass(frozen=True)
 class Rate:
     """Every step weighs scale / T: T + 1 evenly spaced magnitudes, n spikes for the n-th (unary).

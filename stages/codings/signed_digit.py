@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.codings.gated import Gated
+from stages.registry import register
 
 
+@register("coding/signed_digit", was="stages.codings.signed_digit.SignedDigit")
 @dataclass(frozen=True)
 class SignedDigit(Gated):
     """s(t) = sign(v) Θ(|v| - theta(t)) with weights 2^-t, behind the gate and levels of `gated`.

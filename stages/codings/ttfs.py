@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.codings import neurons
 from stages.codings.coding import Fit
 from stages.errors import InputError
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 4096
 
 
+@register("coding/ttfs", was="stages.codings.ttfs.Ttfs")
 @dataclass(frozen=True)
 class Ttfs:
     """A linear latency code of the interval [a, b]: t = clip(round((b - x) / δ), 0, T - 1) is decoded

@@ -11,12 +11,14 @@ from torch import Tensor
 from stages.codings import neurons
 from stages.codings.coding import Fit, check_timesteps, half_step
 from stages.errors import InputError
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
 
 
+@register("coding/two_spike", was="stages.codings.two_spike.TwoSpike")
 @dataclass(frozen=True)
 class TwoSpike:
     """Base 2, scale the largest magnitude, at most `max_spikes` spikes a value: relative error, so

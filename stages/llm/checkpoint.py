@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,6 +12,7 @@ from stages.codings.coding import Coding
 from stages.errors import InputError
 from stages.llm.quantizer import METHOD, SpikingConfig
 from stages.llm.transforms import Transform
+from stages.registry import identity, lookup
 
 NEURONS = "spiking_neurons"
 AGAIN = "export the model again"
@@ -68,9 +68,11 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
 
 
 def encoded(value: Any) -> Any:
-    """A dataclass of this package as plain values, the name of its class with its fields."""
+    """A registered dataclass as plain values: its name and version with its fields."""
     if is_dataclass(value) and not isinstance(value, type):
-        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        name = identity(type(value))
+        if name is None:
+            raise TypeError(f"{type(value).__qualname__} has no registered name")
         return {"class": name} | {f.name: encoded(getattr(value, f.name)) for f in fields(value)}
     return [encoded(each) for each in value] if isinstance(value, list | tuple) else value
 
@@ -92,32 +94,16 @@ def decoded_transform(spec: SpikingConfig) -> Transform:
 
 
 def _decoded(value: Any) -> Any:
-    """The inverse of `encoded`; InputError for the name of anything but a dataclass of this package."""
+    """The inverse of `encoded`; InputError for a name that is not registered."""
     if isinstance(value, list):
         return tuple(_decoded(each) for each in value)
     if not isinstance(value, Mapping):
         return value
-    kind = _dataclass(str(value.get("class")))
+    kind: Any = lookup(str(value.get("class")))
     try:
         return kind(**{key: _decoded(each) for key, each in value.items() if key != "class"})
     except TypeError as error:  # an unknown field, or one that is missing
         raise InputError(
-            f"a config gives {value['class']} what it does not take ({error}); load it with the "
+            f"a config gives {kind.__name__} what it does not take ({error}); load it with the "
             "version that wrote it"
         ) from error
-
-
-def _dataclass(name: str) -> Any:
-    module, _, own = name.rpartition(".")
-    kind: Any = None
-    if module.partition(".")[0] == __name__.partition(".")[0]:
-        try:
-            kind = getattr(importlib.import_module(module), own, None)
-        except ImportError:
-            kind = None
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise InputError(
-            f"a config names the class {name!r}, which is none of this version's codings or "
-            "transforms; load it with the version that wrote it"
-        )
-    return kind

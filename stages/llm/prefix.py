@@ -23,11 +23,13 @@ from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
 from stages.llm.rules import architecture
 from stages.llm.sites import find_sites
+from stages.registry import register
 
 _RECORD = "prefix_ids"
 KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
 
 
+@register("search/prefix", was="stages.llm.prefix.PrefixSearch")
 @dataclass(frozen=True)
 class PrefixSearch:
     """A token is an outlier where max|x| exceeds `outlier` times the median over its window."""

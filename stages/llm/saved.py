@@ -190,7 +190,9 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
     the model's attachment is closed."""
     neurons: Any = getattr(model, NEURONS)
     params = dict(neurons.named_buffers())
-    decoded_transform(spec).restore(model)
+    coding, transform = decoded_coding(spec), decoded_transform(spec)
+    spec.coding, spec.transform = encoded(coding), encoded(transform)  # as it is saved again
+    transform.restore(model)
     if spec.prefix:
         attach_prefix(model, spec.prefix)
     roles = {site.name: site for site in find_sites(model)}
@@ -207,7 +209,7 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
         unknown,
         unknown,
     )
-    conversion, stack = Conversion(decoded_coding(spec), fitted), ExitStack()
+    conversion, stack = Conversion(coding, fitted), ExitStack()
     stack.callback(_unmark, model)
     stack.enter_context(patched(model, conversion))
     record(model, conversion, stack)

@@ -18,6 +18,7 @@ from stages.llm.counters import Counters, SiteCounter
 from stages.llm.offload import refuse_offloaded
 from stages.llm.ports import DensePort, attached
 from stages.llm.sites import Site, find_sites
+from stages.registry import register
 
 if TYPE_CHECKING:
     from stages.codings.coding import Coding
@@ -36,6 +37,7 @@ def cell(x: Tensor) -> Tensor:
     return place.long().clamp(0, CELLS - 1)
 
 
+@register("statistic/sensitivity", was="stages.llm.sensitivity.Sensitivity")
 @dataclass(frozen=True)
 class Sensitivity:
     """The diagonal of the Fisher information at every site, over the first `windows` windows.

@@ -21,11 +21,13 @@ from stages.llm.ports import DensePort, attached, stream
 from stages.llm.rules import architecture
 from stages.llm.sites import Site, find_sites
 from stages.llm.statistics import Saliency, Watch, padded
+from stages.registry import register
 
 SMOOTHED = ("attn.in", "attn.out", "mlp.in")  # scales of a range and of the weights it meets
 SMALLEST = 1e-5
 
 
+@register("statistic/smoothing", was="stages.llm.smoothing.Smoothing")
 @dataclass(frozen=True)
 class Smoothing:
     """The learnable equivalent transform of OmniQuant and SpikeLLM, applied and undone around the code

@@ -15,6 +15,7 @@ from stages.llm.attention import View
 from stages.llm.experts import refuse_experts
 from stages.llm.ports import DensePort, stream
 from stages.llm.sites import Site, find_sites
+from stages.registry import register
 
 See = Callable[[Tensor], None]
 
@@ -51,6 +52,7 @@ def padded(rows: Sequence[Tensor | None], rest: float) -> Tensor:
 # --- running maximum -------------------------------------------------------------------------------
 
 
+@register("statistic/running_maximum", was="stages.llm.statistics.RunningMaximum")
 @dataclass(frozen=True)
 class RunningMaximum:
     """The smoothed range of the paper's released code: tau of a site is the maximum over channels of
@@ -118,6 +120,7 @@ class _Average:
 # --- saliency --------------------------------------------------------------------------------------
 
 
+@register("statistic/saliency", was="stages.llm.statistics.Saliency")
 @dataclass(frozen=True)
 class Saliency:
     """How much the channels of a site weigh in the product they enter (SpikeLLM, arXiv 2407.04752,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 from stages.llm.prefix import PrefixSearch, attach_prefix
 from stages.llm.rotation import declare, fuse, rotate, rotate_online
+from stages.registry import register
 
 
 @runtime_checkable
@@ -45,6 +46,7 @@ class _WithoutPrefix:
         """Nothing: it is all in the weights."""
 
 
+@register("transform/none", was="stages.llm.transforms.Untouched")
 @dataclass(frozen=True)
 class Untouched(_WithoutPrefix):
     """The model as it was trained."""
@@ -55,6 +57,7 @@ class Untouched(_WithoutPrefix):
         """Nothing."""
 
 
+@register("transform/fuse", was="stages.llm.transforms.Fuse")
 @dataclass(frozen=True)
 class Fuse(_WithoutPrefix):
     """The scales of norms as part of the weights behind them, so that no spike is scaled by one."""
@@ -65,6 +68,7 @@ class Fuse(_WithoutPrefix):
         fuse(model)
 
 
+@register("transform/rotate", was="stages.llm.transforms.Rotate")
 @dataclass(frozen=True)
 class Rotate(_WithoutPrefix):
     """Norm scales fused, residual stream, heads and down_proj inputs rotated; `seed` draws signs."""
@@ -82,6 +86,7 @@ class Rotate(_WithoutPrefix):
         rotate_online(model, self.seed)
 
 
+@register("transform/rotate_prefix", was="stages.llm.transforms.RotatePrefix")
 @dataclass(frozen=True)
 class RotatePrefix:
     """`Rotate`, and attention sinks kept in front of every text as a prefix of the KV cache."""

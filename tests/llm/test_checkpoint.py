@@ -119,7 +119,10 @@ def coding(name: str, value: Any) -> Callable[[Config], object]:
         (spiking("sites", ["model.norm:out"] * 21), "for 1 different sites"),
         (spiking("sites", [f"s{i}" for i in range(21)]), "neurons at s0, which its model lacks"),
         (spiking("planes", 4), "unknown field 'planes'; load it with the version that wrote it"),
-        (spiking("transform", {"class": "stages.codings.las.Las"}), "what it does not take"),
+        (
+            spiking("transform", {"class": "stages.codings.las.Las"}),
+            "as transform .*, which is none",
+        ),
         (coding("planes", 4), "Gated what it does not take .*'planes'"),
         (coding("timesteps", 99), "coding.timesteps=99 for gated: give a whole number"),
         (coding("timesteps", "six"), "coding.timesteps='six'"),

@@ -129,7 +129,7 @@ def test_a_folder_is_safetensors_with_the_neurons_and_a_config_with_the_coding(s
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "spiking"
-    assert config["coding"]["class"] == "stages.codings.gated.Gated"
+    assert config["coding"]["class"] == "coding/gated@1"
     assert (config["coding"]["timesteps"], config["coding"]["grains"]) == (4, 2)
     assert config["sites"] == list(conversion.neurons.sites)
 

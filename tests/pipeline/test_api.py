@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import stages
 from pipeline import runner
 from stages.errors import InputError
+from stages.registry import registered
 from tests.pipeline.conftest import CONF, Tiny
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def test_the_lines_of_the_readme_run(
 
 
 def test_codings_are_found_by_their_names() -> None:
-    assert set(CLASSES.values()) <= set(__import__("stages.api").api.known())
+    assert set(CLASSES.values()) <= set(registered("coding"))
     with pytest.raises(AttributeError, match="no coding Gate; it has .*Gated"):
         _ = stages.Gate
 
