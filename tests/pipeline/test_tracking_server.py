@@ -276,15 +276,14 @@ def test_a_failed_job_is_a_failed_run(command, server, folder, sweep):
     assert files == {"config.yaml", "__main__.log"}
 
 
-def test_a_sweep_of_failed_jobs_is_there_too(command, server, folder, monkeypatch):
+def test_a_sweep_of_failed_jobs_is_there_too(command, server, tmp_path, monkeypatch):
     def broken(*arguments: object) -> None:
         raise RuntimeError("out of ink")
 
     monkeypatch.setattr(runner, "execute", broken)
-    before = {*(folder / "outputs/runs").iterdir()}
-    done = command(folder, *SWEEP[:2], "coding=gated", "coding.timesteps=6,7", *to(server.uri))
+    done = command(tmp_path, *SWEEP[:2], "coding=gated", "coding.timesteps=6,7", *to(server.uri))
     assert done.code == 1 and "results:" not in done.out
-    (runs,) = {*(folder / "outputs/runs").iterdir()} - before
+    (runs,) = (tmp_path / "outputs/runs").iterdir()
     parent, children = server.runs(runs)
     assert parent.info.status == "FAILED" and parent.data.metrics == {"jobs": 0, "failed": 2}
     assert {run.info.status for run in children.values()} == {"FAILED"} and len(children) == 2
