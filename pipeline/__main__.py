@@ -84,6 +84,13 @@ def _job(cfg: DictConfig) -> None:
     except Exception as error:
         failures.record(folder, _overrides(), failures.reason(error))
         failures.release(error)
+        _log_failure(folder)
+
+
+def _log_failure(folder: Path) -> None:
+    from pipeline import tracked
+
+    tracked.log_failure(folder)
 
 
 def _run(settings: Settings, folder: Path) -> None:
@@ -142,6 +149,8 @@ def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
             log.exception("figures")
             failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
         tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)
+    elif failed:
+        tracked.end_sweep(folder, "FAILED", [])
     for failure in failed:
         print(f"failed: {' '.join(failure['overrides'])}: {failure['error']}", file=sys.stderr)
     return 1 if failed else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline import manifest, pictures
 from pipeline.entry import Entry, Text
+from pipeline.failures import RECORD
 from pipeline.figures import STYLE
 from pipeline.levels import artifact, job_config
 from pipeline.rows import distinct, result_frame, sweep_results, variant
 from pipeline.sweep import experiment
+from pipeline.tracking import COMPUTATION
 from stages.llm.sources import HubText, PackageFile
 
 if TYPE_CHECKING:
+    from pipeline.settings import Settings
     from stages.codings.coding import Coding
     from stages.llm.corpus import Purpose
 
@@ -35,15 +40,15 @@ def job_entry(job: Path) -> Entry:
     """What the database is told of a finished job; with pictures unless runtime.figures is false."""
     result = json.loads((job / "result.json").read_text())
     config, sites = job_config(job), pd.read_parquet(job / "per_site.parquet")
-    axes = _axes(job, config, result)
+    axes = _axes(job, config, result["axes"], variant(result))
     written = (job / "result.json").stat().st_mtime
     told = ("run", "axes", "evaluation", "label", *axes)
     return Entry(
-        name=result["label"],
-        identity={"kind": "job", "sweep": job.parent.name, "job": job.name},
+        name=f"{axes['model']} {result['label']}",
+        identity={"sweep": job.parent.name, "job": job.name},
         started=result["run"].get("started", written),
         ended=result["run"].get("ended", written),
-        tags=_tags(job, axes, result),
+        tags=_tags(job, axes, result["run"]["overrides"]) | _measured_tags(axes, result),
         params=axes | _fields(config),
         result={name: value for name, value in result.items() if name not in told}
         | {f"nll_{name}": metrics["nll"] for name, metrics in result["evaluation"].items()},
@@ -55,6 +60,44 @@ def job_entry(job: Path) -> Entry:
             "figures": _pictures(job, config, result, sites) if config.runtime.figures else [],
         },
     )
+
+
+def failed_entry(job: Path) -> Entry:
+    """What the database is told of a failed job: why it failed, and what its configuration says."""
+    failure = json.loads((job / RECORD).read_text())
+    axes, label, params = _configured(job)
+    model = axes.get("model")
+    return Entry(
+        name=" ".join(str(part) for part in (model, label) if part) or "failed",
+        identity={"sweep": job.parent.name, "job": job.name},
+        started=(job / ".hydra/config.yaml").stat().st_mtime,
+        ended=(job / RECORD).stat().st_mtime,
+        status="FAILED",
+        tags=_tags(job, axes, failure["overrides"])
+        | {"error": _cut(failure["error"]), "mlflow.note.content": _cut(failure["error"])},
+        params=axes | params,
+        documents={"config.yaml": (job / ".hydra/config.yaml").read_text()},
+        files={"": sorted(job.glob("*.log"))},
+    )
+
+
+def _configured(job: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Axes, label and params of a job without a result, as far as its configuration can be read."""
+    config = job_config(job)
+    try:
+        settings: Settings = instantiate(config)
+        label, name = settings.name, variant({"label": settings.name})
+        return _axes(job, config, settings.axes, name), label, _fields(config)
+    except Exception:  # the configuration may be what the job has failed of
+        axes: dict[str, Any] = {}
+        for key in ("model", "coding", "transform"):
+            axes[key] = _choices(job)[key]
+            with suppress(Exception):
+                axes[key] = instantiate(config[key], _convert_="all").name
+        for key in ("timesteps", "grains"):
+            with suppress(Exception):
+                axes[key] = config.coding[key]
+        return axes, str(config.label or axes["coding"]), {}
 
 
 def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
@@ -74,26 +117,30 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
     if files is None:
         return opened
     end = json.loads((folder / "ended.json").read_text())
-    failed = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/failed.json")}
-    results = sweep_results(folder)
-    axes = [_axes(job, job_config(job), result) for job, result in results.items()]
+    failed = {p.parent.name: json.loads(p.read_text()) for p in folder.glob(f"*/{RECORD}")}
+    results = sweep_results(folder) if any(folder.glob("*/result.json")) else {}
+    axes = [_axes(job, job_config(job), r["axes"], variant(r)) for job, r in results.items()]
+    axes += [_configured(folder / job)[0] for job in failed if folder / job not in results]
     documents = {"multirun.yaml": multirun.read_text()}
     if failed:
         documents["failed.json"] = json.dumps(failed, indent=1)
-    frame = result_frame(distinct(results.values()))
-    documents["table.json"] = frame.to_json(orient="split", index=False)
-    table = "".join(path.read_text() for path in files if path.name == f"{name or folder.name}.md")
+    tags = {key: _distinct(axis[key] for axis in axes if key in axis) for key in _keys(axes)}
+    tags |= {"experiment": name or "none"}
+    if results:
+        frame = result_frame(distinct(results.values()))
+        documents["table.json"] = frame.to_json(orient="split", index=False)
+        table = (path.read_text() for path in files if path.name == f"{name or folder.name}.md")
+        tags |= _origin(next(iter(results.values())))
+        tags |= {
+            "mlflow.note.content": _cut("".join(table)),
+            "mlflow.loggedArtifacts": json.dumps([{"path": "table.json", "type": "table"}]),
+        }
     return replace(
         opened,
+        name=" ".join(filter(None, (name or "sweep", tags.get("model"), folder.name))),
         ended=end["ended"],
         status=end["status"],
-        tags=_origin(next(iter(results.values())))
-        | {key: _distinct(axis[key] for axis in axes) for key in axes[0]}
-        | {
-            "experiment": name or "none",
-            "mlflow.note.content": _cut(table),
-            "mlflow.loggedArtifacts": json.dumps([{"path": "table.json", "type": "table"}]),
-        },
+        tags=tags,
         result={"jobs": len(results), "failed": len(failed)},
         documents=documents,
         files={
@@ -103,13 +150,22 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
     )
 
 
-def _axes(job: Path, config: DictConfig, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What sweeps vary, by short names."""
-    choices = OmegaConf.load(job / ".hydra/hydra.yaml").hydra.runtime.choices
+def _keys(axes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for axis in axes for key in axis))
+
+
+def _choices(job: Path) -> Mapping[str, Any]:
+    """The file that each group of a job's configuration is of."""
+    choices: Mapping[str, Any] = OmegaConf.load(job / ".hydra/hydra.yaml").hydra.runtime.choices
+    return choices
+
+
+def _axes(job: Path, config: DictConfig, axes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What sweeps vary, by short names; `name` is the variant."""
     return {
-        **result["axes"],
-        "variant": variant(result),
-        "sites": choices.sites,
+        **axes,
+        "variant": name,
+        "sites": _choices(job)["sites"],
         "evaluation": ", ".join(config.evaluation.corpora),
         "tasks": ", ".join(config.evaluation.tasks),
     }
@@ -132,11 +188,17 @@ def _leaves(values: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _tags(job: Path, axes: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
-    """What the dashboard groups and filters by, and where the result comes from."""
-    tags = {name: str(axes[name]) for name in ("coding", "variant", "transform", "model")}
-    tags["experiment"] = experiment(job.parent) or "none"
-    tags["overrides"] = " ".join(result["run"]["overrides"])
+def _tags(job: Path, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """What the dashboard groups and filters by."""
+    grouped = ("coding", "variant", "transform", "model")
+    tags = {name: str(axes[name]) for name in grouped if name in axes}
+    return tags | {"experiment": experiment(job.parent) or "none", "overrides": " ".join(overrides)}
+
+
+def _measured_tags(axes: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+    """What was evaluated and where it comes from; jobs of one computation have one hash."""
+    computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
+    tags = {COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
     for corpus, metrics in result["evaluation"].items():
         tags |= {
             f"{corpus}.{k}": str(v) for k, v in metrics.items() if k not in ("perplexity", "nll")

@@ -1,4 +1,4 @@
-"""`python -m pipeline.tracking sync`: logs every finished run that the tracking database lacks."""
+"""`python -m pipeline.tracking`: `sync` logs what the database lacks, `relocate` follows its folder."""
 
 from __future__ import annotations
 
@@ -15,36 +15,69 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import tracked
+from pipeline import orphans, tracked, tracking
 from pipeline.errors import one_line
+from pipeline.relocation import relocate
 from pipeline.tracking import TrackingSpec
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
+DEFAULT = Path(__file__).parents[1] / "conf/tracking/default.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Logs what is missing; returns the exit status, 1 if anything is still missing."""
+    """Runs a verb; returns the exit status, 1 if anything is still missing."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.tracking")
-    commands = parser.add_subparsers(required=True)
-    sync = commands.add_parser("sync", help="log every finished run that is not logged yet")
+    commands = parser.add_subparsers(required=True, dest="verb")
+    sync = commands.add_parser("sync", help="log every run that has ended and is not logged yet")
     sync.add_argument("--runs", type=Path, default=Path("outputs/runs"), metavar="PATH")
     sync.add_argument(
-        "--close", action="store_true", help="also close sweeps that were killed before their end"
+        "--close",
+        action="store_true",
+        help="also close sweeps that were killed before their end, and runs whose process is gone",
     )
-    sync.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE")
+    moved = commands.add_parser(
+        "relocate", help="make a database that was moved with its artifacts find them again"
+    )
+    for command in (sync, moved):
+        command.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        changes = _changes(given.overrides)
+        if given.verb == "relocate":
+            _relocate(_default(changes))
+            return 0
         if not given.runs.is_dir():
             raise InputError(f"no runs at {given.runs}; give their folder with --runs")
-        return _sync(given.runs, _changes(given.overrides), given.close)
+        return _sync(given.runs, changes, given.close)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _default(changes: dict[str, Any]) -> TrackingSpec:
+    """Where runs are logged that no override sends elsewhere."""
+    spec: TrackingSpec = instantiate(OmegaConf.load(DEFAULT), **changes)
+    return spec
+
+
+def _relocate(spec: TrackingSpec) -> None:
+    """All experiments of this program; nothing where there is no database yet, or a server's."""
+    if not _local(spec):
+        return
+    db, folder = tracking.connect(spec), Path(spec.artifacts).name
+    for experiment in db.client.search_experiments():
+        if Path(experiment.artifact_location).name == folder:
+            relocate(spec, experiment)
+
+
+def _local(spec: TrackingSpec) -> bool:
+    return spec.database is not None and spec.database.exists()
 
 
 def _changes(overrides: Sequence[str]) -> dict[str, Any]:
@@ -67,17 +100,32 @@ def _sync(runs: Path, changes: dict[str, Any], close: bool) -> int:
     # nobody waits for the results, so the server may take its time
     changes = {"patience": math.inf} | changes
     done: Counter[str] = Counter()
+    specs = {spec.name: spec for spec in [_default(changes)] if close and _local(spec)}
     for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
-        jobs = tracked.finished(folder)
+        jobs = tracked.ended(folder)
         outcomes = [_job(job, changes) for job in jobs]
         done.update(outcomes)
-        if {*outcomes} & {"logged", "known"} and tracked.is_sweep(folder):
-            done.update(_sweep(folder, jobs[0], changes, close))
+        logged = [j for j, o in zip(jobs, outcomes, strict=True) if o in ("logged", "known")]
+        if logged and tracked.is_sweep(folder):
+            done.update(_sweep(folder, logged[0], changes, close))
+        for job in logged:
+            spec = tracked.spec_of(job, changes)
+            specs[spec.name] = spec
     print(
         f"{done['logged']} runs logged, {done['known']} were logged before, "
         f"{done['off']} have tracking.enabled=false, {done['failed']} could not be logged"
     )
+    if close:
+        print(f"{sum(map(_orphans, specs.values()))} runs closed whose process is gone")
     return 1 if done["failed"] else 0
+
+
+def _orphans(spec: TrackingSpec) -> int:
+    def send(db: tracking.Database, nothing: None) -> int:
+        return orphans.close(db, local=spec.database is not None)
+
+    what = f"the end of runs of experiment {spec.experiment}"
+    return tracking.attempt(spec, what, lambda: None, send) or 0
 
 
 def _job(job: Path, changes: dict[str, Any]) -> str:
@@ -85,7 +133,7 @@ def _job(job: Path, changes: dict[str, Any]) -> str:
         spec = tracked.spec_of(job, changes)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         log.warning("run %s not logged: %s", job, one_line(error))
-        return "failed"
+        return "failed" if (job / "result.json").exists() else "off"
     if not spec.enabled:
         return "off"
     if tracked.recorded(spec, job):

@@ -1,4 +1,4 @@
-"""Finished jobs and sweeps in the tracking database: read from their folders, each logged once.
+"""Finished and failed jobs and sweeps in the tracking database: read from their folders, each logged once.
 
 A job's tracked.json and a sweep's parent.json say in which databases it is, and under which id; they
 are written when everything has arrived.
@@ -21,12 +21,15 @@ from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 
 from pipeline import tracking
-from pipeline.entries import job_entry, sweep_entry
+from pipeline.entries import failed_entry, job_entry, sweep_entry
+from pipeline.errors import REFUSED
+from pipeline.failures import RECORD
 from pipeline.levels import job_config
 from pipeline.tracking import Database, TrackingSpec
 
 log = logging.getLogger(__name__)
 JOB, SWEEP, ENDED = "tracked.json", "parent.json", "ended.json"
+OUTCOMES = ("result.json", RECORD)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -45,8 +48,22 @@ def recorded(spec: TrackingSpec, job: Path) -> str | None:
     return _recorded(job / JOB, spec, _digest(job))
 
 
+def log_failure(job: Path) -> None:
+    """Log a job that has left its reason to fail; nothing where that is its tracking itself."""
+    if (spec := _named(job)) is not None:
+        log_job(spec, job)
+
+
+def _named(job: Path) -> TrackingSpec | None:
+    """Where a job is to be logged; None for one whose configuration is not there or says nothing."""
+    try:
+        return spec_of(job)
+    except (*REFUSED, OSError):
+        return None
+
+
 def log_job(spec: TrackingSpec, job: Path) -> str | None:
-    """The run id of a finished job, which is logged if need be; None if it could not be."""
+    """The run id of a job that has ended, which is logged if need be; None if it could not be."""
     if not spec.enabled:
         return None
 
@@ -62,7 +79,9 @@ def log_job(spec: TrackingSpec, job: Path) -> str | None:
             if known := _recorded(job / JOB, spec, digest):
                 return known
             what = f"run {job.parent.name}/{job.name}"
-            run_id = tracking.attempt(spec, what, lambda: job_entry(job), send)
+            failed = _outcome(job).name == RECORD
+            prepare = failed_entry if failed else job_entry
+            run_id = tracking.attempt(spec, what, lambda: prepare(job), send)
             if run_id is not None:
                 _record(job / JOB, spec, run_id, digest)
             return run_id
@@ -76,11 +95,11 @@ def end_sweep(folder: Path, status: str, files: Sequence[Path]) -> None:
 
     `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
     """
-    jobs = finished(folder)
-    if jobs and is_sweep(folder):
+    specs = [spec for job in ended(folder) if (spec := _named(job)) is not None]
+    if specs and is_sweep(folder):
         record = {"status": status, "ended": time.time()}
         (folder / ENDED).write_text(json.dumps(record))
-        log_sweep(spec_of(jobs[0]), folder, files)
+        log_sweep(specs[0], folder, files)
 
 
 def log_sweep(spec: TrackingSpec, folder: Path, files: Sequence[Path] | None = None) -> str | None:
@@ -89,13 +108,14 @@ def log_sweep(spec: TrackingSpec, folder: Path, files: Sequence[Path] | None = N
     Without `files` the table and the figures are made anew from the results.
     """
     digest = hashlib.sha256((folder / ENDED).read_bytes())
-    for job in finished(folder):
+    for job in ended(folder):
         digest.update(f"{job.name} {_digest(job)}".encode())
     if known := _recorded(folder / SWEEP, spec, digest.hexdigest()):
         return known
 
     def send(db: Database, entry: Any) -> str:
         run_id = _parent(db, spec, folder)
+        db.client.update_run(run_id, name=entry.name)  # now its models are known
         tracking.complete(db, run_id, entry)
         return run_id
 
@@ -120,7 +140,7 @@ def _parent(db: Database, spec: TrackingSpec, folder: Path) -> str:
             return known
         entry = sweep_entry(folder)
         found = tracking.find(db, entry.identity)
-        run_id = found[-1] if found else tracking.create(db, entry)
+        run_id = found[-1].info.run_id if found else tracking.create(db, entry)
         _record(folder / SWEEP, spec, run_id, None)
         return run_id
 
@@ -129,6 +149,8 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     """The tables and figures of a sweep, as the end of it writes them."""
     from pipeline import sweep, tables
 
+    if not any(folder.glob("*/result.json")):
+        return []
     name = sweep.experiment(folder) or folder.name
     with redirect_stdout(io.StringIO()):
         tables.sweep_table(folder, name, into)
@@ -139,19 +161,25 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     return sorted(into.iterdir())
 
 
-def finished(folder: Path) -> list[Path]:
-    """The folders of the finished jobs."""
-    return sorted(path.parent for path in folder.glob("*/result.json"))
+def ended(folder: Path) -> list[Path]:
+    """The folders of the jobs that have left a result or the reason why there is none."""
+    return sorted({path.parent for name in OUTCOMES for path in folder.glob(f"*/{name}")})
+
+
+def _outcome(job: Path) -> Path:
+    """How a job has ended; the later, where it was run in its folder again."""
+    files = [job / name for name in OUTCOMES if (job / name).exists()]
+    return max(files, key=lambda path: path.stat().st_mtime)
 
 
 def _digest(job: Path) -> str:
-    return hashlib.sha256((job / "result.json").read_bytes()).hexdigest()
+    return hashlib.sha256(_outcome(job).read_bytes()).hexdigest()
 
 
 def _recorded(file: Path, spec: TrackingSpec, result: str | None = None) -> str | None:
     """The run id in a record, if it is of this database (and of this result, if one is given)."""
     known = json.loads(file.read_text()) if file.exists() else {}
-    entry = known.get(f"{spec.uri} {spec.experiment}")
+    entry = known.get(spec.name)
     if entry is None or (result is not None and entry["result"] != result):
         return None
     return str(entry["run_id"])
@@ -159,7 +187,7 @@ def _recorded(file: Path, spec: TrackingSpec, result: str | None = None) -> str 
 
 def _record(file: Path, spec: TrackingSpec, run_id: str, result: str | None) -> None:
     known = json.loads(file.read_text()) if file.exists() else {}
-    known[f"{spec.uri} {spec.experiment}"] = {"run_id": run_id, "result": result}
+    known[spec.name] = {"run_id": run_id, "result": result}
     part = file.with_suffix(".part")
     part.write_text(json.dumps(known, indent=1))
     part.rename(file)

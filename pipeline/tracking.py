@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +24,23 @@ from filelock import BaseFileLock, FileLock
 
 from pipeline import view
 from pipeline.entry import Entry, flat, measured
+from pipeline.relocation import relocate
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Run
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Prepared = TypeVar("Prepared")
 
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 120
 BATCH = 100  # params or tags a request, MLflow's limit
+PAGE = 1000  # runs that a search brings
+PROCESS = "process"  # tag: host and number of the process that opened a run
+COMPUTATION = "computation"  # tag: a hash of the artifacts, by which a repeated job is known
 DIGEST = 36  # characters of a data set's digest, MLflow's limit
 SYNC = "`python -m pipeline.tracking sync` logs what is missing"
 # what a user has set in the environment stands
@@ -52,7 +58,8 @@ _lost: set[str] = set()  # addresses that failed in this process, which are not 
 class TrackingSpec:
     """Where runs are logged: `sqlite:///outputs/mlflow/mlflow.db` or a server's address.
 
-    `artifacts` is the folder of the tables and figures beside a database; a server uses its own.
+    `artifacts` is the folder of the tables and figures beside a database, which may move with it; a
+    server uses its own.
     `patience` is how many seconds logging one run may take before it is left to a later sync.
     Raises InputError for an address that MLflow cannot log to.
     """
@@ -82,14 +89,19 @@ class TrackingSpec:
         name = parts.path[1:]
         return Path(name) if parts.scheme.startswith("sqlite") and name else None
 
+    @property
+    def name(self) -> str:
+        """By which a job remembers where it was logged."""
+        return f"{self.uri} {self.experiment}"
+
 
 @dataclass(frozen=True)
 class Database:
-    """A connected client, its experiment with its chart view, and when (monotonic) to give up."""
+    """A connected client, its experiment and the tags of that, and when (monotonic) to give up."""
 
     client: MlflowClient
     experiment: str
-    view: str | None
+    tags: Mapping[str, str]
     deadline: float
 
     def check(self) -> None:
@@ -101,8 +113,8 @@ class Database:
 def attempt(
     spec: TrackingSpec,
     what: str,
-    prepare: Callable[[], Entry],
-    send: Callable[[Database, Entry], T],
+    prepare: Callable[[], Prepared],
+    send: Callable[[Database, Prepared], T],
 ) -> T | None:
     """What `send` returns, or None where nothing was sent or something failed, which is a warning.
 
@@ -112,12 +124,12 @@ def attempt(
     if not spec.enabled or spec.uri in _lost:
         return None
     try:
-        entry = prepare()
+        prepared = prepare()
     except Exception as error:
         _warn(f"{what} not logged: {_reason(error)}; {SYNC}")
         return None
     try:
-        return send(connect(spec), entry)
+        return send(connect(spec), prepared)
     # MLflow lets errors of sqlalchemy, alembic, requests and the file system through; none of
     # them may cost the caller a result
     except Exception as error:
@@ -147,7 +159,8 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    line = (str(error).splitlines() or [""])[0]
+    return line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 
 def _warn(line: str) -> None:
@@ -167,7 +180,9 @@ def connect(spec: TrackingSpec) -> Database:
     with _set_up_lock(spec):
         client = MlflowClient(tracking_uri=spec.uri)
         found = client.get_experiment_by_name(spec.experiment)
-        if found is None:
+        if found is not None:
+            relocate(spec, found)
+        else:
             location = None if urlsplit(spec.uri).scheme.startswith("http") else spec.artifacts
             # on a server another process may be first
             with suppress(MlflowException):
@@ -177,7 +192,7 @@ def connect(spec: TrackingSpec) -> Database:
         raise ConnectionError(f"experiment {spec.experiment} cannot be created")
     # a new sqlite database takes seconds, which are no slowness of a server
     deadline = time.monotonic() + spec.patience
-    return Database(client, found.experiment_id, found.tags.get(view.TAG), deadline)
+    return Database(client, found.experiment_id, found.tags, deadline)
 
 
 def _set_up_lock(spec: TrackingSpec) -> BaseFileLock | nullcontext[None]:
@@ -188,15 +203,17 @@ def _set_up_lock(spec: TrackingSpec) -> BaseFileLock | nullcontext[None]:
     return FileLock(f"{spec.database}.lock", timeout=LOCK_SECONDS)
 
 
-def find(db: Database, identity: Mapping[str, str]) -> list[str]:
-    """The ids of the runs that have these tags."""
-    text = " and ".join(f"tags.`{name}` = '{value}'" for name, value in identity.items())
-    return [run.info.run_id for run in db.client.search_runs([db.experiment], text)]
+def find(db: Database, tags: Mapping[str, str], status: str | None = None) -> list[Run]:
+    """The runs that have these tags, and a status if one is given; the one started last is first."""
+    terms = [f"tags.`{name}` = {view.quoted(value)}" for name, value in tags.items()]
+    terms += [f"attributes.status = '{status}'"] if status else []
+    return list(db.client.search_runs([db.experiment], " and ".join(terms), max_results=PAGE))
 
 
 def create(db: Database, entry: Entry, parent: str | None = None) -> str:
     """Open a run, as a child if `parent` is given, and return its id."""
-    tags = dict(entry.identity) | ({"mlflow.parentRunId": parent} if parent else {})
+    tags = {"kind": "job", PROCESS: f"{socket.gethostname()} {os.getpid()}"} | dict(entry.identity)
+    tags |= {"mlflow.parentRunId": parent} if parent else {}
     start = round(1000 * entry.started)
     run = db.client.create_run(db.experiment, start, tags, entry.name)
     return str(run.info.run_id)
@@ -217,12 +234,26 @@ def complete(db: Database, run_id: str, entry: Entry) -> None:
             with suppress(Exception):  # the first error is the one to report
                 client.set_terminated(run_id, "FAILED")
         raise
-    if state := view.with_charts(db.view, entry.result):
-        client.set_experiment_tag(db.experiment, view.TAG, state)
+    numbers, labels = measured(entry)
+    for tag, state in view.updates(db.tags, labels.get("model"), numbers).items():
+        client.set_experiment_tag(db.experiment, tag, state)
     client.set_terminated(run_id, entry.status, round(1000 * entry.ended))
+    computed = {entry.tags.get(COMPUTATION)}
     for other in find(db, entry.identity):
-        if other != run_id:
-            client.delete_run(other)
+        if other.info.run_id != run_id:
+            client.delete_run(other.info.run_id)
+            computed.add(other.data.tags.get(COMPUTATION))
+    for digest in computed - {None}:
+        _mark_repeats(db, str(digest))
+
+
+def _mark_repeats(db: Database, computation: str) -> None:
+    """Make the first run of a computation its job, and repeats of those that took it from the store."""
+    runs = find(db, {COMPUTATION: computation}, "FINISHED")
+    runs.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+    for run, kind in zip(runs, ["job"] + ["repeat"] * len(runs), strict=False):
+        if run.data.tags["kind"] != kind:
+            db.client.set_tag(run.info.run_id, "kind", kind)
 
 
 def _parts(client: MlflowClient, run_id: str, entry: Entry) -> Iterator[Callable[[], Any]]:

@@ -1,39 +1,51 @@
-"""The dashboard's chart view of all jobs: perplexity against energy and spikes, kept by the experiment.
+"""The dashboard's chart views: log perplexity against energy, the jobs of one model a view.
 
 MLflow keeps the state of a shared view in a tag of the experiment and opens it by
-`/#/experiments/ID/runs?viewStateShareKey=energy`. Its charts have no logarithmic axis, so that each
-perplexity is drawn as it is and, for sweeps in which codings diverge, as its logarithm.
+`/#/experiments/ID/runs?viewStateShareKey=energy-MODEL`; `energy` alone is that of the model logged
+last. A chart has neither a logarithmic axis nor a filter of its own, so that it draws the logarithm
+of the perplexity, and each model has its view.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 TAG = "mlflow.sharedViewState.energy"
 SECTION = "comparison"
+MEASURE = "nll_"  # of every corpus: the logarithm of the perplexity
 
 
-def with_charts(state: str | None, result: Mapping[str, Any]) -> str | None:
-    """The state with charts of the perplexities in `result`, None where it has them already."""
-    drawn = [] if state is None else [c["uuid"] for c in json.loads(state)["compareRunCharts"]]
-    corpora = [name.removeprefix("ppl_") for name in result if name.startswith("ppl_")]
-    charts = dict.fromkeys([*drawn, *(f"{y}_{c}" for c in corpora for y in ("ppl", "nll"))])
-    return None if len(charts) == len(drawn) else json.dumps(_state(charts))
+def updates(tags: Mapping[str, str], model: str | None, metrics: Iterable[str]) -> dict[str, str]:
+    """The tags of an experiment with `tags` that change for the views to show a run's metrics."""
+    new = [name for name in metrics if name.startswith(MEASURE)]
+    if model is None or not new:
+        return {}
+    tag = f"{TAG}-{re.sub(r'[^A-Za-z0-9_.-]', '_', model)}"
+    drawn = [c["uuid"] for c in json.loads(tags[tag])["compareRunCharts"]] if tag in tags else []
+    state = json.dumps(_state(model, dict.fromkeys([*drawn, *new])))
+    return {name: state for name in (tag, TAG) if tags.get(name) != state}
 
 
-def _state(measures: Iterable[str]) -> dict[str, Any]:
-    """All jobs, sorted by energy, for those sorted by time hang below their sweeps."""
+def quoted(value: str) -> str:
+    """A value as MLflow's searches read it, which know no escapes."""
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
+def _state(model: str, measures: Iterable[str]) -> dict[str, Any]:
+    """Jobs sorted by energy, for those sorted by time hang below their sweeps."""
+    section = {"uuid": SECTION, "name": f"{model}: log perplexity against energy"}
+    shown = ["tags.kind = 'job'", "attributes.status = 'FINISHED'", f"tags.model = {quoted(model)}"]
     return {
-        "searchFilter": "tags.kind = 'job'",
+        "searchFilter": " and ".join(shown),
         "orderByKey": "metrics.`energy_J`",
         "orderByAsc": True,
         "runsHiddenMode": "SHOWALL",
         "selectedColumns": [f"metrics.`{name}`" for name in ("energy_J", *measures)],
-        "compareRunSections": [
-            {"uuid": SECTION, "name": "Comparison", "display": True, "isReordered": False}
-        ],
+        "compareRunSections": [section | {"display": True, "isReordered": False}],
+        "isAccordionReordered": True,  # else MLflow sorts the sections and puts its own charts first
         "compareRunCharts": [_scatter(name) for name in measures],
     }
 

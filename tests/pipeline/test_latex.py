@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
 
 from pipeline import latex, sheet
 from pipeline.columns import Column, bounded_perplexity
+
+STYLES = ("booktabs", "graphicx", "longtable")  # what the tables say that they need
 
 
 def check_latex(path: Path) -> None:
@@ -38,12 +41,14 @@ def check_latex(path: Path) -> None:
 
 
 def compile_latex(paths: Sequence[Path]) -> None:
-    """Sets the tables of a folder on pages of their own document; skips without an engine."""
+    """Sets the tables of a folder on pages of their own document; skips without what that takes."""
     engine = shutil.which("pdflatex") or shutil.which("tectonic")
     if engine is None:
         pytest.skip("no TeX engine")
+    if engine.endswith("pdflatex") and (missing := missing_styles(STYLES)):
+        pytest.skip(f"no TeX engine that has {', '.join(missing)}")
     main = paths[0].with_name("document.tex")
-    packages = "\\usepackage{booktabs,graphicx,longtable}"
+    packages = f"\\usepackage{{{','.join(STYLES)}}}"
     tables = "".join(f"\\input{{{path.stem}}}" for path in paths)
     main.write_text(
         f"\\documentclass{{article}}{packages}\\begin{{document}}{tables}\\end{{document}}"
@@ -53,6 +58,15 @@ def compile_latex(paths: Sequence[Path]) -> None:
     done = subprocess.run(command, cwd=main.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert main.with_suffix(".pdf").stat().st_size > 10_000
+
+
+def missing_styles(names: Sequence[str]) -> list[str]:
+    """The styles that pdflatex would not find: a small TeX has no booktabs. tectonic fetches its."""
+    return [
+        name
+        for name in names
+        if subprocess.run(["kpsewhich", f"{name}.sty"], capture_output=True).returncode != 0
+    ]
 
 
 def long_sheet(count: int) -> sheet.Sheet:
@@ -85,6 +99,20 @@ def test_the_check_of_latex_notices_a_broken_table(broken, tmp_path):
     assert (
         isinstance(caught.value, AssertionError | ValueError) or "latex" in caught.typename.lower()
     )
+
+
+@pytest.mark.parametrize(("count", "needed"), [(4, STYLES[:2]), (60, ("booktabs", "longtable"))])
+def test_a_table_says_which_styles_it_needs(count, needed, tmp_path):
+    text = sheet.write(long_sheet(count), tmp_path / "t")[2].read_text()
+    assert f"% needs \\usepackage{{{','.join(needed)}}}\n" in text
+
+
+def test_a_style_that_a_small_tex_lacks_is_missing(tmp_path, monkeypatch):
+    kpsewhich = tmp_path / "kpsewhich"
+    kpsewhich.write_text('#!/bin/sh\ntest "$1" = graphicx.sty\n')
+    kpsewhich.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert missing_styles(STYLES) == ["booktabs", "longtable"]
 
 
 @pytest.mark.parametrize("count", [4, 60])

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pipeline import tracking
+from pipeline import orphans, sync, tracking
 from pipeline.entry import Entry, Text
 from pipeline.tracking import TrackingSpec
 from stages.errors import InputError
@@ -112,15 +113,60 @@ def test_a_run_has_the_times_of_its_computation_not_of_its_logging(spec):
     assert (info.start_time, info.end_time) == (1_700_000_000_500, 1_700_000_007_000)
 
 
-def test_the_experiment_has_a_chart_of_every_perplexity_against_energy(spec):
-    assert log_run(spec) and log_run(spec, "other", result={"ppl_c4": 1.0, "ppl_ptb": 2.0})
+def views(spec: TrackingSpec) -> dict[str, dict]:
+    """The experiment's shared views by what the dashboard's address calls them."""
     db = tracking.connect(spec)
-    state = json.loads(
-        db.client.get_experiment(db.experiment).tags["mlflow.sharedViewState.energy"]
-    )
-    charts = [(c["xaxis"]["key"], c["yaxis"]["key"]) for c in state["compareRunCharts"]]
-    names = ["wikipedia", "c4", "ptb"]
-    assert charts == [("energy_J", f"{y}_{name}") for name in names for y in ("ppl", "nll")]
+    start = "mlflow.sharedViewState."
+    return {k.removeprefix(start): json.loads(v) for k, v in db.tags.items() if start in k}
+
+
+def shown(spec: TrackingSpec, key: str) -> set[str]:
+    """The names of the runs that a view's search leaves."""
+    db = tracking.connect(spec)
+    runs = db.client.search_runs([db.experiment], views(spec)[key]["searchFilter"])
+    return {str(run.info.run_name) for run in runs}
+
+
+def test_every_model_has_charts_of_its_log_perplexities_against_energy(spec):
+    tiny, odd = {"model": "tiny"}, {"model": "it's/odd"}
+    log_run(spec, "first", result={"ppl_c4": 1e9, "nll_c4": 20.7, "nll_ptb": 1.0}, tags=tiny)
+    log_run(spec, "other", result={"nll_c4": 2.0}, tags=odd)
+    log_run(spec, "sweep", result={"jobs": 2}, tags={"model": "tiny, it's/odd"})
+    log_run(spec, "later", result={"nll_wikipedia": 3.0, "nll_c4": 3.0}, tags=tiny)
+    log_run(spec, "failed", result={}, tags=tiny, status="FAILED")
+    found = views(spec)
+    assert {*found} == {"energy", "energy-tiny", "energy-it_s_odd"}
+    assert found["energy"] == found["energy-tiny"]  # of the model logged last
+    charts = {
+        key: [(c["xaxis"]["key"], c["yaxis"]["key"]) for c in view["compareRunCharts"]]
+        for key, view in found.items()
+    }
+    tiny_charts = [("energy_J", f"nll_{name}") for name in ("c4", "ptb", "wikipedia")]
+    assert charts["energy-tiny"] == tiny_charts
+    assert charts["energy-it_s_odd"] == [("energy_J", "nll_c4")]
+    assert shown(spec, "energy-tiny") == {"first", "later"}
+    assert shown(spec, "energy-it_s_odd") == {"other"}
+
+
+def test_a_job_that_was_computed_before_is_a_repeat(spec):
+    """Whichever is logged first: what counts is when they ran."""
+    names = ("third", "first", "second", "else", "failed")
+    for name in names:
+        computed = {"computation": "b" if name == "else" else "a", "model": "tiny"}
+        start = 1_700_000_000.0 + 10 * ("failed", "first", "second", "third", "else").index(name)
+        status = "FAILED" if name == "failed" else "FINISHED"
+        log_run(spec, name, tags=computed, started=start, result={"nll_c4": 1}, status=status)
+    db = tracking.connect(spec)
+    runs = db.client.search_runs([db.experiment])
+    kinds = {r.info.run_name: r.data.tags["kind"] for r in runs}
+    assert kinds == {
+        **dict.fromkeys(("first", "else", "failed"), "job"),
+        **dict.fromkeys(("second", "third"), "repeat"),
+    }
+    assert shown(spec, "energy") == {"first", "else"}
+    changed = {"computation": "c", "model": "tiny"}
+    log_run(spec, "first", tags=changed, result={"nll_c4": 2})  # its folder has another result now
+    assert shown(spec, "energy") == {"first", "second", "else"}
 
 
 def test_more_params_and_tags_than_one_request_can_hold(spec):
@@ -217,6 +263,150 @@ def test_jobs_hang_below_their_sweep(spec):
     assert fetch(spec, parent).info.status == "FAILED"
     children = db.client.search_runs([db.experiment], f"tags.mlflow.parentRunId = '{parent}'")
     assert {run.info.run_id for run in children} == set(jobs)
+
+
+def artifacts(spec: TrackingSpec) -> dict[str, list[str]]:
+    """Names of the artifacts of every run, as a client that knows nothing of us lists them."""
+    client = MlflowClient(tracking_uri=spec.uri)
+    experiment = client.get_experiment_by_name(spec.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    return {
+        run.info.run_name: [file.path for file in client.list_artifacts(run.info.run_id)]
+        for run in runs
+    }
+
+
+@pytest.fixture(scope="module")
+def logged(shared_folder, tmp_path_factory) -> Path:
+    """A folder with a database, an experiment of one run and one of none; to be copied."""
+    tracking.connect(database(shared_folder, "any"))  # a new database takes seconds
+    folder = tmp_path_factory.mktemp("logged")
+    (folder / "mlflow").mkdir()
+    shutil.copy(shared_folder / "mlflow/mlflow.db", folder / "mlflow")
+    spec = database(folder, "test")
+    assert log_run(spec, "early") and tracking.connect(replace(spec, experiment="empty"))
+    return folder
+
+
+def test_artifacts_move_with_their_database(logged, tmp_path):
+    """Moved before the second run, and moved again before the third, with an empty experiment."""
+    names = []
+    for name in ("first", "second"):
+        shutil.copytree(logged if not names else tmp_path / names[-1], tmp_path / name)
+        if names:
+            shutil.rmtree(tmp_path / names[-1])
+        spec = database(tmp_path / name, "test")
+        assert log_run(spec, name) and log_run(replace(spec, experiment="empty"), name)
+        names.append(name)
+        assert artifacts(spec) == dict.fromkeys(["early", *names], ["config.yaml"])
+        here = list(Path(spec.artifacts).glob("*/artifacts/config.yaml"))
+        assert len(here) == 1 + 2 * len(names)
+    assert not (tmp_path / "first").exists()
+    assert artifacts(replace(spec, experiment="empty")) == {
+        "first": ["config.yaml"],
+        "second": ["config.yaml"],
+    }
+
+
+def test_a_copied_database_leaves_the_artifacts_of_the_first_alone(logged, tmp_path):
+    before = sorted(logged.rglob("*"))
+    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
+    run = fetch(spec, log_run(spec, "late"))
+    assert sorted(logged.rglob("*")) == before
+    assert str(tmp_path / "copy") in run.info.artifact_uri
+    assert artifacts(spec) == dict.fromkeys(["early", "late"], ["config.yaml"])
+    assert artifacts(database(logged, "test")) == {"early": ["config.yaml"]}
+
+
+def test_a_run_whose_artifacts_stayed_behind_keeps_their_place(logged, tmp_path, caplog):
+    """As after a move with a version that went on writing to the old folder."""
+    old = shutil.copytree(logged, tmp_path / "old")
+    assert log_run(database(old, "test"), "second")
+    shutil.copytree(old, tmp_path / "new")
+    spec, late = database(tmp_path / "new", "test"), entry("late")
+    client = MlflowClient(tracking_uri=spec.uri)
+    experiment = client.get_experiment_by_name("test").experiment_id
+    db = tracking.Database(client, experiment, {}, time.monotonic() + 60)
+    tracking.complete(db, tracking.create(db, late), late)
+    assert log_run(spec, "last")
+    assert f"1 runs of experiment test keep their artifacts in {old}" in caplog.text
+    every = ["early", "second", "late", "last"]
+    assert artifacts(spec) == dict.fromkeys(every, ["config.yaml"])
+    shutil.rmtree(old)
+    assert artifacts(spec) == dict.fromkeys(every, ["config.yaml"]) | {"late": []}
+
+
+def test_artifacts_that_did_not_come_along_are_one_clear_line(logged, tmp_path, caplog):
+    first = shutil.copytree(logged, tmp_path / "first")
+    assert log_run(database(first, "test"), "second")
+    shutil.move(first, tmp_path / "moved")
+    shutil.move(tmp_path / "moved/mlflow/artifacts", tmp_path / "lost")
+    spec = database(tmp_path / "moved", "test")
+    assert log_run(spec, "third") is None and not first.exists()
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
+    assert f"{first}/mlflow/artifacts, which is gone" in line and spec.artifacts in line
+    shutil.move(tmp_path / "lost", spec.artifacts)
+    assert log_run(spec, "third")
+    assert artifacts(spec) == dict.fromkeys(["early", "second", "third"], ["config.yaml"])
+
+
+def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
+    """Each names a folder of its own; what the database has is where they go."""
+    spec = database(shutil.copytree(logged, tmp_path / "one"), "test")
+    assert log_run(spec, "first")
+    other = replace(spec, artifacts=str(tmp_path / "two/artifacts"))
+    shutil.copytree(spec.artifacts, other.artifacts)
+    assert log_run(other, "second") and log_run(spec, "third")
+    every = dict.fromkeys(["early", "first", "second", "third"], ["config.yaml"])
+    assert artifacts(spec) == every
+    assert len(list(Path(other.artifacts).iterdir())) == 2
+
+
+def test_relocate_needs_no_run(logged, tmp_path, capsys):
+    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
+    given = [f"tracking.uri={spec.uri}", f"tracking.artifacts={spec.artifacts}"]
+    assert sync.main(["relocate", *given]) == 0 == sync.main(["relocate", *given])
+    experiments = MlflowClient(tracking_uri=spec.uri).search_experiments()
+    places = {e.name: e.artifact_location for e in experiments if e.name in ("test", "empty")}
+    assert places == dict.fromkeys(["test", "empty"], spec.artifacts)
+    assert artifacts(spec) == {"early": ["config.yaml"]}
+    nowhere = f"tracking.uri=sqlite:///{tmp_path}/nowhere/mlflow.db"
+    assert sync.main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
+
+
+def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
+    db = tracking.connect(spec)
+    here, dead = socket.gethostname(), 1 << 30
+    ours = {"sweep": "s", "job": "0"}
+    opened = {
+        "dead": ours | {"process": f"{here} {dead}"},
+        "sweep": {"kind": "sweep", "sweep": "s", "process": f"{here} {dead}"},
+        "earlier": ours,  # a version that did not say of which process a run is
+        "alive": ours | {"process": f"{here} {os.getpid()}"},
+        "elsewhere": ours | {"process": f"{here}.other {dead}"},
+        "foreign": {"process": f"{here} {dead}"},
+    }
+    for name, tags in opened.items():
+        db.client.create_run(db.experiment, 0, tags, name)
+    given = [f"tracking.uri={spec.uri}", f"tracking.experiment={spec.experiment}"]
+
+    def status() -> dict[str | None, str]:
+        runs = db.client.search_runs([db.experiment])
+        return {run.info.run_name: run.info.status for run in runs}
+
+    assert sync.main(["sync", "--runs", str(tmp_path), *given]) == 0
+    assert status() == dict.fromkeys(opened, "RUNNING")
+    assert orphans.close(db, local=False) == 2
+    db.client.update_run(*(r.info.run_id for r in tracking.find(db, {"kind": "sweep"})), "RUNNING")
+    assert sync.main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
+    assert "2 runs closed whose process is gone" in capsys.readouterr().out
+    killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")
+    assert status() == killed | dict.fromkeys(["alive", "elsewhere", "foreign"], "RUNNING")
+
+
+def test_a_run_says_of_which_process_it_is(spec):
+    run = fetch(spec, log_run(spec))
+    assert run.data.tags["process"] == f"{socket.gethostname()} {os.getpid()}"
 
 
 def test_disabled_tracking_touches_nothing(cold, tmp_path):

@@ -21,7 +21,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline import sync, tracked, tracking
+from pipeline import failures, runner, sync, tracked, tracking
 from tests.pipeline.conftest import REPOSITORY, Finished
 
 PATIENCE = 120  # seconds for the server to start
@@ -75,7 +75,7 @@ class Server:
         assert experiment is not None
         found = self.client.search_runs([experiment.experiment_id], f"tags.sweep = '{sweep.name}'")
         (parent,) = (run for run in found if run.data.tags["kind"] == "sweep")
-        jobs = [run for run in found if run.data.tags["kind"] == "job"]
+        jobs = [run for run in found if "job" in run.data.tags]
         assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in jobs)
         children = {run.data.tags["job"]: run for run in jobs}
         assert len(children) == len(jobs)
@@ -125,7 +125,8 @@ def test_a_sweep_arrives_as_a_parent_with_its_jobs(server, sweep):
     assert sorted(children) == ["0", "1"]
     for job, result in zip(("0", "1"), sweep.results, strict=True):
         run = children[job]
-        assert run.info.status == "FINISHED" and run.info.run_name == result["label"]
+        assert run.info.status == "FINISHED" and run.data.tags["kind"] == "job"
+        assert run.info.run_name == f"tiny {result['label']}"
         assert set(run.data.params) > AXES
         assert run.data.params["coding"] == result["coding"]
         assert run.data.params["coding.timesteps"] == run.data.params["timesteps"] == "6"
@@ -138,6 +139,7 @@ def test_a_sweep_arrives_as_a_parent_with_its_jobs(server, sweep):
         assert run.info.start_time == round(1000 * result["run"]["started"])
         assert run.info.end_time == round(1000 * result["run"]["ended"]) > run.info.start_time
     assert parent.info.status == "FINISHED" and parent.data.tags["coding"] == "las, gated"
+    assert parent.info.run_name == f"sweep tiny {sweep.runs.name}"
     assert parent.data.metrics == {"jobs": 2, "failed": 0}
     assert "| gated" in parent.data.tags["mlflow.note.content"]
 
@@ -251,6 +253,74 @@ def test_a_sweep_that_was_killed_is_logged_and_closed_on_demand(server, folder, 
     ended, children = server.runs(copy)
     assert ended.info.run_id == parent.info.run_id and ended.info.status == "FINISHED"
     assert ended.data.tags["coding"] == "las, gated" and sorted(children) == ["0", "1"]
+
+
+def test_a_failed_job_is_a_failed_run(command, server, folder, sweep):
+    """One of a sweep, of which the other repeats a job of an earlier one."""
+    again = ("-m", "experiment=null", "coding=las", "coding.timesteps=6,0")
+    done = command(folder, *again, *to(server.uri))
+    assert done.code == 1
+    parent, children = server.runs(done.runs)
+    assert parent.info.status == "FAILED" and parent.data.metrics == {"jobs": 1, "failed": 1}
+    assert [children[job].info.status for job in "01"] == ["FINISHED", "FAILED"]
+    assert [children[job].data.tags["kind"] for job in "01"] == ["repeat", "job"]
+    failed = children["1"]
+    assert failed.info.run_name == "tiny las" and not failed.data.metrics
+    reason = json.loads((done.runs / "1/failed.json").read_text())["error"]
+    assert failed.data.tags["error"] == failed.data.tags["mlflow.note.content"] == reason
+    assert "coding.timesteps=0" in failed.data.tags["overrides"]
+    known = {"model": "tiny", "coding": "las", "timesteps": "0", "transform": "none"}
+    assert known.items() <= failed.data.params.items()
+    assert "computation" not in failed.data.tags
+    files = {file.path for file in server.client.list_artifacts(failed.info.run_id)}
+    assert files == {"config.yaml", "__main__.log"}
+
+
+def test_a_sweep_of_failed_jobs_is_there_too(command, server, tmp_path, monkeypatch):
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(runner, "execute", broken)
+    done = command(tmp_path, *SWEEP[:2], "coding=gated", "coding.timesteps=6,7", *to(server.uri))
+    assert done.code == 1 and "results:" not in done.out
+    (runs,) = (tmp_path / "outputs/runs").iterdir()
+    parent, children = server.runs(runs)
+    assert parent.info.status == "FAILED" and parent.data.metrics == {"jobs": 0, "failed": 2}
+    assert {run.info.status for run in children.values()} == {"FAILED"} and len(children) == 2
+    failed = children["1"]
+    assert failed.info.run_name == "tiny gated T=7 n=2"
+    assert {*failed.data.params} >= AXES and failed.data.params["coding.timesteps"] == "7"
+    assert failed.data.tags["error"] == "RuntimeError: out of ink"
+
+
+def test_a_failed_job_that_succeeds_in_its_folder_is_one_run(server, folder, sweep):
+    runs = folder / "outputs" / "mended"
+    copy = runs / "mended"
+    shutil.copytree(sweep.runs, copy)
+    for path in [*copy.glob("*/tracked.json"), *copy.glob("*.json")]:
+        path.unlink()
+    result = (copy / "1/result.json").rename(copy / "1/later.json")
+    failures.record(copy / "1", ["coding=gated"], "no more room")
+    assert synced(runs) == 0
+    _, children = server.runs(copy)
+    assert {job: run.info.status for job, run in children.items()} == {
+        "0": "FINISHED",
+        "1": "FAILED",
+    }
+    result.rename(copy / "1/result.json")
+    later = (copy / "1/failed.json").stat().st_mtime + 1
+    os.utime(copy / "1/result.json", (later, later))
+    assert synced(runs) == 0
+    _, children = server.runs(copy)
+    assert {job: run.info.status for job, run in children.items()} == dict.fromkeys(
+        "01", "FINISHED"
+    )
+
+
+def test_a_job_that_failed_of_its_tracking_costs_nothing(command, folder):
+    done = command(folder, "experiment=null", "coding=las", "tracking.uri=folder")
+    assert done.code == 1 and "sqlite:///FOLDER/mlflow.db" in done.err
+    assert "Traceback" not in done.err + done.out
 
 
 def test_a_result_that_has_changed_replaces_its_run(server, folder, sweep):
