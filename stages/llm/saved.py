@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.codings.coding import Fit
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.llm.attachment import attachment, record, refuse_spiking
+from stages.llm.attachment import Attachment, attachment, record, refuse_spiking
 from stages.llm.checkpoint import (
     AGAIN,
     NEURONS,
@@ -92,13 +94,18 @@ def _versions() -> dict[str, str]:
 @contextmanager
 def _marked(model: Any, spec: SpikingConfig, neurons: Neurons) -> Iterator[None]:
     """The model with its neurons, as transformers saves one that a quantizer made."""
-    model.add_module(NEURONS, neurons)
-    model.config.quantization_config = spec
-    model.hf_quantizer = SpikingQuantizer(spec)
+    _mark(model, spec, neurons)
     try:
         yield
     finally:
         _unmark(model)
+
+
+def _mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
+    model.add_module(NEURONS, neurons)
+    model.config.quantization_config = spec
+    model.hf_quantizer = SpikingQuantizer(spec)
+    model.is_quantized = True
 
 
 def _unmark(model: Any) -> None:
@@ -170,11 +177,25 @@ def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str])
 def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
     """Binds the neurons that a checkpoint has filled, behind the transform it was saved with, until
     the model's attachment is closed."""
-    neurons: Any = getattr(model, NEURONS)
-    params = dict(neurons.named_buffers())
     decoded_transform(spec).restore(model)
     if spec.prefix:
         attach_prefix(model, spec.prefix)
+    _bind(model, spec)
+
+
+def _bind(model: PreTrainedModel, spec: SpikingConfig) -> Attachment:
+    conversion, stack = _conversion(model, spec), ExitStack()
+    stack.callback(_unmark, model)
+    stack.enter_context(patched(model, conversion))
+    bound = Attachment(conversion, stack)
+    record(model, bound, partial(_copied, model))
+    return bound
+
+
+def _conversion(model: PreTrainedModel, spec: SpikingConfig) -> Conversion:
+    """The coding of a config with the parameters that the model holds."""
+    neurons: Any = getattr(model, NEURONS)
+    params = dict(neurons.named_buffers())
     roles = {site.name: site for site in find_sites(model)}
     missing = [name for name in spec.sites if name not in roles]
     if missing:
@@ -189,7 +210,24 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
         unknown,
         unknown,
     )
-    conversion, stack = Conversion(decoded_coding(spec), fitted), ExitStack()
-    stack.callback(_unmark, model)
-    stack.enter_context(patched(model, conversion))
-    record(model, conversion, stack)
+    return Conversion(decoded_coding(spec), fitted)
+
+
+def _copied(model: Any, memo: dict[int, Any]) -> PreTrainedModel:
+    """An independent spiking model, for copy.deepcopy.
+
+    Hooks hold on to the modules and parameters they were made for, so both models get them again:
+    what is copied is the dense model in between.
+    """
+    neurons, spec = getattr(model, NEURONS), model.config.quantization_config
+    bound = attachment(model)
+    assert bound is not None
+    bound.close()
+    try:
+        found = deepcopy(model, memo)
+    finally:
+        _mark(model, spec, neurons)
+        bound.stack = _bind(model, spec).stack  # a handle that somebody holds still closes
+    _mark(found, spec, deepcopy(neurons, memo))
+    _bind(found, spec)
+    return found
