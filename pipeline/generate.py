@@ -147,7 +147,9 @@ def _generated(
     """A continuation of the prompt, and the tokens that passed through the model."""
     import torch
 
-    inputs: Any = tokenizer(request.prompt, return_tensors="pt").to(model.device)
+    inputs: Any = tokenizer(
+        request.prompt, return_tensors="pt", return_token_type_ids=False, return_attention_mask=True
+    ).to(model.device)
     drawn = request.temperature > 0
     options: dict[str, Any] = {"do_sample": drawn, "pad_token_id": tokenizer.pad_token_id or 0}
     if drawn:

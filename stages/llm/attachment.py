@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from stages.patching import Conversion
 
 _RECORD = "spiking_attachment"
+_COPY, _PICKLE = "__deepcopy__", "__reduce_ex__"  # looked up on the model before its class
 
 
 @dataclass
@@ -27,10 +29,34 @@ class Attachment:
         self.stack.close()
 
 
-def record(model: PreTrainedModel, conversion: Conversion, stack: ExitStack) -> None:
-    """Says that `stack` keeps the neurons of a model on until it is closed."""
-    model.__dict__[_RECORD] = Attachment(conversion, stack)
-    stack.callback(model.__dict__.pop, _RECORD)
+def record(
+    model: PreTrainedModel, bound: Attachment, copied: Callable[[dict[int, Any]], PreTrainedModel]
+) -> None:
+    """Says what keeps the neurons of a model on until it is closed, and how the model is copied."""
+    model.__dict__[_RECORD] = bound
+    model.__dict__[_COPY] = copied
+    bound.stack.callback(model.__dict__.pop, _RECORD)
+
+
+@contextmanager
+def pinned(model: PreTrainedModel) -> Iterator[None]:
+    """Refuses copies of a model while the context is open: its hooks are bound to what is in it."""
+
+    def copied(memo: Any) -> NoReturn:
+        raise InputError("a model is not copied while its sites are patched: copy the dense one")
+
+    def pickled(protocol: Any) -> NoReturn:
+        raise InputError(
+            "a spiking model is not pickled: model.save_pretrained(folder) writes a loaded one, and "
+            "stages.load(folder) reads it"
+        )
+
+    model.__dict__ |= {_COPY: copied, _PICKLE: pickled}
+    try:
+        yield
+    finally:
+        for name in (_COPY, _PICKLE):
+            del model.__dict__[name]
 
 
 def attachment(model: PreTrainedModel) -> Attachment | None:

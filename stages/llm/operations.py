@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.llm.prefix import prefix_length
+from stages.llm.passes import prefix_length
 from stages.llm.rotation import OnlineRotation, online_rotation
 from stages.llm.rules import Architecture, architecture
 from stages.llm.sites import Site, fused, matrix

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.codings.coding import Coding
 from stages.errors import InputError
-from stages.llm.attachment import refuse_spiking
+from stages.llm.attachment import pinned, refuse_spiking
 from stages.llm.attention import (
     NAME,
     AttentionPorts,
@@ -26,6 +26,7 @@ from stages.llm.experts import NAME as EXPERTS
 from stages.llm.experts import ExpertPorts, set_expert_ports, switch_experts
 from stages.llm.forward import windows
 from stages.llm.kernels import masked_softmax, row_kernel, softmax_kernel
+from stages.llm.passes import Pass, decoder, prefix_length
 from stages.llm.sites import ATTENTION_PORTS, Site, find_sites, matrix
 
 
@@ -128,8 +129,10 @@ def attached(
     if unknown:
         raise InputError(f"no such site in this model: {', '.join(sorted(unknown)[:4])}")
     modules = dict(model.named_modules())
-    state = _Pass()
-    handles = [model.register_forward_pre_hook(_begin(state), with_kwargs=True)]
+    counted = any(getattr(port, "counter", None) is not None for port in ports.values())
+    mixture = any(site.expert is not None for site in sites)
+    state = Pass(model, prefix_length(model), mixture, counted)
+    handles = [decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)]
     attention = _attention_ports(sites, ports)
     experts = _expert_ports(sites, ports, state)
     before, routed = model.config._attn_implementation, None
@@ -147,7 +150,8 @@ def attached(
         model.set_attn_implementation(NAME)
         if experts:
             routed = switch_experts(model, EXPERTS)
-        yield state
+        with pinned(model):
+            yield state
     finally:
         model.set_attn_implementation(before)
         if routed is not None:
@@ -206,28 +210,8 @@ def _fanout(site: Site, modules: Mapping[str, nn.Module], config: Any) -> int:
     return sum(matrix(modules[name], site, config).outputs for name in site.consumers)
 
 
-class _Pass(ForwardState):
-    """The state of a pass of `length` new tokens."""
-
-    length = 0
-
-    def begin(self, attention_mask: Tensor | None, length: int) -> None:
-        super().begin(attention_mask, length)
-        self.length = length
-
-
-def _begin(state: ForwardState) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        state.begin(mask, tokens.shape[1])
-
-    return hook
-
-
 def _hooks(
-    modules: Mapping[str, nn.Module], site: Site, port: Port, state: _Pass, fanout: int
+    modules: Mapping[str, nn.Module], site: Site, port: Port, state: Pass, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat

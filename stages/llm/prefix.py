@@ -6,7 +6,6 @@ keep every later token from becoming one.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,16 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stages.errors import InputError
 from stages.llm.attention import View
 from stages.llm.experts import refuse_experts
+from stages.llm.passes import (
+    PREFIX,
+    argument_names,
+    decoder,
+    named,
+    new_tokens,
+    positions,
+    prefix_length,
+)
 from stages.llm.ports import DensePort, stream
 from stages.llm.rules import architecture
 from stages.llm.sites import find_sites
 from stages.registry import register
 
-_RECORD = "prefix_ids"
 KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
 
 
@@ -112,30 +120,42 @@ def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
     return ranked[: max(length, 1)]
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The most keys, prefix among them, that a text may have, and what comes behind them."""
+
+    keys: int
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class PrefixCache:
-    """The decoder layers with the prefix' keys and values [1, G, P, D], and the names of forward's
-    arguments."""
+    """The decoder layers with the prefix' keys and values [1, G, P, D], the names of forward's
+    arguments, and how long a text may be."""
 
     ids: tuple[int, ...]
     layers: nn.ModuleList
     names: tuple[str, ...]
+    limits: tuple[Limit, ...]
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pass behind the prefix: a cache that holds it, mask and positions to match.
 
         An empty cache is filled; one that is not holds the prefix since the pass that filled it.
-        Raises InputError on masks and caches that leave no place for the prefix.
+        Positions count from the end of the prefix, and no pad. Raises InputError on masks and caches
+        that leave no place for the prefix, and on texts that it would not reach.
         """
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"] if tokens is None else tokens
-        batch, length = tokens.shape[:2]
-        old = given.pop("past_key_values", None)
-        cache: Cache | None = given.get("cache") if old is None else old
+        given = named(self.names, args, kwargs)
+        batch, length = new_tokens(given)
+        cache: Cache | None = given.get("cache")
         if cache is None:
             cache = DynamicCache(config=module.config)
         past = int(cache.get_seq_length())
+        mask, at = given.get("attention_mask"), given.get("position_ids")
+        keys = (past or len(self.ids)) + length
+        self._check(mask, keys)
+        if past and mask is None and at is not None:
+            self._check_start(int(at[..., 0].max()) + len(self.ids), past)
         if past == 0:
             for index, layer in enumerate(self.layers):
                 own: Any = layer
@@ -143,13 +163,12 @@ class PrefixCache:
                     _expand(own.prefix_keys, batch), _expand(own.prefix_values, batch), index
                 )
         given["cache"] = cache
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
-            given["attention_mask"] = self._extended(mask, int(cache.get_seq_length()) + length)
-        if positions is not None:
-            given["position_ids"] = positions + len(self.ids)
-        if past and mask is None and positions is not None:
-            self._check_start(int(given["position_ids"][..., 0].max()), past)
+            at = positions(mask, length) if at is None else at
+            ones = mask.new_ones(mask.shape[0], len(self.ids))
+            given["attention_mask"] = torch.cat([ones, mask], dim=1)
+        if at is not None:
+            given["position_ids"] = at + len(self.ids)
         return (), given
 
     def _check_start(self, start: int, past: int) -> None:
@@ -157,19 +176,27 @@ class PrefixCache:
         if start != past:
             raise InputError(
                 f"tokens from position {start} on behind a cache of {past}, {len(self.ids)} of them "
-                "the prefix of this model: a cache of an earlier text cannot be continued, give the "
-                "whole text without a cache"
+                "the prefix of this model: a cache of an earlier text, or of an assistant model, "
+                "cannot be continued, give the whole text without a cache"
             )
 
-    def _extended(self, mask: Tensor, keys: int) -> Tensor:
+    def _check(self, mask: Any, keys: int) -> None:
         size = len(self.ids)
-        if mask.dim() != 2 or mask.shape[1] + size != keys:
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        if mask is not None and not (flat and mask.shape[1] + size == keys):
+            got = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"of {[*mask]}"
             raise InputError(
-                f"attention_mask {list(mask.shape)} for {keys} keys, {size} of them the prefix of "
-                "this model: give a mask [batch, past + new tokens] without the prefix, and no "
-                "cache of a fixed size or of an earlier text"
+                f"attention_mask {got} for {keys} keys, {size} of them the prefix of this model: "
+                "give a mask [batch, past + new tokens] without the prefix, and no cache of a fixed "
+                "size or of an earlier text"
             )
-        return torch.cat([mask.new_ones(mask.shape[0], size), mask], dim=1)
+        for limit in self.limits:
+            if keys > limit.keys:
+                raise InputError(
+                    f"a text of {keys - size} tokens, pads among them, behind a prefix of {size}: "
+                    f"{limit.reason}; give at most {limit.keys - size} tokens, or convert with "
+                    "transform=rotate, which has no prefix"
+                )
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Takes from the output a cache that nobody asked for: `generate` would go on with it."""
@@ -182,6 +209,23 @@ class PrefixCache:
 
 def _expand(states: Tensor, batch: int) -> Tensor:
     return states.expand(batch, -1, -1, -1)
+
+
+def _limits(config: Any) -> tuple[Limit, ...]:
+    """A prefix that a sliding window leaves behind shields no token, and one that was rotated with
+    other frequencies than the text stands elsewhere."""
+    windows = [
+        int(layer.sliding_window)
+        for layer in DynamicCache(config=config).layers
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    ]
+    found = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, trained = rope.get("rope_type"), config.max_position_embeddings
+    if kind in ("dynamic", "longrope"):
+        trained = rope.get("original_max_position_embeddings") or trained
+        found.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
+    return tuple(found)
 
 
 def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
@@ -199,18 +243,8 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
     for layer, states in zip(layers, filled, strict=True):  # as buffers they go where a model goes
         layer.register_buffer(KEYS, states.keys, persistent=False)
         layer.register_buffer(VALUES, states.values, persistent=False)
-    names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-    kept = PrefixCache(tuple(ids), layers, names)
-    model.register_forward_pre_hook(kept.enter, with_kwargs=True)
-    model.register_forward_hook(kept.leave, with_kwargs=True)
-    model.__dict__[_RECORD] = kept.ids
-
-
-def prefix_length(model: PreTrainedModel) -> int:
-    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
-    return len(prefix_ids(model))
-
-
-def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens kept in front of every text."""
-    return tuple(model.__dict__.get(_RECORD, ()))
+    inner = decoder(model)
+    kept = PrefixCache(tuple(ids), layers, argument_names(inner), _limits(model.config))
+    inner.register_forward_pre_hook(kept.enter, with_kwargs=True)
+    inner.register_forward_hook(kept.leave, with_kwargs=True)
+    model.__dict__[PREFIX] = kept.ids

@@ -62,6 +62,11 @@ class SpikingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from stages.llm.saved import make_room
 
+        if model.get_output_embeddings() is None:
+            raise InputError(
+                f"a {type(model).__name__} has no head, and a spiking model is read with its head: use "
+                "stages.load(folder) or AutoModelForCausalLM, and model.get_decoder() of it"
+            )
         make_room(model, self.quantization_config, kwargs["checkpoint_files"])
 
     def _process_model_after_weight_loading(

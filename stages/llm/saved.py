@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.codings.coding import Fit
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.llm.attachment import attachment, record, refuse_spiking
+from stages.llm.attachment import Attachment, attachment, record, refuse_spiking
 from stages.llm.checkpoint import (
     AGAIN,
     NEURONS,
@@ -33,7 +36,7 @@ from stages.llm.sites import find_sites
 from stages.llm.transforms import Transform
 from stages.patching import Conversion, patched
 
-__all__ = ["Neurons", "attach", "attachment", "load", "make_room", "save"]
+__all__ = ["Neurons", "attach", "attachment", "bind", "describe", "load", "make_room", "save"]
 _PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
@@ -87,17 +90,6 @@ def describe(
     )
 
 
-def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) -> None:
-    """Puts neurons on a dense model in memory until its attachment is closed; it is saved with them.
-
-    Raises InputError for a spiking model, and where a site is not one of this model's.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(patched(model, conversion))
-        stack.enter_context(_marked(model, spec, Neurons(conversion.neurons.fit.params)))
-        record(model, conversion, stack.pop_all())
-
-
 def _versions() -> dict[str, str]:
     """Those of what writes a checkpoint; a source tree that is not installed has none."""
     found = {}
@@ -110,13 +102,18 @@ def _versions() -> dict[str, str]:
 @contextmanager
 def _marked(model: Any, spec: SpikingConfig, neurons: Neurons) -> Iterator[None]:
     """The model with its neurons, as transformers saves one that a quantizer made."""
-    model.add_module(NEURONS, neurons)
-    model.config.quantization_config = spec
-    model.hf_quantizer = SpikingQuantizer(spec)
+    _mark(model, spec, neurons)
     try:
         yield
     finally:
         _unmark(model)
+
+
+def _mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
+    model.add_module(NEURONS, neurons)
+    model.config.quantization_config = spec
+    model.hf_quantizer = SpikingQuantizer(spec)
+    model.is_quantized = True
 
 
 def _unmark(model: Any) -> None:
@@ -188,8 +185,6 @@ def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str])
 def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
     """Binds the neurons that a checkpoint has filled, behind the transform it was saved with, until
     the model's attachment is closed."""
-    neurons: Any = getattr(model, NEURONS)
-    params = dict(neurons.named_buffers())
     coding, transform = decoded_coding(spec), decoded_transform(spec)
     spec.coding, spec.transform = encoded(coding), encoded(transform)  # as it is saved again
     transform.restore(model)
@@ -205,11 +200,56 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
         tuple(spec.sites),
         tuple(site.role for site in own),
         tuple(site.layer for site in own),
-        Fit(params),
+        Fit({}),
         unknown,
         unknown,
     )
-    conversion, stack = Conversion(coding, fitted), ExitStack()
-    stack.callback(_unmark, model)
-    stack.enter_context(patched(model, conversion))
-    record(model, conversion, stack)
+    _attach(model, _held(model, Conversion(coding, fitted)))
+
+
+def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) -> None:
+    """Puts neurons on a dense model in memory until its attachment is closed; it is saved with them.
+
+    Raises InputError for a spiking model, and where a site is not one of this model's.
+    """
+    refuse_spiking(model)
+    _mark(model, spec, Neurons(conversion.neurons.fit.params))
+    _attach(model, conversion)
+
+
+def _attach(model: PreTrainedModel, conversion: Conversion) -> Attachment:
+    """Lets the neurons of a marked model work; closing takes its mark off too."""
+    with ExitStack() as stack:
+        stack.callback(_unmark, model)
+        stack.enter_context(patched(model, conversion))
+        bound = Attachment(conversion, stack.pop_all())
+    record(model, bound, partial(_copied, model))
+    return bound
+
+
+def _held(model: PreTrainedModel, conversion: Conversion) -> Conversion:
+    """A conversion with the parameters that the model holds."""
+    neurons: Any = getattr(model, NEURONS)
+    fit = Fit(dict(neurons.named_buffers()), conversion.neurons.fit.curve)
+    return replace(conversion, neurons=replace(conversion.neurons, fit=fit))
+
+
+def _copied(model: Any, memo: dict[int, Any]) -> PreTrainedModel:
+    """An independent spiking model, for copy.deepcopy.
+
+    Hooks hold on to the modules and parameters they were made for, so both models get them again:
+    what is copied is the dense model in between.
+    """
+    neurons, spec = getattr(model, NEURONS), model.config.quantization_config
+    bound = attachment(model)
+    assert bound is not None
+    conversion = _held(model, bound.conversion)
+    bound.close()
+    try:
+        dense = deepcopy(model, memo)
+    finally:
+        _mark(model, spec, neurons)
+        bound.stack = _attach(model, conversion).stack  # a handle that somebody holds still closes
+    _mark(dense, spec, deepcopy(neurons, memo))
+    _attach(dense, _held(dense, conversion))
+    return dense

@@ -139,15 +139,19 @@ def test_the_loop_tells_wrong_experts_apart(
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     conversion = convert(model, GATED)
+    build = functions.ExpertPorts
     if mutant == "other_expert":
-        build = functions.ExpertPorts
 
         def swapped(act, up, down, state):
             return build([act[1], act[0], *act[2:]], up, down, state)
 
         monkeypatch.setattr("stages.llm.ports.ExpertPorts", swapped)
     elif mutant == "dense":
-        monkeypatch.setattr("stages.llm.ports.switch_experts", lambda model, name: name)
+
+        def uncoded(act, up, down, state):
+            return build(*([DensePort()] * len(act) for _ in range(3)), state)
+
+        monkeypatch.setattr("stages.llm.ports.ExpertPorts", uncoded)
     else:
         ported = functions.ported_experts
 

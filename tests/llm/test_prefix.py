@@ -15,21 +15,22 @@ from stages.errors import InputError
 from stages.evaluation import negative_log_likelihood, perplexity
 from stages.llm.harness import _in_memory
 from stages.llm.operations import operations
+from stages.llm.passes import prefix_length
 from stages.llm.ports import DensePort, attached
-from stages.llm.prefix import PrefixSearch, attach_prefix, prefix_length
+from stages.llm.prefix import PrefixSearch, attach_prefix
 from stages.llm.rotation import rotate
 from stages.llm.sites import find_sites
 from stages.patching import patched
 
 PREFIX = (7, 3, 48)
-KINDS = ("llama", "mistral", "qwen2")  # the window of mistral is shorter than the texts
+KINDS = {"llama": {}, "mistral": {"sliding_window": 19}, "qwen2": {}}  # just the longest text
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [0] + [1] * 8])
 
 
 @pytest.fixture(params=KINDS)
 def pair(request, tiny):
     """The plain model, and the same one rotated and with a prefix."""
-    plain, changed = tiny(request.param), tiny(request.param)
+    plain, changed = (tiny(request.param, **KINDS[request.param]) for _ in range(2))
     rotate(changed, seed=1)
     attach_prefix(changed, PREFIX)
     return plain, changed
@@ -67,19 +68,28 @@ def test_a_prefix_goes_where_its_model_goes(pair, tokens):
         assert changed(ids.to("meta")).logits.is_meta
 
 
-def test_logits_of_left_padded_rows_are_those_of_each_row_alone(pair, tokens):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", [True, False])
+def test_logits_of_padded_rows_are_those_of_each_row_alone(pair, tokens, side, positions):
+    plain, changed = pair
+    ids, padded = tokens(3, 9), LEFT if side == "left" else LEFT.flip(-1)
+    given = {"position_ids": (padded.cumsum(-1) - 1).clamp(min=0)} if positions else {}
+    with torch.no_grad():
+        got = changed(ids, attention_mask=padded, **given).logits
+        with patched(changed, None):
+            ported = changed(ids, attention_mask=padded, **given).logits
+        for row, mask in enumerate(padded.bool()):
+            want = plain(behind(ids[row : row + 1, mask])).logits[0, len(PREFIX) :]
+            close(got[row, mask], want)
+            close(ported[row, mask], want)
+
+
+def test_the_decoder_alone_stands_behind_the_prefix_too(pair, tokens):
     plain, changed = pair
     ids = tokens(3, 9)
-    positions = (LEFT.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        got = changed(ids, attention_mask=LEFT, position_ids=positions).logits
-        with patched(changed, None):
-            ported = changed(ids, attention_mask=LEFT, position_ids=positions).logits
-        for row, mask in enumerate(LEFT.bool()):
-            want = plain(behind(ids[row : row + 1, mask])).logits[0, len(PREFIX) :]
-            if plain.config.model_type != "mistral":  # pads lie in its window, before the prefix
-                close(got[row, mask], want)
-            close(ported[row, mask], got[row, mask])
+        want = plain(behind(ids)).logits[:, len(PREFIX) :]
+        close(changed.lm_head(changed.model(ids).last_hidden_state), want)
 
 
 def test_a_text_may_come_in_pieces(pair, tokens):
@@ -175,14 +185,12 @@ def test_capture_sees_the_values_behind_the_prefix_and_none_of_the_prefix(tiny, 
         assert extreme.tolist() == pytest.approx([float(rows.min()), float(rows.max())], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_counters_count_new_tokens_and_the_plan_the_keys_they_meet(kind, tiny, tokens, convert):
-    model, ids = tiny(kind), tokens(2, 9)
+def test_counters_count_new_tokens_and_the_plan_the_keys_they_meet(tiny, tokens, convert):
+    model, ids = tiny(), tokens(2, 9)
     attach_prefix(model, PREFIX)
     result = perplexity(model, ids, convert(model, Las("las", 4, "zero")), 2, "text").counters
     values = result.set_index("role").groupby("role")["values"].first()
-    window = 5 if kind == "mistral" else 99
-    pairs = sum(min(len(PREFIX) + query + 1, window) for query in range(9))
+    pairs = sum(len(PREFIX) + query + 1 for query in range(9))
     assert values["attn.in"] == 2 * 9 * 24
     assert values["attn.q"] == 2 * 9 * 4 * 10
     assert values["attn.k"] == values["attn.v"] == 2 * 9 * 2 * 10
@@ -223,6 +231,40 @@ def test_a_mask_or_a_cache_without_room_for_the_prefix_is_refused(tiny, tokens):
     with torch.no_grad():  # one with room for all of it serves
         cache = StaticCache(config=model.config, max_cache_len=32)
         close(model(ids, cache=cache).logits, model(ids).logits)
+
+
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ENDS = {
+    "mistral": ({"sliding_window": 12}, "window of 12 would leave the prefix"),
+    "qwen2": (SLIDING | {"sliding_window": 12}, "window of 12 would leave the prefix"),
+    "llama": (
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 12},
+        "rope_type 'dynamic' turns longer texts otherwise",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_text_that_would_lose_the_prefix_is_refused_everywhere(kind, tiny, tokens):
+    more, reason = ENDS[kind]
+    plain, changed = tiny(kind, **more), tiny(kind, **more)
+    attach_prefix(changed, PREFIX)
+    fits, longer = tokens(2, 9), tokens(2, 10)
+    left = torch.tensor([[0] * 8 + [1] * 2, [0] + [1] * 9])
+    with torch.no_grad():
+        close(changed(fits).logits, plain(behind(fits)).logits[:, len(PREFIX) :])
+    mask = torch.ones_like(fits)
+    for use in (
+        lambda: changed(longer),
+        lambda: changed(longer, attention_mask=left),
+        lambda: changed(longer, attention_mask=left, position_ids=left.cumsum(-1) - 1),
+        lambda: perplexity(changed, longer, None, 2, "text"),
+        lambda: changed.generate(fits, attention_mask=mask, min_new_tokens=2, max_new_tokens=2),
+    ):
+        with pytest.raises(InputError, match=reason) as refused, torch.no_grad():
+            use()
+        assert "give at most 9 tokens" in str(refused.value) and "\n" not in str(refused.value)
 
 
 # The search

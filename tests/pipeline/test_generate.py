@@ -88,6 +88,21 @@ def test_both_texts_and_what_they_cost(exported: Path, capsys) -> None:
     assert out.count("a=b, c") == 2
 
 
+def test_a_tokenizer_of_segments_gives_the_same_text(exported: Path, tmp_path, capsys) -> None:
+    from transformers import AutoTokenizer
+
+    folder = Path(shutil.copytree(exported / "spiking", tmp_path / "spiking"))
+    file = folder / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": names}))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("a spike")
+    texts = []
+    for path in (exported / "spiking", folder):
+        assert generate.main([f"model_path={path}", "prompt=a spike", "max_new_tokens=5"]) == 0
+        texts.append(capsys.readouterr().out.partition("45 nm")[2])
+    assert texts[0] == texts[1] and texts[0].count("a spike") == 2
+
+
 def table(out: str) -> dict[str, list[str]]:
     lines = [line.split() for line in out.splitlines() if re.match(r"dense |spiking ", line)]
     return {name: cells for name, *cells in lines}

@@ -153,8 +153,9 @@ def test_dense_saves_nothing_and_totals_are_the_sums_of_the_kinds(energy):
 # Spiking: the counters of a real forward pass, and sums made by hand
 
 
-@pytest.mark.parametrize("prefix", [(), (3, 5)])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    ("window", "prefix"), [(None, ()), (None, (3, 5)), (4, ()), (TOKENS + 2, (3, 5))]
+)
 def test_dense_counters_agree_with_the_plan(energy, window, prefix):
     """What the sites count in a forward pass is what the plan says of them."""
     model = tiny() if window is None else tiny("mistral", sliding_window=window)
