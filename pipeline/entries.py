@@ -108,7 +108,6 @@ def _axes(job: Path, config: DictConfig, result: Mapping[str, Any]) -> dict[str,
     choices = OmegaConf.load(job / ".hydra/hydra.yaml").hydra.runtime.choices
     return {
         **result["axes"],
-        "fingerprint": result.get("fingerprint"),
         "variant": variant(result),
         "sites": choices.sites,
         "evaluation": ", ".join(config.evaluation.corpora),

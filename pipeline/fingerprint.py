@@ -48,7 +48,7 @@ def folder_fingerprint(folder: Path) -> dict[str, str]:
 def digest(path: Path) -> str:
     """The sha256 of a file, read once for all jobs."""
     stat = path.stat()
-    return sha256_of(path.absolute(), stat.st_size, stat.st_mtime_ns)
+    return sha256_of(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 def _counts(path: Path) -> bool:
@@ -64,8 +64,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def _sampled(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_size} bytes, {stat.st_mtime_ns}, {_samples(path, stat.st_size, stat.st_mtime_ns)}"
+    size, time = path.stat().st_size, path.stat().st_mtime_ns
+    return f"{size} bytes, {time}, {_samples(path.resolve(), size, time)}"
 
 
 @functools.cache

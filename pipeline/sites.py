@@ -28,8 +28,7 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
 
     chosen = list(sys.argv[1:] if overrides is None else overrides)
     model = [override for override in chosen if re.match(r"model[.=]", override)]
-    energy = shlex.join(["python", "-m", "pipeline.energy", *model, "energy.tokens=512"])
-    return told(lambda: _report(energy, *_configured(chosen, conf)))
+    return told(lambda: _report(model, *_configured(chosen, conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
@@ -46,16 +45,18 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
 
 
 def _report(
-    energy: str, spec: ModelSpec, selection: Any, capture: Any, tokens: int, coding: Any
+    overrides: list[str], spec: ModelSpec, selection: Any, capture: Any, tokens: int, coding: Any
 ) -> None:
     import torch
 
     from stages.codings.dense import Dense
     from stages.llm.footprint import parameter_bytes, resident, site_plan
+    from stages.llm.limits import positions
     from stages.llm.loading import meta_model
     from stages.llm.sites import find_sites, select
 
-    model = meta_model(spec.config())
+    config = spec.config()
+    model = meta_model(config)
     sites = select(find_sites(model), selection)
     dtype = getattr(torch, spec.dtype)
     frame = site_plan(model, sites, capture.mantissa_bits, dtype, tokens)
@@ -77,7 +78,9 @@ def _report(
             memory[f"neurons of {coding.name}, n={coding.grains}, at every site"] = one * len(sites)
     for name, size in memory.items():
         print(f"{size / 1e9:11.6f} GB  {name}")
-    print(f"\nenergy: {energy}")
+    length = min(512, spec.positions or positions(config) or 512)
+    energy = ["python", "-m", "pipeline.energy", *overrides, f"energy.tokens={length}"]
+    print(f"\nenergy: {shlex.join(energy)}")
 
 
 def _print_roles(frame: pd.DataFrame) -> None:
