@@ -182,7 +182,7 @@ def model_step(file: PackageFile) -> Step:
 
 def _commit(hub: str, revision: str | None) -> str:
     """The commit a hub revision stands for today, so that a moved branch is another model."""
-    return str(getattr(_hub_config(hub, revision), "_commit_hash", None) or revision)
+    return str(getattr(_hub_config(hub, revision), "_commit_hash", None) or revision or "main")
 
 
 @functools.cache
