@@ -99,7 +99,7 @@ def _run(settings: Settings, folder: Path) -> None:
     started = time.time()
     if settings.runtime.plan:  # nothing asked for a plan, but what is configured may not run either
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
-    log.info("%s", settings.name)
+    log.info("%s on %s", settings.name, settings.model.name)
     result, sites, run = runner.execute(settings, jobs.command(_overrides()))
     result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}

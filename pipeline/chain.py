@@ -69,7 +69,7 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     found = Chain(
         settings, inputs.model_source(settings.model, store, device, settings.runtime.offload)
     )
-    if (file := settings.model.gguf) is not None and settings.model.path is None:
+    if (file := settings.model.gguf) is not None:
         found.sources |= {"asset model": asset_step(file), "model": inputs.model_step(file)}
     _transform(found)
     fitted: dict[str, str] = {}
@@ -82,7 +82,8 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     found.add("energy", {"energy": energy, "coding": settings.coding}, keys)
     if settings.export.enabled:  # whose card tells what all others measured
         measured = {label: found.key(label) for label in found.steps if label not in fitted}
-        coding = {"coding": settings.coding, "sites": settings.sites}
+        coding: dict[str, Any] = {"coding": settings.coding, "sites": settings.sites}
+        coding |= {"names": [settings.model.name, settings.name]}  # which stand on its card
         found.add("export", coding, {"model": found.model.key} | fitted | measured)
     return found
 

@@ -1,6 +1,7 @@
 """Energy of a model from its configuration alone: `python -m pipeline.energy model=llama3-8b`.
 
-Takes the overrides of `python -m pipeline`. Nothing is loaded but the dimensions in the model's yaml.
+Takes the overrides of `python -m pipeline`. Nothing is loaded but the model's config: that of the folder
+model.path, of model.hub, or the dimensions in its yaml.
 """
 
 from __future__ import annotations
@@ -28,28 +29,30 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
-    """The energy stage, the transform and the model's dimensions that a configuration names."""
+    """The energy stage, the transform and the model that a configuration names."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         config = compose("config", overrides)
     energy = instantiate(config.energy)
     if energy.tokens is None:
         raise InputError("energy.tokens=null: give the length of the prompt, energy.tokens=512")
-    model: Any = OmegaConf.to_container(config.model, resolve=True)
-    return energy, instantiate(config.transform), model["dims"] or {}
+    return energy, instantiate(config.transform), instantiate(config.model)
 
 
-def _report(energy: Any, transform: Any, dims: Any) -> None:
+def _report(energy: Any, transform: Any, spec: Any) -> None:
     from stages.energy import account, by_kind
+    from stages.llm.limits import check_positions
     from stages.llm.loading import meta_model
     from stages.llm.operations import ELEMENTWISE, ROTATION, operations
     from stages.llm.sites import find_sites
 
-    model = meta_model(dims)
+    config = spec.config()
+    check_positions(config, {"energy.tokens": energy.tokens}, spec.name, spec.positions)
+    model = meta_model(config)
     transform.declare(model)
+    print(f"model {spec.name}\n")
     table = by_kind(account(operations(model, find_sites(model)), energy, energy.tokens))
     for (convention, phase), rows in table.groupby(["convention", "phase"], sort=False):
         queries = f"{energy.tokens} tokens" if phase == "prefill" else "1 token"

@@ -157,6 +157,7 @@ def _generated(
     size = inputs["input_ids"].shape[1]
     if not size:
         raise InputError(f"prompt={request.prompt!r} has no token; give another text")
+    _check_prompt(model, tokenizer, inputs["input_ids"][0], request)
     with torch.inference_mode():
         generate: Any = model.generate
         # Kernels are compiled before the clock runs.
@@ -169,6 +170,26 @@ def _generated(
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids[size:], skip_special_tokens=True)
     return Generated(str(text), len(ids) - size, seconds), len(ids) - 1
+
+
+def _check_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Any, request: Request
+) -> None:
+    """Raises InputError where the model lacks a token of the prompt, or positions for the text."""
+    from stages.llm.limits import check_tokens, positions
+    from stages.llm.prefix import prefix_length
+
+    embedding: Any = model.get_input_embeddings()
+    check_tokens(ids, embedding.num_embeddings, "the prompt", tokenizer)
+    most, needed = (
+        positions(model.config),
+        len(ids) + request.max_new_tokens - 1,
+    )  # the last is not read
+    if most is not None and needed + prefix_length(model) > most:
+        raise InputError(
+            f"a prompt of {len(ids)} tokens and max_new_tokens={request.max_new_tokens}: the model has "
+            f"{most - prefix_length(model)} positions for them; give fewer"
+        )
 
 
 def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> list[float | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.assets import asset_step, content, fetch, fetch_all
-from pipeline.manifest import sha256_of
+from pipeline.fingerprint import digest, folder_fingerprint
 from pipeline.stage import Step, code_hash
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
@@ -24,7 +24,8 @@ from stages.llm.corpus import (
     tokenise,
 )
 from stages.llm.harness import TaskSpec
-from stages.llm.loading import ATTENTION, ModelSpec, convert_gguf, load, load_offloaded
+from stages.llm.loading import ATTENTION, convert_gguf, load, load_offloaded
+from stages.llm.model import ModelSpec
 from stages.llm.offload import Offload
 from stages.llm.sources import HubText, PackageFile
 from stages.llm.transforms import Transform, Untouched
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "prefix.json"  # what the search for a prefix found
-HASHED_IN_FULL = 4 << 30  # bytes of a local model; a larger file counts by size and time
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """A model that can be loaded, and what identifies it: `key` enters every artifact made with it.
 
-    `weights` is the key without the transform, for what depends on the tokenizer alone. Nothing is
-    fetched before the model is loaded.
+    `weights` is the key without the transform, for what depends on the tokenizer alone, and
+    `fingerprint` that of its files in whatever dtype. Nothing is fetched before the model is loaded.
     """
 
     spec: ModelSpec
     key: str
     weights: str
+    fingerprint: str
     store: Store
     device: str
     offload: Offload | None = None
@@ -132,16 +133,22 @@ def model_source(
 ) -> ModelSource:
     """Finds the model a spec names: a local folder, a package's GGUF file dequantised once, the hub."""
     if spec.path is not None:
-        identity = _fingerprint(Path(spec.path).expanduser())
+        identity: dict[str, Any] = folder_fingerprint(Path(spec.path).expanduser())
     elif spec.gguf is not None:
-        identity = {"gguf": model_step(spec.gguf).key()}
+        identity = {"gguf": spec.gguf.sha256}
     elif spec.hub is not None:
         identity = {"hub": spec.hub, "revision": _commit(spec.hub, spec.revision)}
     else:
-        raise InputError(f"model {spec.name} has dimensions but no weights; give model.path=FOLDER")
+        raise InputError(f"model {spec.name} has no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION, "rules": _rules(spec)}
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return ModelSource(spec, key, key, store, device, offload)
+    if spec.gguf is not None:
+        parts["gguf"] = model_step(spec.gguf).key()  # the code that dequantises it counts too
+    key = _hashed(parts)
+    return ModelSource(spec, key, key, _hashed(identity), store, device, offload)
+
+
+def _hashed(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _rules(spec: ModelSpec) -> str | None:
@@ -149,12 +156,23 @@ def _rules(spec: ModelSpec) -> str | None:
     its sites are looked for."""
     kind = spec.dims.get("model_type")
     if spec.path is not None:
-        config = Path(spec.path).expanduser() / "config.json"
-        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+        kind = _model_type(Path(spec.path).expanduser() / "config.json")
+    elif spec.hub is not None:
+        kind = _hub_config(spec.hub, spec.revision).model_type
     try:
         return code_hash((f"stages.llm.architectures.{str(kind).replace('-', '_')}",))
     except ModuleNotFoundError:
         return None
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        found: str | None = json.loads(config.read_text())["model_type"]
+    except FileNotFoundError:  # which is told when the model is loaded
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{config} cannot be read, or names no model_type: {error}") from error
+    return found
 
 
 def model_step(file: PackageFile) -> Step:
@@ -162,32 +180,22 @@ def model_step(file: PackageFile) -> Step:
     return Step("model", {"sha256": file.sha256}, {}, ("stages.llm.loading",))
 
 
-@functools.cache
 def _commit(hub: str, revision: str | None) -> str:
     """The commit a hub revision stands for today, so that a moved branch is another model."""
+    return str(getattr(_hub_config(hub, revision), "_commit_hash", None) or revision or "main")
+
+
+@functools.cache
+def _hub_config(hub: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(hub, revision=revision or "main")
+        return AutoConfig.from_pretrained(hub, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {hub} cannot be reached on the hub ({str(error).splitlines()[0]}); log in "
             "if it is gated, or give a local folder by model.path=FOLDER"
         ) from error
-    return str(getattr(config, "_commit_hash", None) or revision)
-
-
-def _fingerprint(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
-    total = sum(p.stat().st_size for p in files)
-    return {p.name: _digest(p, total <= HASHED_IN_FULL or p.suffix == ".json") for p in files}
-
-
-def _digest(path: Path, full: bool = True) -> str:
-    stat = path.stat()
-    if not full:
-        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
-    return sha256_of(path.absolute(), stat.st_size, stat.st_mtime_ns)  # read once for all jobs
 
 
 def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:
@@ -202,7 +210,7 @@ def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:
         spec["hub"] = origin
         modules += ("stages.llm.hub",)
     elif origin.is_file():
-        spec["file"] = _digest(origin)
+        spec["file"] = digest(origin)
     else:
         raise InputError(f"corpus.{corpus.name}: text file {origin} does not exist")
     return Step("tokens", spec, keys, modules)
@@ -274,7 +282,7 @@ def refuse_overlap(calibration: Artifact, evaluation: Artifact) -> None:
 def question_key(spec: TaskSpec) -> str:
     """What identifies a task's data: its package's file, a local one, or lm-eval's own on the hub."""
     if spec.path is not None:
-        return _digest(_question_path(spec, spec.path))
+        return digest(_question_path(spec, spec.path))
     return "hub" if spec.package is None else asset_step(spec.package).key()
 
 

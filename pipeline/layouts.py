@@ -203,7 +203,7 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
             "the rows are evaluated on different texts or questions, so they do not compare: give "
             "every evaluation.* one value"
         )
-    axes = [row.run.settings.axes for row in rows]
+    axes = [row.result for row in rows]
     places = {n: list(dict.fromkeys(a[n] for a in axes)) for n in ("model", "transform")}
     keys = [
         (*(found.index(a[name]) for name, found in places.items()), a["timesteps"] or 0)

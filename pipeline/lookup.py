@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from pipeline import failures, runner
 from pipeline.jobs import Job, jobs
-from pipeline.rows import distinct
+from pipeline.rows import apart, distinct
 from pipeline.runner import Run
 from stages.errors import InputError
 
@@ -49,6 +49,8 @@ def rows(overrides: Sequence[str], again: str, fill: bool = False) -> list[Row]:
     if failed:
         raise Missing("\n".join([f"{len(failed)} of {len(lacking)} jobs failed", *failed]))
     every = [_row(job, _again(job) if labels else run) for job, run, labels in found]
+    named = apart(row.result for row in every)
+    every = [replace(row, result=result) for row, result in zip(every, named, strict=True)]
     kept = {id(result) for result in distinct([row.result for row in every])}
     return [row for row in every if id(row.result) in kept]
 

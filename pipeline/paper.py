@@ -162,7 +162,7 @@ def record(asked: Request, rows: Sequence[Row]) -> dict[str, Any]:
         "rows": [
             {
                 "name": row.run.settings.name,
-                **row.run.settings.axes,
+                **row.result["axes"],
                 "command": row.job.command,
                 "keys": row.result["keys"],
             }

@@ -68,7 +68,8 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
         if store.root not in past:
             past[store.root] = History(store)
         history = past[store.root]
-        rows.append(row := Planned(steps.settings.name))
+        model = steps.settings.model.name
+        rows.append(row := Planned(f"{steps.settings.name} on {model}"))
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
             if (store.root / step.stage / key).is_dir():

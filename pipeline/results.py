@@ -91,6 +91,7 @@ def _result(
         row["anytime"] = _json(run, "evaluation anytime", "anytime.json")
     return row | {
         "label": run.settings.name,
+        "fingerprint": run.model.fingerprint[:8],
         "axes": run.settings.axes,
         "paper": flat["paper"]["prefill"],
         "decode": flat["causal"]["decode"],

@@ -19,7 +19,8 @@ TEXT = (*NAMES, "trained", "convention")
 # Left out where no row has one.
 OPTIONAL = ("variant", "setting", "transform", "bits", "trained", "convention")
 # Overrides of a job that columns of their own tell, or that no row needs.
-TOLD = {"variant", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains", "model"}
+TOLD = {"variant", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
+TOLD |= {"model", "model.name", "model.path", "model.hub"}
 # Where a result keeps the totals of a convention and phase; the empty name is its top level.
 ENERGIES = {
     ("paper", "prefill"): "paper",
@@ -68,13 +69,27 @@ def variant(result: Mapping[str, Any]) -> str:
 def distinct(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The results without repetitions: a sweep over T runs a coding of fixed T again and again.
 
-    Two are the same where every stage has the same artifact and the variant the same name.
+    Two are the same where every stage has the same artifact, and model and variant the same name.
     """
     kept: dict[Any, Mapping[str, Any]] = {}
     for number, result in enumerate(results):
         keys = json.dumps(result.get("keys"), sort_keys=True)
-        kept.setdefault((variant(result), keys if result.get("keys") else number), result)
+        names = result.get("model"), variant(result)
+        kept.setdefault((names, keys if result.get("keys") else number), result)
     return list(kept.values())
+
+
+def apart(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The results, where models of one name differ with the fingerprint of each behind its name."""
+    rows = [dict(result) for result in results]
+    prints: dict[Any, set[Any]] = {}
+    for row in rows:
+        prints.setdefault(row.get("model"), set()).add(row.get("fingerprint"))
+    for row in rows:
+        if len(prints[row.get("model")]) > 1:
+            row["model"] = f"{row['model']} {row.get('fingerprint')}"
+            row["axes"] = dict(row.get("axes", {})) | {"model": row["model"]}
+    return rows
 
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +143,8 @@ def sweep_results(sweep_dir: Path) -> dict[Path, dict[str, Any]]:
     paths = sorted(sweep_dir.glob("*/result.json"), key=_job_number)
     if not paths:
         raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
-    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    results = apart(json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return dict(zip((path.parent for path in paths), results, strict=True))
 
 
 def _job_number(path: Path) -> tuple[float, str]:

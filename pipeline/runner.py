@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import inputs
+from pipeline import inputs, limits
 from pipeline.chain import Chain, chain
 from pipeline.devices import resolve
 from pipeline.provenance import versions
@@ -93,8 +93,11 @@ def execute(
     run = start(settings)
     if settings.export.enabled:
         settings.export.check_free(run.chain.key("export"))
+    limits.check_positions(settings)
+    limits.check_tokens(run)
     if "prefix" in run.chain.steps:
         _prefix(run)
+        limits.check_prefix(run)
     conversion = None if isinstance(settings.coding, Dense) else convert(run)
     _perplexities(run, conversion)
     if "evaluation anytime" in run.chain.steps:

@@ -18,7 +18,7 @@ from stages.export import Export
 from stages.fitting import Fitting
 from stages.llm.corpus import Corpus
 from stages.llm.harness import TaskSpec
-from stages.llm.loading import ModelSpec
+from stages.llm.model import ModelSpec
 from stages.llm.offload import Offload
 from stages.llm.sensitivity import Sensitivity
 from stages.llm.sites import SiteSelection

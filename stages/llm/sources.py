@@ -49,6 +49,20 @@ class SplitFile(PackageFile):
 
 
 @dataclass(frozen=True)
+class ModelOrigin:
+    """The model that a file in conf/model is about: `name`, and where it comes from unless the user
+    gives another, `gguf` (a file in a wheel) or `hub` (an id there); null where neither is public."""
+
+    name: str
+    gguf: PackageFile | None
+    hub: str | None
+
+    def __post_init__(self) -> None:
+        if self.gguf is not None and self.hub is not None:
+            raise InputError(f"model.origin of {self.name}: give gguf or hub, the other is null")
+
+
+@dataclass(frozen=True)
 class HubText:
     """Text from the Hugging Face hub, read through `datasets`.
 

@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import math
@@ -157,3 +158,30 @@ def test_unknown_names_are_one_line(tmp_path, tiny_llama, byte_tokenizer):
         piqa("f1")
     with pytest.raises(InputError, match="got 0"):
         zero_shot(tiny_llama, byte_tokenizer, [(piqa(), file)], 0, 2)
+
+
+def test_a_question_with_a_word_that_the_embedding_lacks_is_refused(
+    tmp_path, tiny_llama, byte_tokenizer
+):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_tokens(["zz"])
+    plain = zero_shot(tiny_llama, byte_tokenizer, [(piqa(), write(tmp_path / "a.jsonl"))], 4, 4)
+    asked = [(piqa(), write(tmp_path / "b.jsonl"))]  # it does not occur in the questions
+    assert zero_shot(tiny_llama, tokenizer, asked, 4, 4) == plain
+    rows = [*ROWS[:3], ROWS[3] | {"sol2": "zz"}]
+    with pytest.raises(InputError, match=r"a question has the token 258 \('zz'\), and .* 258 rows"):
+        zero_shot(tiny_llama, tokenizer, [(piqa(), write(tmp_path / "c.jsonl", rows))], 4, 4)
+
+
+def test_a_question_longer_than_the_model_has_positions_is_refused(
+    tmp_path, tiny_llama, byte_tokenizer
+):
+    text = "Question: to\nAnswer: "
+    for size, fits in ((512 + 1, True), (512 + 2, False)):  # the last token is not read
+        rows = [{"goal": "to", "sol1": "a" * (size - len(text)), "sol2": "b", "label": 1}]
+        asked = [(piqa(), write(tmp_path / f"{size}.jsonl", rows))]
+        if fits:
+            assert zero_shot(tiny_llama, byte_tokenizer, asked, 1, 1)["piqa"]["n"] == 1
+        else:
+            with pytest.raises(InputError, match="a question has 514 tokens, and the model 512"):
+                zero_shot(tiny_llama, byte_tokenizer, asked, 1, 1)

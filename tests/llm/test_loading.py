@@ -7,8 +7,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from stages.errors import InputError
-from stages.llm.loading import ModelSpec, convert_gguf, load, meta_model
-from stages.llm.sources import PackageFile
+from stages.llm.loading import convert_gguf, load, meta_model
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 IDS = torch.arange(10, 22)[None]
@@ -169,36 +168,3 @@ def test_published_dimensions_give_the_published_size_without_memory(name, param
 def test_dimensions_need_a_known_model_type(dims):
     with pytest.raises(InputError, match=r"model.dims"):
         meta_model(dims)
-
-
-def spec(**fields):
-    plain = {
-        "name": "m",
-        "path": None,
-        "gguf": None,
-        "hub": "org/m",
-        "revision": "main",
-        "dtype": "float32",
-    }
-    return ModelSpec(**{**plain, "device_map": None, "dims": {}, **fields})
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"dtype": "int8"}, "got 'int8', needs one of float32, bfloat16, float16"),
-        ({"hub": None}, "model.path=FOLDER"),
-        ({"dims": {"hidden_size": 8}}, "model_type"),
-        ({"path": "/no/such/folder"}, "/no/such/folder is not a folder"),
-        ({"begin": "<bos>"}, "model.begin='<bos>': give the id of a token, or null"),
-    ],
-)
-def test_a_model_spec_checks_itself(fields, message):
-    with pytest.raises(InputError, match=message):
-        spec(**fields)
-
-
-def test_a_model_spec_needs_one_source_only(tmp_path):
-    spec(hub=None, path=str(tmp_path))
-    spec(hub=None, gguf=PackageFile("p", "1", "m", "0" * 64))
-    spec(hub=None, dims={"model_type": "llama"})

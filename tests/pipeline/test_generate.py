@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import stages
 from pipeline import generate
@@ -125,6 +126,13 @@ def stripped(folder: Path) -> None:
     file.write_text(json.dumps(config))
 
 
+def with_a_word_more(folder: Path) -> None:
+    """Gives the tokenizer a word that the model has no row for."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zz"])
+    tokenizer.save_pretrained(folder)
+
+
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -142,6 +150,8 @@ def without_tokenizer(folder: Path) -> None:
             "the tokenizer of ",
         ),
         (stripped, "prompt=  ", "prompt='  ' has no token; give another text"),
+        (lambda folder: None, "max_new_tokens=257", "the model has 256 positions for them"),
+        (with_a_word_more, "prompt=x zz", "the prompt has the token 258 ('zz')"),
         (
             lambda folder: (folder / "config.json").write_text("{"),
             "seed=1",
