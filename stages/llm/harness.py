@@ -146,7 +146,7 @@ def _yaml_of(task: str) -> str:
 def _in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[HFLM]:
-    """The model as lm-eval wants it.
+    """The model as lm-eval wants it, with log-likelihoods in float32 whatever the model's dtype is.
 
     HFLM calls `tie_weights`, which would undo a transform that has untied the embedding and the
     head, so that does nothing meanwhile.
@@ -154,7 +154,7 @@ def _in_memory(
     from lm_eval.models.huggingface import HFLM
 
     model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
         quiet = partial(lm.loglikelihood, disable_tqdm=True)
         lm.loglikelihood = quiet
