@@ -138,6 +138,17 @@ def load_offloaded(
     return model, tokenizer
 
 
+def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id alone, refused where its model would be."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = _origin(source, revision)
+    with readable(f"model {source}"):
+        _refuse_spiking(AutoConfig.from_pretrained(**where), source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
+    return tokenizer
+
+
 def meta_model(dims: Mapping[str, Any]) -> PreTrainedModel:
     """A model without weights, on the meta device, from its dimensions and model_type."""
     import torch
