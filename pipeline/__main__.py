@@ -40,9 +40,9 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folder = RUNS / os.environ[RUN_ID]
-    sys.argv[1:] = named(sys.argv[1:])
     planned = [a for a in sys.argv[1:] if re.fullmatch(r"(?i)runtime\.plan=(true|yes|on|1)", a)]
     try:
+        sys.argv[1:] = named(sys.argv[1:])
         if planned:
             from pipeline import plan
 

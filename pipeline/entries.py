@@ -21,6 +21,7 @@ from pipeline.failures import RECORD
 from pipeline.figures import STYLE
 from pipeline.levels import artifact, job_config
 from pipeline.rows import distinct, result_frame, sweep_results, variant
+from pipeline.settings import entry
 from pipeline.sweep import experiment
 from pipeline.tracking import COMPUTATION
 from stages.llm.sources import HubText, PackageFile
@@ -235,7 +236,7 @@ def _texts(config: DictConfig, result: Mapping[str, Any]) -> list[Text]:
         found.append(_corpus(config, name, "evaluation", digest, shape))
     for name in evaluation.tasks:
         digest = _input(config, result, f"evaluation acc_{name}", "data")
-        task = {"task": name, "path": config.tasks[name].path}
+        task = {"task": name, "path": config.tasks[name].get("path")}
         items = {"items": evaluation["items"]}  # .items is the method
         found.append(Text(name, digest, "evaluation", "questions", task, items))
     return found
@@ -250,7 +251,8 @@ def _input(config: DictConfig, result: Mapping[str, Any], stage: str, name: str)
 def _corpus(
     config: DictConfig, name: str, context: Purpose, digest: str, shape: Mapping[str, int]
 ) -> Text:
-    origin = instantiate(config.corpus[name], _convert_="all").origin(context)
+    corpus: Any = entry("corpus", name, instantiate(config.corpus[name], _convert_="all"))
+    origin = corpus.origin(context)
     if isinstance(origin, PackageFile):
         return Text(name, digest, context, "package", asdict(origin), shape)
     if isinstance(origin, HubText):

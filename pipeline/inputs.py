@@ -20,11 +20,18 @@ from stages.llm.corpus import (
     Purpose,
     check_disjoint,
     fingerprints,
-    read_documents,
+    present,
     tokenise,
 )
+from stages.llm.documents import read_documents, shards
 from stages.llm.harness import TaskSpec
-from stages.llm.loading import ATTENTION, convert_gguf, load, load_offloaded
+from stages.llm.loading import (
+    ATTENTION,
+    convert_gguf,
+    load,
+    load_offloaded,
+    load_tokenizer,
+)
 from stages.llm.model import ModelSpec
 from stages.llm.offload import Offload
 from stages.llm.sources import HubText, PackageFile
@@ -71,12 +78,20 @@ class ModelSource:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and tokenizer; one model at a time stays in memory."""
         spec, source = self.spec, self.source
-        revision = None if Path(source).is_dir() else spec.revision
+        revision = self._revision(source)
         origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map, self.offload)
         chosen: Any = self.transform  # a frozen dataclass, but a protocol cannot promise a hash
         model, tokenizer = _loaded(self.key, origin, chosen, self._prefix())
         spec.check_begin(model.get_input_embeddings().num_embeddings)
         return model, tokenizer
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, before hours are spent on what its tokens may not suffice for."""
+        source = self.source
+        return load_tokenizer(source, self._revision(source))
+
+    def _revision(self, source: str) -> str | None:
+        return None if Path(source).is_dir() else self.spec.revision
 
     def transformed(self, transform: Transform, prefix: Step | None = None) -> ModelSource:
         """The same model behind a transform, whose prefix is what the step `prefix` finds."""
@@ -199,7 +214,7 @@ def _hub_config(hub: str, revision: str | None) -> Any:
 
 
 def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:
-    """What determines the tokens of a corpus' part; the text of a local file is its digest."""
+    """What determines the tokens of a corpus' part; a local text is the digests of its files."""
     origin = corpus.origin(purpose)
     keys = {"model": model.weights}
     modules: tuple[str, ...] = ("stages.llm.corpus",)
@@ -209,10 +224,8 @@ def tokens_step(corpus: Corpus, purpose: Purpose, model: ModelSource) -> Step:
     elif isinstance(origin, HubText):
         spec["hub"] = origin
         modules += ("stages.llm.hub",)
-    elif origin.is_file():
-        spec["file"] = digest(origin)
     else:
-        raise InputError(f"corpus.{corpus.name}: text file {origin} does not exist")
+        spec |= {"files": [digest(file) for file in shards(origin)], "rows": corpus.rows}
     return Step("tokens", spec, keys, modules)
 
 
@@ -220,25 +233,25 @@ def tokens(corpus: Corpus, purpose: Purpose, model: ModelSource, store: Store) -
     """Token ids of a corpus' part, and hashes of its documents so that overlap can be refused."""
 
     def make(out: Path) -> None:
-        texts = _documents(corpus, purpose, store)
-        _, tokenizer = model.load()
-        _save_tokens(out, tokenise(texts, corpus.join, tokenizer), texts)
+        rows = _documents(corpus, purpose, store)
+        texts = present(corpus.name, rows)
+        _save_tokens(out, tokenise(texts, corpus.join, model.tokenizer()), texts, len(rows))
 
     return store.build(tokens_step(corpus, purpose, model), make)
 
 
-def _documents(corpus: Corpus, purpose: Purpose, store: Store) -> list[str]:
+def _documents(corpus: Corpus, purpose: Purpose, store: Store) -> list[str | None]:
     origin = corpus.origin(purpose)
     if isinstance(origin, PackageFile):
         origin = _wikipedia(origin, store).path / f"{purpose}.jsonl"
     return _hub(origin, purpose) if isinstance(origin, HubText) else _read(origin, corpus)
 
 
-def _read(file: Path, corpus: Corpus) -> list[str]:
-    return read_documents(file, field=corpus.field)
+def _read(path: Path, corpus: Corpus) -> list[str | None]:
+    return read_documents(path, corpus.field, corpus.rows)
 
 
-def _hub(origin: HubText, purpose: Purpose) -> list[str]:
+def _hub(origin: HubText, purpose: Purpose) -> list[str | None]:
     from stages.llm.hub import read_hub
 
     return read_hub(origin, purpose)
@@ -257,11 +270,12 @@ def _wikipedia(file: PackageFile, store: Store) -> Artifact:
     )
 
 
-def _save_tokens(out: Path, ids: Tensor, texts: list[str]) -> None:
+def _save_tokens(out: Path, ids: Tensor, texts: list[str], rows: int) -> None:
     from safetensors.torch import save_file
 
     save_file({"ids": ids}, out / "tokens.safetensors")
-    (out / "documents.json").write_text(json.dumps(fingerprints(texts)))
+    record = {"rows": rows, "null": rows - len(texts), "documents": fingerprints(texts)}
+    (out / "documents.json").write_text(json.dumps(record))
 
 
 def load_tokens(artifact: Artifact) -> Tensor:
@@ -274,7 +288,8 @@ def load_tokens(artifact: Artifact) -> Tensor:
 def refuse_overlap(calibration: Artifact, evaluation: Artifact) -> None:
     """Raises InputError if both texts hold the same document of 200 characters or more."""
     seen, held_out = (
-        json.loads((a.path / "documents.json").read_text()) for a in (calibration, evaluation)
+        json.loads((a.path / "documents.json").read_text())["documents"]
+        for a in (calibration, evaluation)
     )
     check_disjoint(seen, held_out)
 

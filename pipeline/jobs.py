@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from pipeline.additions import opened
 from pipeline.settings import Settings
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -46,7 +47,7 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
 
     Raises what Hydra raises for what it cannot parse or compose.
     """
-    given = OverridesParser.create().parse_overrides(list(overrides))
+    given = OverridesParser.create().parse_overrides(opened(overrides))
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         fixed = [o.input_line for o in given if not o.is_sweep_override() and o.input_line]
         whole = compose("config", fixed, return_hydra_config=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pipeline import manifest
+from pipeline import checks, manifest
 from pipeline.chain import Chain, chain
 from pipeline.jobs import jobs
 from pipeline.manifest import Damaged
+from pipeline.settings import Settings
 from pipeline.stage import Step, plain
 from pipeline.store import Store
 
@@ -34,8 +35,7 @@ class Planned:
 
 def show(overrides: Sequence[str]) -> None:
     """Prints the jobs of a command line, what each would build and about how long that takes."""
-    found = (job.settings for job in jobs(overrides))
-    rows = plan(chain(settings, Store(Path(settings.store.path))) for settings in found)
+    rows = plan(_checked(job.settings) for job in jobs(overrides))
     table = [
         (
             number,
@@ -56,6 +56,13 @@ def show(overrides: Sequence[str]) -> None:
     )
     if unknown:
         print(f"no past build to estimate from: {', '.join(unknown)}")
+
+
+def _checked(settings: Settings) -> Chain:
+    """The steps of a job, which is refused where that needs no more than a look."""
+    steps = chain(settings, Store(Path(settings.store.path)))
+    checks.planned(steps)
+    return steps
 
 
 def plan(chains: Iterable[Chain]) -> list[Planned]:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import inputs, limits
+from pipeline import checks, inputs
 from pipeline.chain import Chain, chain
 from pipeline.devices import resolve
 from pipeline.provenance import versions
@@ -65,7 +65,7 @@ class Run:
 
 def start(settings: Settings) -> Run:
     """Finds the device and the steps; nothing is loaded or built before it is needed."""
-    settings.check_offloaded()
+    checks.configured(settings)
     runtime = settings.runtime
     device = resolve(runtime.device)
     root = Path(settings.store.path)
@@ -93,11 +93,10 @@ def execute(
     run = start(settings)
     if settings.export.enabled:
         settings.export.check_free(run.chain.key("export"))
-    limits.check_positions(settings)
-    limits.check_tokens(run)
+    checks.complete(run)
     if "prefix" in run.chain.steps:
         _prefix(run)
-        limits.check_prefix(run)
+        checks.behind_prefix(run)
     conversion = None if isinstance(settings.coding, Dense) else convert(run)
     _perplexities(run, conversion)
     if "evaluation anytime" in run.chain.steps:
@@ -148,6 +147,7 @@ def convert(run: Run) -> Conversion:
     """Stages 1 to 4: capture, distribution, fitting, patching."""
     s, spec = run.settings, run.settings.calibration
     coding: Coding = s.coding  # type: ignore[assignment]
+    statistics = _statistics(run)  # first, as some are not defined on every model
 
     def sketch(out: Path) -> None:
         ids = _calibration_windows(run, run.model)
@@ -160,7 +160,6 @@ def convert(run: Run) -> Conversion:
         "distribution",
         lambda out: s.distribution.run(SketchSet.load(sketches.path)).save(out),
     )
-    statistics = _statistics(run)
 
     def fit(out: Path) -> None:
         tensors = {
@@ -204,12 +203,7 @@ def _statistics(run: Run) -> dict[str, Artifact]:
 
 def _perplexities(run: Run, conversion: Conversion | None) -> None:
     s, spec = run.settings, run.settings.evaluation
-    calibrated = conversion is not None or "prefix" in run.artifacts
-    calibration = _calibration(run, run.model) if calibrated else None
     for name in spec.corpora:
-        tokens = inputs.tokens(s.corpus[name], "evaluation", run.model, run.store)
-        if calibration is not None:
-            inputs.refuse_overlap(calibration, tokens)
 
         def make(out: Path, name: str = name) -> None:
             ids = _evaluation_windows(run, name)

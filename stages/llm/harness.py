@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,10 @@ class TaskSpec:
 
     name: str
     task: str
-    metric: str
-    split: str
-    path: str | None
-    package: PackageFile | None
+    metric: str = "acc_norm"
+    split: str = "validation"
+    path: str | None = None
+    package: PackageFile | None = None
 
     def __post_init__(self) -> None:
         for field, got, allowed in (
@@ -82,6 +83,71 @@ def zero_shot(
     return {spec.name: _row(spec, results) for spec, _ in tasks}
 
 
+def check(spec: TaskSpec, data: Path | None, items: int) -> None:
+    """Raises InputError where `zero_shot` would, an hour later: a task that lm-eval lacks, a metric
+    that it lacks, a file in other columns, a right answer that is none of the choices."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="tasks-") as folder:
+        task = _load([(spec, data)], Path(folder))["tasks"][spec.name]
+        _check_metric(spec, task.aggregation())
+        with _readable(spec, data):
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+            for number, question in zip(range(items), task.eval_docs, strict=False):
+                _check_answer(task, question, number)
+
+
+def _check_metric(spec: TaskSpec, scored: Collection[str]) -> None:
+    if spec.metric not in scored:
+        raise InputError(
+            f"tasks.{spec.name}.metric={spec.metric}: lm-eval's {spec.task} is scored by "
+            f"{', '.join(scored)}"
+        )
+
+
+def _check_answer(task: Any, question: Any, number: int) -> None:
+    """Raises ValueError where lm-eval would count every answer of a question as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    choices = list(task.doc_to_choice(question))
+    right = task.doc_to_text(question) if task.multiple_input else task.doc_to_target(question)
+    for each in right if isinstance(right, list) else [right]:
+        allowed = range(len(choices)) if isinstance(each, int) else choices
+        if each not in allowed:
+            raise ValueError(
+                f"question {number + 1} has {each!r} as its right answer, out of {len(choices)} choices"
+            )
+
+
+@contextmanager
+def _readable(spec: TaskSpec, data: Path | None) -> Iterator[None]:
+    """Turns what lm-eval and datasets raise for questions that they cannot read into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a bad file or no network shows as one of a dozen types
+        reason = (str(error).strip().splitlines() or ["it is empty"])[0]
+        raise InputError(
+            f"questions of {spec.name} cannot be read from {data or 'the hub'}: {reason}{_head(data)};"
+            f" give tasks.{spec.name}.path=FILE in the columns of that data set"
+        ) from error
+
+
+def _head(data: Path | None) -> str:
+    """What a file has instead of the columns that a task reads; nothing where it has no rows."""
+    import datasets
+
+    if data is None:
+        return ""
+    try:
+        file: Any = datasets.load_dataset(
+            _BUILDERS[data.suffix], data_files=str(data), split="train", streaming=True
+        )
+        return f"; its first row has {', '.join(next(iter(file)))}"
+    except Exception:  # it is what is being reported
+        return ""
+
+
 def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
     """lm-eval's own tasks, each by a file that includes its yaml and says where the data lie."""
     import datasets
@@ -93,14 +159,8 @@ def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
     for spec, data in tasks:
         file = folder / f"{spec.name}.yaml"
         file.write_text(json.dumps(_config(spec, data, folder)))  # json is yaml
-        try:
+        with _readable(spec, data):
             loaded |= manager.load([str(file)])["tasks"]
-        except Exception as error:  # a bad file or no network shows as one of a dozen types
-            reason = (str(error).strip().splitlines() or ["it is empty"])[0]
-            raise InputError(
-                f"questions of {spec.name} cannot be read from {data or 'the hub'}: {reason};"
-                f" give tasks.{spec.name}.path=FILE in the columns of that data set"
-            ) from error
     return {"tasks": loaded}
 
 
@@ -139,7 +199,13 @@ def _index() -> dict[str, Any]:
 def _yaml_of(task: str) -> str:
     entry = _index().get(task)
     if entry is None or entry.yaml_path is None:
-        raise InputError(f"lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
+        close = get_close_matches(task, _index(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+        raise InputError(f"lm-eval has no task {task!r}; {hint}")
+    if entry.kind.name != "TASK":
+        raise InputError(
+            f"lm-eval's {task} is a {entry.kind.name.lower()} of tasks; give one of them"
+        )
     return str(entry.yaml_path)
 
 
@@ -147,7 +213,7 @@ def _yaml_of(task: str) -> str:
 def _in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[HFLM]:
-    """The model as lm-eval wants it.
+    """The model as lm-eval wants it, with log-likelihoods in float32 whatever the model's dtype is.
 
     HFLM calls `tie_weights`, which would undo a transform that has untied the embedding and the
     head, so that does nothing meanwhile.
@@ -155,7 +221,7 @@ def _in_memory(
     from lm_eval.models.huggingface import HFLM
 
     model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
         quiet = partial(lm.loglikelihood, disable_tqdm=True)
         lm.loglikelihood = quiet
@@ -190,8 +256,7 @@ def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 def _row(spec: TaskSpec, results: Any) -> dict[str, Any]:
     scores = results["results"][spec.name]
-    if f"{spec.metric},none" not in scores:
-        raise InputError(f"tasks.{spec.name}.metric: lm-eval's {spec.task} has no {spec.metric}")
+    _check_metric(spec, [name.partition(",")[0] for name in scores if name.endswith(",none")])
     stderr = scores[f"{spec.metric}_stderr,none"]
     return {
         "value": float(scores[f"{spec.metric},none"]),

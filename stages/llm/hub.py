@@ -7,8 +7,9 @@ from stages.errors import InputError
 from stages.llm.sources import HubText
 
 
-def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> list[str]:
-    """Streams the documents for `purpose`, so that no more is downloaded than is used."""
+def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> list[str | None]:
+    """Streams the documents for `purpose`, so that no more is downloaded than is used; None for a
+    row whose text is null."""
     import datasets
 
     split = text.calibration_split if purpose == "calibration" else text.split

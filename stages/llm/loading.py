@@ -95,6 +95,17 @@ def load_offloaded(
     return model, tokenizer
 
 
+def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id alone, refused where its model would be."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = _origin(source, revision)
+    with readable(f"model {source}"):
+        _refuse_spiking(AutoConfig.from_pretrained(**where), source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
+    return tokenizer
+
+
 def configuration(source: str, revision: str | None) -> PreTrainedConfig:
     """The config of a dense model in a local folder, which may lack all other files, or on the hub."""
     from transformers import AutoConfig

@@ -80,10 +80,7 @@ class SteppedPort:
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         coding = self._coding
         if isinstance(coding, ReplacesSoftmax):
-            if not isinstance(coding, SpikingSoftmax):
-                raise InputError(
-                    f"coding={coding.name} has no softmax in steps: use execution=fast"
-                )
+            assert isinstance(coding, SpikingSoftmax)  # see check_steps
             fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
             found, spikes = timed(fired, weight, row), fired.count
         else:
@@ -101,6 +98,13 @@ class SteppedPort:
         return found.first(self._steps).value().to(x.dtype)
 
 
+def check_steps(coding: Coding) -> None:
+    """Raises InputError for a coding that has no step-by-step form."""
+    check_ternary(coding)
+    if isinstance(coding, ReplacesSoftmax) and not isinstance(coding, SpikingSoftmax):
+        raise InputError(f"coding={coding.name} has no softmax in steps: use execution=fast")
+
+
 def stepped_ports(
     coding: Coding,
     parameters: Mapping[str, Params],
@@ -108,7 +112,7 @@ def stepped_ports(
     steps: int | None = None,
 ) -> dict[str, SteppedPort]:
     """A stepped port for every site that has parameters."""
-    check_ternary(coding)
+    check_steps(coding)
     return {
         name: SteppedPort(coding, own, counters.get(name), steps)
         for name, own in parameters.items()

@@ -1,9 +1,7 @@
 import bz2
-import gzip
 import hashlib
 import json
 
-import pandas as pd
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -14,7 +12,7 @@ from stages.llm.corpus import (
     Corpus,
     check_disjoint,
     fingerprints,
-    read_documents,
+    present,
     tokenise,
     windows,
 )
@@ -31,49 +29,6 @@ def corpus(**fields):
     return Corpus(**{**plain, "field": "text", "join": "\n\n", **fields})
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
-def test_every_format_holds_the_same_documents(tmp_path, suffix):
-    path = tmp_path / f"text.{suffix}"
-    lines = "".join(json.dumps({"text": text, "id": 7}) + "\n" for text in DOCUMENTS)
-    if suffix == "parquet":
-        pd.DataFrame({"text": DOCUMENTS, "id": 7}).to_parquet(path)
-    else:
-        path.write_bytes(gzip.compress(lines.encode()) if suffix.endswith("gz") else lines.encode())
-    assert read_documents(path, "text") == DOCUMENTS
-
-
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
-    assert read_documents(tmp_path / "a.txt", "text") == ["\n\n".join(DOCUMENTS)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("absent.jsonl", None, "does not exist"),
-        ("a.doc", b"x", "suffixes"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', "'text'"),
-        ("a.jsonl", b'{"text": 5}\n', "'text'"),
-        ("a.jsonl", b'{"text": \n', "cannot be read"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.txt", b"\xff\xfe", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read"),
-    ],
-)
-def test_an_unusable_file_is_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_documents(tmp_path / name, "text")
-    assert "\n" not in str(error.value) and name in str(error.value)
-
-
-def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
-    pd.DataFrame({"body": ["x"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"'text'.*body"):
-        read_documents(tmp_path / "a.parquet", "text")
-
-
 def test_own_files_win_over_packages():
     both = corpus(package=WHEEL, path="/e.txt", calibration_path="/c.txt")
     assert [str(both.origin("evaluation")), str(both.origin("calibration"))] == ["/e.txt", "/c.txt"]
@@ -88,6 +43,27 @@ def test_one_file_serves_one_purpose(source):
         corpus(path="/e.txt", calibration_path="/e.txt")
     with pytest.raises(InputError, match=r"corpus.some.path=FILE"):
         corpus().origin("evaluation")
+
+
+def test_null_rows_are_left_out_and_counted(caplog):
+    assert present("mine", ["a", None, "", None]) == ["a", ""]
+    assert "mine: 2 of 4 rows are null" in caplog.text
+    with pytest.raises(InputError, match="mine: '7' is no text"):
+        present("mine", ["a", 7])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": "line"}, "corpus.some.rows='line': choose document, lines or sentences"),
+        ({"path": 5}, "corpus.some.path=5 is no text"),
+        ({"join": None}, "corpus.some.join=None is no text"),
+        ({"hub": {"id": "org/text"}}, "corpus.some.hub=.*HubText"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        corpus(**fields)
 
 
 def test_shared_documents_are_refused_and_short_ones_are_not():

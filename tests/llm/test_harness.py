@@ -77,6 +77,28 @@ def test_accuracy_is_that_of_the_first_items_by_hand(tmp_path, tiny_llama, byte_
     assert found["piqa"]["version"] == 1.0
 
 
+def test_a_bfloat16_model_is_scored_in_float32(tmp_path, tiny_llama, byte_tokenizer, monkeypatch):
+    model, rows = tiny_llama.to(torch.bfloat16), ROWS[:4]
+    scored = []
+    plain = HFLM.loglikelihood
+
+    def noted(lm, requests, **options):
+        found = plain(lm, requests, **options)
+        scored.extend(value for value, _ in found)
+        return found
+
+    monkeypatch.setattr(HFLM, "loglikelihood", noted)
+    zero_shot(model, byte_tokenizer, [(piqa(), write(tmp_path / "piqa.jsonl"))], 4, 1)
+    expected = [
+        log_likelihood(
+            model, byte_tokenizer, f"Question: {row['goal']}\nAnswer:", " " + row[answer]
+        )
+        for row in rows
+        for answer in ("sol1", "sol2")
+    ]
+    assert scored == pytest.approx(expected, abs=1e-3)  # summed in bfloat16: 0.24 off
+
+
 def test_the_hand_computation_tells_models_apart(tiny_llama, byte_tokenizer):
     values = set()
     for seed in range(4):
