@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from matplotlib import rc_context
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import manifest, pictures
+from pipeline import folders, manifest, pictures, sweep
 from pipeline.entry import Entry, Text
 from pipeline.figures import STYLE
 from pipeline.levels import artifact, job_config
@@ -74,7 +74,11 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
     if files is None:
         return opened
     end = json.loads((folder / "ended.json").read_text())
-    failed = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/failed.json")}
+    failed = {
+        job.name: json.loads((job / folders.RECORD).read_text())
+        for job in folders.jobs(folder)
+        if (job / folders.RECORD).exists()
+    }
     results = sweep_results(folder)
     axes = [_axes(job, job_config(job), result) for job, result in results.items()]
     documents = {"multirun.yaml": multirun.read_text()}
@@ -82,7 +86,7 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
         documents["failed.json"] = json.dumps(failed, indent=1)
     frame = result_frame(distinct(results.values()))
     documents["table.json"] = frame.to_json(orient="split", index=False)
-    table = "".join(path.read_text() for path in files if path.name == f"{name or folder.name}.md")
+    table = "".join(path.read_text() for path in files if path.name == f"{sweep.name(folder)}.md")
     return replace(
         opened,
         ended=end["ended"],

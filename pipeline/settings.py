@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline.errors import choose
 from pipeline.tracking import TrackingSpec
 from stages.capture import Capture
 from stages.codings.coding import Coding, Observing
@@ -67,8 +70,9 @@ class Runtime:
     plan: bool
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
-            raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
+        for name in ("batch", "evaluation_batch", "task_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"runtime.{name}={getattr(self, name)}: give 1 or more")
         if self.execution not in EXECUTIONS:
             raise InputError(
                 f"runtime.execution={self.execution!r}: choose {' or '.join(EXECUTIONS)}"
@@ -122,6 +126,20 @@ class Settings:
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
         if self.export.enabled and isinstance(self.coding, Dense):
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
+        if (
+            not isinstance(self.coding, Dense)
+            and self.coding.trained
+            and not self.fitting.algorithm1
+        ):
+            raise InputError(
+                f"fitting.algorithm1=null, by which coding={self.coding.name} is trained"
+            )
+
+    def check_places(self) -> None:
+        """Raises InputError where the store or the export has no folder to write to."""
+        writable("store.path", Path(self.store.path))
+        if self.export.enabled and self.export.folder is not None:
+            writable("export.folder", Path(self.export.folder).expanduser())
 
     def check_offloaded(self) -> None:
         """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""
@@ -164,6 +182,19 @@ class Settings:
         }
 
 
+def writable(option: str, folder: Path) -> None:
+    """Raises InputError where nothing can be written to a folder, or where it cannot be made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            return
+    except OSError as error:
+        raise InputError(
+            f"{option}={folder}: nothing can be written to {nearest} ({error.strerror}); give another "
+            "folder"
+        ) from None
+
+
 def _entries(group: str, mapping: Mapping[str, Any], kind: type) -> None:
     odd = [name for name, entry in mapping.items() if not isinstance(entry, kind)]
     if odd:
@@ -176,4 +207,4 @@ def _entries(group: str, mapping: Mapping[str, Any], kind: type) -> None:
 def _known(option: str, names: Any, mapping: Mapping[str, Any]) -> None:
     unknown = [name for name in names if name not in mapping]
     if unknown:
-        raise InputError(f"{option}: got {', '.join(unknown)}; choose among {', '.join(mapping)}")
+        raise InputError(f"{option}: got {', '.join(unknown)}; {choose(unknown[0], [*mapping])}")

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import tracked
+from pipeline import folders, tracked
 from pipeline.errors import one_line
 from pipeline.tracking import TrackingSpec
 from stages.errors import InputError
@@ -68,7 +68,7 @@ def _sync(runs: Path, changes: dict[str, Any], close: bool) -> int:
     changes = {"patience": math.inf} | changes
     done: Counter[str] = Counter()
     for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
-        jobs = tracked.finished(folder)
+        jobs = folders.finished(folder)
         outcomes = [_job(job, changes) for job in jobs]
         done.update(outcomes)
         if {*outcomes} & {"logged", "known"} and tracked.is_sweep(folder):

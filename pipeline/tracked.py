@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 
-from pipeline import tracking
+from pipeline import folders, tracking
 from pipeline.entries import job_entry, sweep_entry
 from pipeline.levels import job_config
 from pipeline.tracking import Database, TrackingSpec
@@ -51,7 +51,8 @@ def log_job(spec: TrackingSpec, job: Path) -> str | None:
         return None
 
     def send(db: Database, entry: Any) -> str:
-        parent = _parent(db, spec, job.parent) if is_sweep(job.parent) else None
+        sweep = folders.sweep(job)
+        parent = None if sweep is None else _parent(db, spec, sweep)
         run_id = tracking.create(db, entry, parent)
         tracking.complete(db, run_id, entry)
         return run_id
@@ -76,7 +77,7 @@ def end_sweep(folder: Path, status: str, files: Sequence[Path]) -> None:
 
     `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
     """
-    jobs = finished(folder)
+    jobs = folders.finished(folder)
     if jobs and is_sweep(folder):
         record = {"status": status, "ended": time.time()}
         (folder / ENDED).write_text(json.dumps(record))
@@ -89,7 +90,7 @@ def log_sweep(spec: TrackingSpec, folder: Path, files: Sequence[Path] | None = N
     Without `files` the table and the figures are made anew from the results.
     """
     digest = hashlib.sha256((folder / ENDED).read_bytes())
-    for job in finished(folder):
+    for job in folders.finished(folder):
         digest.update(f"{job.name} {_digest(job)}".encode())
     if known := _recorded(folder / SWEEP, spec, digest.hexdigest()):
         return known
@@ -129,7 +130,7 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     """The tables and figures of a sweep, as the end of it writes them."""
     from pipeline import sweep, tables
 
-    name = sweep.experiment(folder) or folder.name
+    name = sweep.name(folder)
     with redirect_stdout(io.StringIO()):
         tables.sweep_table(folder, name, into)
     try:
@@ -137,11 +138,6 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     except Exception:
         log.warning("sweep %s is logged without its figures", folder.name, exc_info=True)
     return sorted(into.iterdir())
-
-
-def finished(folder: Path) -> list[Path]:
-    """The folders of the finished jobs."""
-    return sorted(path.parent for path in folder.glob("*/result.json"))
 
 
 def _digest(job: Path) -> str:
