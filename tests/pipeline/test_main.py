@@ -106,7 +106,7 @@ def test_gated_neurons_come_closer_to_the_dense_model_than_one_range(quickstart)
 
 def test_the_second_time_everything_is_cached_and_the_same(command, folder, quickstart):
     before = quickstart.table.read_bytes()
-    again = command(folder, "tracking.enabled=true", "evaluation.tasks=[piqa]")
+    again = command(folder, "evaluation.tasks=[piqa]")
     assert again.table == quickstart.table and again.table.read_bytes() == before
     for old, new in zip(quickstart.results, again.results, strict=True):
         assert all(new["hits"].values())
@@ -239,7 +239,7 @@ def test_a_run_is_logged_with_its_per_site_table_and_its_pictures(database, tmp_
 # What is refused: (overrides, what the line names). Every file is made by `broken`.
 REFUSED = {
     "key": (["coding.timestep=6"], "coding.timestep"),
-    "option": (["coding=fancy"], "fancy"),
+    "option": (["coding=fancy"], "no such choice; choose among compander"),
     "timesteps": (["coding.timesteps=0"], "coding.timesteps=0"),
     "grains": (["coding=multigrain", "coding.grains=4", "coding.timesteps=3"], "coding.grains=4"),
     "empty": (["corpus.wikipedia.calibration_path={broken}/empty.jsonl"], "0 tokens"),
