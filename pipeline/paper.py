@@ -78,7 +78,9 @@ def _main(arguments: Sequence[str]) -> None:
     try:
         rows = lookup.rows(asked.overrides, asked.config.fill)
     except lookup.Missing as error:
-        again = asked.command if asked.config.fill else f"{asked.command} table.fill=true"
+        if asked.config.fill:  # what failed is told
+            raise
+        again = f"{asked.command} table.fill=true"
         raise lookup.Missing(f"{error}\nor, without an entry in the dashboard: {again}") from None
     made = lay_out(asked.config, rows)
     written = write(asked, made, rows)

@@ -75,8 +75,8 @@ def looked_up(study: Any, overrides: Sequence[str], command: str) -> dict[str, l
         except lookup.Missing as error:
             missing.append(f"{experiment}: {error}")
     if missing:
-        again = command if study.fill else f"{command} study.fill=true"
-        raise lookup.Missing("\n".join([*missing, f"all at once: {again}"]))
+        again = [] if study.fill else [f"all at once: {command} study.fill=true"]
+        raise lookup.Missing("\n".join([*missing, *again]))
     return rows
 
 
