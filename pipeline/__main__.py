@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import failures
+from pipeline import failures, folders, options
 from pipeline.errors import REFUSED, one_line
-from pipeline.overrides import named
+from pipeline.overrides import settled
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,24 +39,31 @@ def main() -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
-    folder = RUNS / os.environ[RUN_ID]
-    planned = [a for a in sys.argv[1:] if re.fullmatch(r"(?i)runtime\.plan=(true|yes|on|1)", a)]
+    folders.forget()
     try:
-        sys.argv[1:] = named(sys.argv[1:])
+        sys.argv[1:] = settled(sys.argv[1:])
+        planned = [a for a in sys.argv[1:] if re.fullmatch(r"(?i)runtime\.plan=(true|yes|on|1)", a)]
         if planned:
             from pipeline import plan
 
             plan.show([a for a in sys.argv[1:] if not a.startswith("-") and a not in planned])
             return 0
         stopped = _launch()
-    except REFUSED as error:
+        return _finish(_folder(), stopped)
+    except (*REFUSED, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
-        _interrupted(folder)
+        _interrupted(_folder())
         return 130
-    return _finish(folder, stopped)
+
+
+def _folder() -> Path:
+    """Where Hydra has put the run: a sweep's folder, or that of the one job or of its id."""
+    default = RUNS / os.environ[RUN_ID]
+    folder = folders.started() or default
+    return default if folder == default / "0" else folder
 
 
 def _launch() -> list[dict[str, Any]]:
@@ -74,15 +81,17 @@ def _launch() -> list[dict[str, Any]]:
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
     """One job. An error of the user is a line in failed.json and the log, never a lost sweep."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = folders.enter()
     from pipeline.devices import placed
 
     try:
-        settings: Settings = instantiate(cfg)
+        settings = options.settings(cfg)
+        settings.check_places()
         with placed(settings) as settings:
             _run(settings, folder)
     except Exception as error:
-        failures.record(folder, _overrides(), failures.reason(error))
+        swept = HydraConfig.get().mode == RunMode.MULTIRUN
+        failures.record(folder, _overrides(), failures.reason(error), swept)
         failures.release(error)
         _log_failure(folder)
 
@@ -106,7 +115,7 @@ def _run(settings: Settings, folder: Path) -> None:
     sites.to_parquet(folder / "per_site.parquet")
     results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
     # last: a folder with a result is one that is whole
-    (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=True))
+    (folder / folders.RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
     tracked.log_job(settings.tracking, folder)
 
 
@@ -133,12 +142,12 @@ def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
     from pipeline import sweep, tables, tracked
 
     failed = [*failures.listed(folder), *stopped]
-    finished = sorted(folder.glob("*/result.json"))
+    finished = folders.finished(folder)
     if finished:
         print()
-        name = sweep.experiment(folder) or folder.name
+        name = sweep.name(folder)
         tables.sweep_table(folder, name, TABLES)
-        print(f"\nresults: {folder}/*/result.json")
+        print(f"\nresults: {folders.pattern(folder, finished)}")
         print(f"table: {TABLES / name}.md, .csv, .tex")
         files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:

@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 from matplotlib import rc_context
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import manifest, pictures
+from pipeline import folders, manifest, pictures, sweep
 from pipeline.entry import Entry, Text
-from pipeline.failures import RECORD
 from pipeline.figures import STYLE
+from pipeline.folders import RECORD
 from pipeline.levels import artifact, job_config
 from pipeline.rows import distinct, result_frame, sweep_results, variant
 from pipeline.settings import entry
@@ -118,19 +118,25 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
     if files is None:
         return opened
     end = json.loads((folder / "ended.json").read_text())
-    failed = {p.parent.name: json.loads(p.read_text()) for p in folder.glob(f"*/{RECORD}")}
-    results = sweep_results(folder) if any(folder.glob("*/result.json")) else {}
+    failed = {
+        job: json.loads((job / folders.RECORD).read_text())
+        for job in folders.jobs(folder)
+        if (job / folders.RECORD).exists()
+    }
+    results = sweep_results(folder) if folders.finished(folder) else {}
     axes = [_axes(job, job_config(job), r["axes"], variant(r)) for job, r in results.items()]
-    axes += [_configured(folder / job)[0] for job in failed if folder / job not in results]
+    axes += [_configured(job)[0] for job in failed if job not in results]
     documents = {"multirun.yaml": multirun.read_text()}
     if failed:
-        documents["failed.json"] = json.dumps(failed, indent=1)
+        documents["failed.json"] = json.dumps(
+            {job.name: why for job, why in failed.items()}, indent=1
+        )
     tags = {key: _distinct(axis[key] for axis in axes if key in axis) for key in _keys(axes)}
     tags |= {"experiment": name or "none"}
     if results:
         frame = result_frame(distinct(results.values()))
         documents["table.json"] = frame.to_json(orient="split", index=False)
-        table = (path.read_text() for path in files if path.name == f"{name or folder.name}.md")
+        table = (path.read_text() for path in files if path.name == f"{sweep.name(folder)}.md")
         tags |= _origin(next(iter(results.values())))
         tags |= {
             "mlflow.note.content": _cut("".join(table)),

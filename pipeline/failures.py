@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import re
 import signal
 import threading
@@ -16,10 +17,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pipeline import folders
 from pipeline.errors import REFUSED, one_line
+from pipeline.folders import RECORD
 
 log = logging.getLogger(__name__)
-RECORD = "failed.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 INTERRUPTED = threading.Event()
 
@@ -51,14 +53,33 @@ def reason(error: Exception) -> str:
         raise KeyboardInterrupt from error
     if isinstance(error, REFUSED):
         return one_line(error)
-    log.exception("job failed")
-    return f"{type(error).__name__}: {error}"
+    where = _to_files("job failed", error)
+    if where is None:
+        log.error("job failed", exc_info=error)
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{line}; the traceback is in {where}" if where else line
 
 
-def record(folder: Path, overrides: Sequence[str], line: str) -> None:
-    """Keeps the reason in the job's folder."""
-    log.error("%s", line)
+def record(folder: Path, overrides: Sequence[str], line: str, swept: bool) -> None:
+    """Keeps the reason in the job's folder and log; the terminal shows it at the end of the run.
+
+    A sweep may go on for hours, so the terminal shows it at once as well.
+    """
+    if swept:
+        log.error("%s", line)
+    else:
+        _to_files(line)
     (folder / RECORD).write_text(json.dumps({"overrides": list(overrides), "error": line}))
+
+
+def _to_files(line: str, error: Exception | None = None) -> str | None:
+    """Logs an error to files alone, with its traceback if one is given; the first of them."""
+    files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    raised = None if error is None else (type(error), error, error.__traceback__)
+    entry = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), raised)
+    for handler in files:
+        handler.handle(entry)
+    return os.path.relpath(files[0].baseFilename) if files else None
 
 
 def release(error: BaseException) -> None:
@@ -79,12 +100,12 @@ def release(error: BaseException) -> None:
 def listed(folder: Path) -> list[dict[str, Any]]:
     """Overrides and error of every job in a run's folder that did not finish, in their order."""
     found = []
-    for job in sorted(folder.glob("*/.hydra"), key=lambda path: int(path.parent.name)):
-        recorded = job.with_name(RECORD)
+    for job in folders.jobs(folder):
+        recorded = job / RECORD
         if recorded.exists():
             found.append(json.loads(recorded.read_text()))
-        elif not job.with_name("result.json").exists():
-            overrides = OmegaConf.to_container(OmegaConf.load(job / "overrides.yaml"))
+        elif not (job / folders.RESULT).exists():
+            overrides = OmegaConf.to_container(OmegaConf.load(job / ".hydra/overrides.yaml"))
             found.append({"overrides": overrides, "error": KILLED})
     return found
 
@@ -95,6 +116,8 @@ def stopped(error: Exception) -> dict[str, Any]:
     missing = re.match(r"Unknown plugin class : 'hydra_plugins\.(\w+)", str(error))
     if missing:
         line = f"{missing[1]} is not installed; the launcher's file in conf/hydra/launcher says how"
+    elif isinstance(error, OSError) and error.filename is not None:
+        line = one_line(error)
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         line = f"{type(error).__name__}: {first}; hydra.verbose=true tells more"

@@ -10,10 +10,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pipeline.additions import opened
+from pipeline.options import settings
+from pipeline.overrides import settled
 from pipeline.settings import Settings
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -28,8 +28,7 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        settings: Settings = instantiate(self.config)
-        return settings
+        return settings(self.config)
 
     @property
     def command(self) -> str:
@@ -45,9 +44,9 @@ def command(overrides: Sequence[str]) -> str:
 def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
     """The jobs in the order of the sweep. `overrides` win over the experiment's own axes.
 
-    Raises what Hydra raises for what it cannot parse or compose.
+    Raises what Hydra raises for what it cannot parse or compose, InputError as `settled` does.
     """
-    given = OverridesParser.create().parse_overrides(opened(overrides))
+    given = OverridesParser.create().parse_overrides(settled(overrides, conf=conf))
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         fixed = [o.input_line for o in given if not o.is_sweep_override() and o.input_line]
         whole = compose("config", fixed, return_hydra_config=True)

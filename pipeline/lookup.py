@@ -17,7 +17,6 @@ from pipeline.runner import Run
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
-NAMED = 3  # missing jobs whose missing artifacts are named
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,18 @@ class Row:
 
 
 class Missing(InputError):
-    """The store lacks results: which, and the commands that make them, one a line."""
+    """The store lacks results: how many, the first of them, and below it the command that makes them."""
 
 
-def rows(overrides: Sequence[str], again: str, fill: bool = False) -> list[Row]:
+def rows(overrides: Sequence[str], fill: bool = False) -> list[Row]:
     """The jobs of `python -m pipeline` with these overrides as the store holds them, each once.
 
-    With `fill` what is missing is run first. Else, or where that fails, raises Missing; `again` is
-    the command that fills everything.
+    With `fill` what is missing is run first. Else, or where that fails, raises Missing.
     """
     found = [(job, *runner.stored(job.settings)) for job in jobs(overrides)]
     lacking = [(job, labels) for job, _, labels in found if labels]
     if lacking and not fill:
-        raise Missing("\n".join(_missing(lacking, len(found), again)))
+        raise Missing(_missing(lacking, len(found), overrides))
     with failures.interruptible():
         failed = [line for job, _ in lacking if (line := _filled(job))]
     if failed:
@@ -68,13 +66,13 @@ def _row(job: Job, run: Run) -> Row:
     return Row(job, run, result | {"run": {"overrides": list(job.overrides)}}, sites)
 
 
-def _missing(lacking: Sequence[tuple[Job, list[str]]], count: int, again: str) -> list[str]:
-    store = lacking[0][0].config.store.path
-    lines = [f"{len(lacking)} of {count} rows are not in {store}; these commands fill them:"]
-    for number, (job, labels) in enumerate(lacking):
-        told = f"{job.settings.name} lacks {', '.join(labels)}:" if number < NAMED else ""
-        lines += [f"  {told}"] * bool(told) + [f"    {job.command}"]
-    return [*lines, "all of them:", f"    {again}"]
+def _missing(lacking: Sequence[tuple[Job, list[str]]], count: int, overrides: Sequence[str]) -> str:
+    job, labels = lacking[0]
+    what = f"{len(lacking)} of {count} rows are not in {job.config.store.path}"
+    command = shlex.join(["python", "-m", "pipeline", *overrides])
+    if len(lacking) == 1:
+        command = job.command
+    return f"{what}: {job.settings.name} lacks {', '.join(labels)}; this runs them:\n  {command}"
 
 
 def _filled(job: Job) -> str | None:

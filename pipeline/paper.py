@@ -17,10 +17,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.overrides import named
+from pipeline import naming
+from pipeline.overrides import settled
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,12 +37,16 @@ CIRCUMSTANCES = ("store", "runtime", "tracking")
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: the table's own configuration, and the overrides of its jobs."""
+    """What a command line asks for: the table's own configuration, and the overrides of its jobs.
+
+    `stem` is the name of its files for a model of that name.
+    """
 
     name: str
     config: Any
     overrides: tuple[str, ...]
     command: str
+    stem: Callable[[str], str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,8 +75,13 @@ def _main(arguments: Sequence[str]) -> None:
         log_to_terminal()
     from pipeline import lookup, sheet
 
-    again = asked.command if asked.config.fill else f"{asked.command} table.fill=true"
-    rows = lookup.rows(asked.overrides, again, asked.config.fill)
+    try:
+        rows = lookup.rows(asked.overrides, asked.config.fill)
+    except lookup.Missing as error:
+        if asked.config.fill:  # what failed is told
+            raise
+        again = f"{asked.command} table.fill=true"
+        raise lookup.Missing(f"{error}\nor, without an entry in the dashboard: {again}") from None
     made = lay_out(asked.config, rows)
     written = write(asked, made, rows)
     print(sheet.terminal(made))
@@ -106,7 +117,7 @@ def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]
     return (
         chosen[0],
         [a for a in mine if not a.startswith(f"{group}=")],
-        named([a for a in arguments if a not in mine]),
+        [a for a in arguments if a not in mine],
     )
 
 
@@ -122,10 +133,12 @@ def request(arguments: Sequence[str]) -> Request:
     """The table that a command line asks for; its experiment is the file's unless one is given."""
     name, mine, rest = own(arguments, "table")
     config = loaded("table", name, mine)
-    if not any(a.startswith("experiment=") for a in rest):
-        rest = [f"experiment={config.experiment}", *rest]
+    given = [*mine, *rest]
+    rest = settled(rest, default=config.experiment)
+    (experiment,) = [a.partition("=")[2] for a in rest if a.startswith("experiment=")]
+    base = name if experiment == config.experiment else f"{name}_{experiment}"
     command = shlex.join(["python", "-m", "pipeline.tables", *arguments])
-    return Request(name, config, tuple(rest), command)
+    return Request(name, config, tuple(rest), command, partial(naming.stem, base, given))
 
 
 def lay_out(config: Any, rows: Sequence[Row]) -> Sheet:
@@ -140,7 +153,8 @@ def write(asked: Request, made: Sheet, rows: Sequence[Row]) -> list[Path]:
     """The table as md, csv and tex, and the json that says where its numbers come from."""
     from pipeline import sheet
 
-    stem = Path(asked.config.folder) / asked.name
+    model = rows[0].run.settings.axes["model"]
+    stem = Path(asked.config.folder) / asked.stem(model)
     written = sheet.write(made, stem)
     sidecar = stem.with_name(f"{stem.name}.json")
     sidecar.write_text(json.dumps(record(asked, rows), indent=1) + "\n", encoding="utf-8")

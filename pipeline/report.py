@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paper
+from pipeline import naming, paper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def _main(arguments: Sequence[str]) -> None:
         raise InputError(f"got table {unknown[0]}; choose among {', '.join(paper.names('table'))}")
     rows = looked_up(study, rest, command)
     page = render(study, rows, command)
-    path = Path(study.folder) / f"{name}.html"
+    model = next(iter(rows.values()))[0].run.settings.axes["model"]
+    path = Path(study.folder) / f"{naming.stem(name, [*mine, *rest], model)}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", newline="\n")
     print(f"written: {path}, {len(page) / 1e6:.1f} MB")
@@ -66,16 +67,16 @@ def looked_up(study: Any, overrides: Sequence[str], command: str) -> dict[str, l
     """The rows of every experiment; raises Missing with all that is missing of any."""
     from pipeline import lookup
 
-    again = command if study.fill else f"{command} study.fill=true"
     rows, missing = {}, []
     for experiment in study.experiments:
         try:
             chosen = [f"experiment={experiment}", *overrides]
-            rows[str(experiment)] = lookup.rows(chosen, again, study.fill)
+            rows[str(experiment)] = lookup.rows(chosen, study.fill)
         except lookup.Missing as error:
             missing.append(f"{experiment}: {error}")
     if missing:
-        raise lookup.Missing("\n".join(missing))
+        again = [] if study.fill else [f"all at once: {command} study.fill=true"]
+        raise lookup.Missing("\n".join([*missing, *again]))
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline import folders
 from stages.errors import InputError
 
 COUNTS = ("grains", "timesteps")
@@ -140,13 +140,8 @@ def _dtype(column: str) -> str:
 
 def sweep_results(sweep_dir: Path) -> dict[Path, dict[str, Any]]:
     """The result of every job below a sweep folder by the job's folder, in the order of the jobs."""
-    paths = sorted(sweep_dir.glob("*/result.json"), key=_job_number)
-    if not paths:
+    found = folders.finished(sweep_dir)
+    if not found:
         raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
-    results = apart(json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    return dict(zip((path.parent for path in paths), results, strict=True))
-
-
-def _job_number(path: Path) -> tuple[float, str]:
-    number = re.match(r"\d+", path.parent.name)
-    return (int(number[0]) if number else math.inf, path.parent.name)
+    results = (json.loads((job / folders.RESULT).read_text(encoding="utf-8")) for job in found)
+    return dict(zip(found, apart(results), strict=True))

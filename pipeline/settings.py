@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+from pipeline.errors import choose
 from pipeline.tracking import TrackingSpec
 from stages.capture import Capture
 from stages.codings.coding import Coding, Observing
@@ -70,8 +72,9 @@ class Runtime:
     plan: bool
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.evaluation_batch, self.task_batch) < 1:
-            raise InputError(f"runtime: batch sizes must be at least 1, got {self}")
+        for name in ("batch", "evaluation_batch", "task_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"runtime.{name}={getattr(self, name)}: give 1 or more")
         if self.execution not in EXECUTIONS:
             raise InputError(
                 f"runtime.execution={self.execution!r}: choose {' or '.join(EXECUTIONS)}"
@@ -126,6 +129,20 @@ class Settings:
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
         if self.export.enabled and isinstance(self.coding, Dense):
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
+        if (
+            not isinstance(self.coding, Dense)
+            and self.coding.trained
+            and not self.fitting.algorithm1
+        ):
+            raise InputError(
+                f"fitting.algorithm1=null, by which coding={self.coding.name} is trained"
+            )
+
+    def check_places(self) -> None:
+        """Raises InputError where the store or the export has no folder to write to."""
+        writable("store.path", Path(self.store.path))
+        if self.export.enabled and self.export.folder is not None:
+            writable("export.folder", Path(self.export.folder).expanduser())
 
     def check_offloaded(self) -> None:
         """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""
@@ -180,7 +197,7 @@ def entry(group: str, name: str, given: Any) -> Corpus | TaskSpec:
         raise InputError(f"{group}.{name}={given!r} is no {kind.__name__}: give its keys")
     keys = [field.name for field in fields(kind) if field.name != "name"]
     if unknown := [key for key in given if key not in keys]:
-        raise InputError(f"{group}.{name}.{unknown[0]}: no such key; {nearest(unknown[0], keys)}")
+        raise InputError(f"{group}.{name}.{unknown[0]}: no such key; {choose(unknown[0], keys)}")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.name != "name"]
     if absent := [key for key in needed if key not in given]:
         raise InputError(f"{group}.{name} is no {kind.__name__} without {group}.{name}.{absent[0]}")
@@ -188,15 +205,20 @@ def entry(group: str, name: str, given: Any) -> Corpus | TaskSpec:
     return made
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """Which of `names` was probably meant, and all of them."""
-    known = list(names)
-    close = get_close_matches(str(name), known, n=1)
-    return f"{f'did you mean {close[0]}? ' if close else ''}Choose among {', '.join(known)}"
+def writable(option: str, folder: Path) -> None:
+    """Raises InputError where nothing can be written to a folder, or where it cannot be made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            return
+    except OSError as error:
+        raise InputError(
+            f"{option}={folder}: nothing can be written to {nearest} ({error.strerror}); give another "
+            "folder"
+        ) from None
 
 
 def _known(option: str, names: Any, mapping: Mapping[str, Any]) -> None:
     unknown = [name for name in names if name not in mapping]
     if unknown:
-        hint = nearest(unknown[0], mapping)
-        raise InputError(f"{option}: got {', '.join(map(str, unknown))}; {hint}")
+        raise InputError(f"{option}: got {', '.join(unknown)}; {choose(unknown[0], [*mapping])}")

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from pipeline import anytime, comparisons, convergence, figures, levels, quantiles, roles, tables
+from pipeline import (
+    anytime,
+    comparisons,
+    convergence,
+    figures,
+    folders,
+    levels,
+    naming,
+    quantiles,
+    roles,
+    tables,
+)
 from pipeline.rows import distinct, sweep_results
 
 if TYPE_CHECKING:
@@ -25,6 +36,15 @@ def experiment(folder: Path) -> str | None:
         return None
     name = OmegaConf.load(choice).hydra.runtime.choices.experiment
     return None if name in (None, "none") else str(name)
+
+
+def name(folder: Path) -> str:
+    """What the tables and figures of a run are called: after its experiment, or else after the run."""
+    of = experiment(folder)
+    if of is None:
+        return folders.run_id(folder)
+    told = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
+    return naming.stem(of, map(str, told), next(iter(sweep_results(folder).values()))["model"])
 
 
 def draw(folder: Path, name: str, into: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import orphans, tracked, tracking
+from pipeline import folders, orphans, tracked, tracking
 from pipeline.errors import one_line
 from pipeline.relocation import relocate
 from pipeline.tracking import TrackingSpec
@@ -102,7 +102,7 @@ def _sync(runs: Path, changes: dict[str, Any], close: bool) -> int:
     done: Counter[str] = Counter()
     specs = {spec.name: spec for spec in [_default(changes)] if close and _local(spec)}
     for folder in sorted(path for path in runs.iterdir() if path.is_dir()):
-        jobs = tracked.ended(folder)
+        jobs = folders.ended(folder)
         outcomes = [_job(job, changes) for job in jobs]
         done.update(outcomes)
         logged = [j for j, o in zip(jobs, outcomes, strict=True) if o in ("logged", "known")]

@@ -20,16 +20,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 
-from pipeline import tracking
+from pipeline import folders, tracking
 from pipeline.entries import failed_entry, job_entry, sweep_entry
 from pipeline.errors import REFUSED
-from pipeline.failures import RECORD
 from pipeline.levels import job_config
 from pipeline.tracking import Database, TrackingSpec
 
 log = logging.getLogger(__name__)
 JOB, SWEEP, ENDED = "tracked.json", "parent.json", "ended.json"
-OUTCOMES = ("result.json", RECORD)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -68,7 +66,8 @@ def log_job(spec: TrackingSpec, job: Path) -> str | None:
         return None
 
     def send(db: Database, entry: Any) -> str:
-        parent = _parent(db, spec, job.parent) if is_sweep(job.parent) else None
+        sweep = folders.sweep(job)
+        parent = None if sweep is None else _parent(db, spec, sweep)
         run_id = tracking.create(db, entry, parent)
         tracking.complete(db, run_id, entry)
         return run_id
@@ -79,7 +78,7 @@ def log_job(spec: TrackingSpec, job: Path) -> str | None:
             if known := _recorded(job / JOB, spec, digest):
                 return known
             what = f"run {job.parent.name}/{job.name}"
-            failed = _outcome(job).name == RECORD
+            failed = _outcome(job).name == folders.RECORD
             prepare = failed_entry if failed else job_entry
             run_id = tracking.attempt(spec, what, lambda: prepare(job), send)
             if run_id is not None:
@@ -95,7 +94,7 @@ def end_sweep(folder: Path, status: str, files: Sequence[Path]) -> None:
 
     `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
     """
-    specs = [spec for job in ended(folder) if (spec := _named(job)) is not None]
+    specs = [spec for job in folders.ended(folder) if (spec := _named(job)) is not None]
     if specs and is_sweep(folder):
         record = {"status": status, "ended": time.time()}
         (folder / ENDED).write_text(json.dumps(record))
@@ -108,7 +107,7 @@ def log_sweep(spec: TrackingSpec, folder: Path, files: Sequence[Path] | None = N
     Without `files` the table and the figures are made anew from the results.
     """
     digest = hashlib.sha256((folder / ENDED).read_bytes())
-    for job in ended(folder):
+    for job in folders.ended(folder):
         digest.update(f"{job.name} {_digest(job)}".encode())
     if known := _recorded(folder / SWEEP, spec, digest.hexdigest()):
         return known
@@ -149,9 +148,9 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     """The tables and figures of a sweep, as the end of it writes them."""
     from pipeline import sweep, tables
 
-    if not any(folder.glob("*/result.json")):
+    if not folders.finished(folder):
         return []
-    name = sweep.experiment(folder) or folder.name
+    name = sweep.name(folder)
     with redirect_stdout(io.StringIO()):
         tables.sweep_table(folder, name, into)
     try:
@@ -161,14 +160,9 @@ def _drawn(folder: Path, into: Path) -> list[Path]:
     return sorted(into.iterdir())
 
 
-def ended(folder: Path) -> list[Path]:
-    """The folders of the jobs that have left a result or the reason why there is none."""
-    return sorted({path.parent for name in OUTCOMES for path in folder.glob(f"*/{name}")})
-
-
 def _outcome(job: Path) -> Path:
     """How a job has ended; the later, where it was run in its folder again."""
-    files = [job / name for name in OUTCOMES if (job / name).exists()]
+    files = [job / name for name in folders.OUTCOMES if (job / name).exists()]
     return max(files, key=lambda path: path.stat().st_mtime)
 
 

@@ -17,6 +17,7 @@ from stages.sketch import SketchSet
 
 CELLS_PER_OCTAVE = 8
 EXTREME_BINS = 16
+NAMED = 8  # constant sites whose values are told
 SITES_AT_ONCE = 64  # of a megabyte each while their bins are dense
 
 
@@ -286,8 +287,12 @@ def _refuse_constant(sketches: SketchSet) -> None:
     low, high = sketches.tensors["range"].unbind(-1)
     same = (low == high).nonzero()
     if len(same):
-        site = int(same[0])
+        places = same.flatten().tolist()
+        values = ", ".join(f"{sketches.sites[i]} ({float(low[i]) + 0.0:g})" for i in places[:NAMED])
+        more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+        names = [f'"{name}"' if "[" in (name := sketches.sites[i]) else name for i in places]
         raise InputError(
-            f"site {sketches.sites[site]} holds the one constant value {float(low[site])}: nothing "
-            "to fit; leave its role out with sites.roles=[…] or give more calibration text"
+            f"{len(places)} of {len(sketches.sites)} sites hold one constant value, so that there is "
+            f"nothing to fit: {values}{more}; leave them dense, 'sites.exclude=[{','.join(names)}]', or "
+            "give more calibration text"
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -31,15 +33,18 @@ ATTENTION_PORTS = ("q", "k", "v", "probs")
 
 @dataclass(frozen=True)
 class SiteSelection:
-    """Which roles are converted.
+    """Which roles are converted, without the sites of `exclude`, which stay dense.
 
-    Raises InputError on an unknown, repeated or missing role.
+    A name in `exclude` may hold `*`: `model.layers.3.*`. Raises InputError on an unknown, repeated or
+    missing role.
     """
 
     roles: tuple[str, ...] = ROLES
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(self.roles))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles or len(set(self.roles)) != len(self.roles):
             raise InputError(
@@ -146,8 +151,24 @@ def pooled(site: str) -> str:
 
 
 def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
-    """The sites whose role is selected."""
-    return [site for site in sites if site.role in selection.roles]
+    """The sites whose role is selected, without those that are excluded.
+
+    Raises InputError where an excluded name is that of no site, or where nothing is left.
+    """
+    sites = list(sites)
+    excluded: set[str] = set()
+    for name in selection.exclude:
+        pattern = re.compile(".*".join(map(re.escape, name.split("*"))))
+        matching = {site.name for site in sites if pattern.fullmatch(site.name)}
+        if not matching:
+            near = get_close_matches(name, [site.name for site in sites], n=2)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"sites.exclude: the model has no site {name}{meant}")
+        excluded |= matching
+    chosen = [s for s in sites if s.role in selection.roles and s.name not in excluded]
+    if not chosen:
+        raise InputError("sites.roles and sites.exclude leave no site to convert")
+    return chosen
 
 
 def _layer_rules(

@@ -90,3 +90,26 @@ def test_a_selection_keeps_its_roles_in_forward_order(model):
 def test_a_selection_needs_distinct_known_roles(roles):
     with pytest.raises(InputError, match="give distinct roles out of attn.in, attn.q"):
         SiteSelection(roles)
+
+
+def test_excluded_sites_are_left_out_by_name_or_pattern(model):
+    sites = find_sites(model)
+    up, head = "model.layers.1.mlp.up_proj:out", "lm_head:in"
+    names = [site.name for site in sites]
+    kept = [s.name for s in select(sites, SiteSelection(exclude=[up, head]))]
+    assert kept == [name for name in names if name not in (up, head)]
+    kept = [s.name for s in select(sites, SiteSelection(exclude=["model.layers.0.*"]))]
+    assert kept == [name for name in names if ".layers.0." not in name]
+    with pytest.raises(
+        InputError, match=r"no site model.layer.1.mlp.up_proj:out; did you mean mod"
+    ):
+        select(sites, SiteSelection(exclude=["model.layer.1.mlp.up_proj:out"]))
+    with pytest.raises(InputError, match="leave no site"):
+        select(sites, SiteSelection(["head.in"], [head]))
+
+
+def test_the_number_of_an_expert_is_no_pattern():
+    sites = [Site(f"mlp.experts:down[{i}]", "mlp.down", 0) for i in (1, 17)]
+    assert select(sites, SiteSelection(exclude=["mlp.experts:down[1]"])) == sites[1:]
+    with pytest.raises(InputError, match="leave no site"):
+        select(sites, SiteSelection(exclude=["mlp.experts:down[*]"]))

@@ -70,6 +70,12 @@ class Finished:
         return self.cwd / folder
 
     @property
+    def table(self) -> Path:
+        """The main table's csv; its figures and other tables begin with the same name."""
+        (stem,) = re.findall(r"^table: (\S+)\.md", self.out, re.MULTILINE)
+        return self.cwd / f"{stem}.csv"
+
+    @property
     def results(self) -> list[dict[str, Any]]:
         """The results of a sweep in the order of its jobs."""
         paths = sorted(self.runs.glob("*/result.json"), key=lambda p: int(p.parent.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pipeline.errors import one_line
+from pipeline.options import settings
 from pipeline.settings import Settings
 from stages.codings.coding import Coding
 from stages.codings.dense import Dense
@@ -54,7 +56,7 @@ def refused() -> Iterator[list[str]]:
 
 def refusal(*overrides: str) -> str:
     with refused() as lines:
-        instantiate(composed(*overrides))
+        settings(composed(*overrides))
     return lines[0]
 
 
@@ -82,9 +84,9 @@ def parts(value: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_shipped_option_becomes_settings_without_hydra_types(option):
-    settings = instantiate(composed(option))
-    assert isinstance(settings, Settings)
-    assert not [part for part in parts(settings) if isinstance(part, DictConfig | ListConfig)]
+    made = settings(composed(option))
+    assert isinstance(made, Settings)
+    assert not [part for part in parts(made) if isinstance(part, DictConfig | ListConfig)]
 
 
 def test_the_main_job_is_a_sweep_over_the_six_codings_at_six_steps():
@@ -135,6 +137,56 @@ def test_an_unknown_option_is_refused_and_the_known_ones_are_named(group):
 
 def test_an_override_that_cannot_be_read_is_named():
     assert refusal("coding.timesteps=[").startswith("coding.timesteps=[ cannot be read")
+
+
+@pytest.mark.parametrize("value", ["~/x", "/a=b", "/a(b)", "/a[1]/b", "/it's", '/a"b"', "/café"])
+def test_a_value_of_other_letters_says_what_to_type(value):
+    line = refusal(f"model.path={value}")
+    typed = shlex.split(line.partition("type ")[2])
+    assert len(typed) == 1 and composed(*typed).model.path == value
+
+
+# (overrides, what the line says): values of another kind than their option, and near misses
+LINES = [
+    (["evaluation.windows=null"], "evaluation.windows=null: give a whole number"),
+    (["evaluation.windows=abc"], "evaluation.windows=abc: give a whole number"),
+    (["timesteps=null"], "timesteps=null: give a whole number"),
+    (["energy.tokens=x"], "energy.tokens=x: give a whole number or null"),
+    (["coding.mu=null"], "coding.mu=null: give a number"),
+    (["runtime.compile=3"], "runtime.compile=3: give true or false"),
+    (["store.path=null"], "store.path=null: give text"),
+    (["model.path=3"], "is read as a whole number, and text is wanted: type 'model.path=\"3\"'"),
+    (["evaluation.tasks=piqa"], "evaluation.tasks=piqa: give a list, evaluation.tasks=[piqa]"),
+    (["evaluation.corpora=wikipedia"], "give a list, evaluation.corpora=[wikipedia]"),
+    (["sites.roles=attn.in"], "give a list, sites.roles=[attn.in]"),
+    (["sites.exclude=lm_head:in"], "give a list, sites.exclude=[lm_head:in]"),
+    (["fitting.algorithm1.starts=2"], "give a list, fitting.algorithm1.starts=[2]"),
+    (["fitting.algorithm1.starts=[a]"], "give a list of numbers"),
+    (["coding=multigrain", "fitting.algorithm1=null"], "fitting.algorithm1=null, by which"),
+    (["coding=gated_budget", "coding.sensitivity.windows=null"], "coding.sensitivity.windows=null"),
+    (["runtime.batch=0"], "runtime.batch=0: give 1 or more"),
+    (["~coding"], "coding is not given"),
+    (["codin=las"], "unknown config key codin; did you mean coding?"),
+    (["coding.timestep=6"], "did you mean coding.timesteps"),
+    (["+coding.timestep=6"], "did you mean coding.timesteps"),
+    (["windows=6"], "did you mean calibration.windows or patching.windows or evaluation.windows?"),
+    (["corpus.wikpedia.path=x"], "did you mean corpus.wikipedia"),
+    (["hydra.swep.dir=x"], "did you mean hydra.sweep"),
+    (["coding=gatedd"], "coding=gatedd: no such choice; did you mean gated"),
+    (["variant=gatd2"], "variant=gatd2: no such choice; did you mean gated2"),
+    (["evaluation.corpora=[wikipdia]"], "got wikipdia; did you mean wikipedia? Choose among"),
+    (["evaluation.tasks=[piq]"], "got piq; did you mean piqa? Choose among"),
+    (
+        ["coding=las", "coding.grains=2"],
+        "unknown config key coding.grains; las has no grains, free_steps, gated, gated_budget, "
+        "multigrain, phase, signed_digit, signed_price have",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "told"), LINES, ids=lambda case: str(case)[:40])
+def test_the_option_is_named_with_what_it_takes(overrides, told):
+    assert told in refusal(*overrides)
 
 
 def sources(package: str) -> list[tuple[Path, ast.Module]]:

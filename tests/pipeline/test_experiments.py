@@ -194,26 +194,27 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     cut = [f"{k}={v}" for k, v in (first | CUT.get(experiment, {})).items()]
     done = command(folder, f"experiment={experiment}", "runtime.figures=true", *cut)
     assert done.code == 0, done.err
-    tables = folder / "outputs/tables"
-    frame = pd.read_csv(tables / f"{experiment}.csv")
+    tables, name = done.table.parent, done.table.stem
+    assert name.startswith(f"{experiment}_tiny_")
+    frame = pd.read_csv(done.table)
     assert not frame.drop(columns=["fitting_s", "conversion_s"]).duplicated().any()
     assert frame["ppl_wikipedia"].gt(1).all()
-    assert {f"{experiment}_error_per_layer.{kind}" for kind in ("png", "pdf")} <= {
+    assert {f"{name}_error_per_layer.{kind}" for kind in ("png", "pdf")} <= {
         path.name for path in tables.glob("*")
     }
-    written = {path.name.removeprefix(experiment) for path in tables.glob(f"{experiment}*")}
+    written = {path.name.removeprefix(name) for path in tables.glob(f"{name}*")}
     expected = {f"{part}.{kind}" for part in ("", "_energy") for kind in ("md", "csv", "tex")}
     if experiment != "compander":  # a bound has no spikes, so no energy
         expected |= {"_ppl_energy.png", "_ppl_energy.pdf"}
     assert expected <= written
-    check_roles(pd.read_csv(tables / f"{experiment}_roles.csv"), frame)
+    check_roles(pd.read_csv(tables / f"{name}_roles.csv"), frame)
     assert ("_quantiles.md" in written) == (experiment == "compander")
     assert ("_convergence.md" in written) == (experiment in ("algorithm1", "convergence"))
     if experiment == "codings":
         assert {"_ppl_timesteps.pdf", "_levels.pdf"} <= written
         check_codings(done, frame)
     if experiment == "compander":
-        check_quantiles(frame, pd.read_csv(tables / "compander_quantiles.csv"))
+        check_quantiles(frame, pd.read_csv(tables / f"{name}_quantiles.csv"))
     if experiment == "spike_price":  # rows that only the price tells apart
         assert sorted(frame["setting"].unique()) == ["mu=0.02", "mu=0.05"]
     if experiment == "v0_ablation":

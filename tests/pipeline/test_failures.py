@@ -65,7 +65,11 @@ def test_the_model_of_a_failed_job_is_gone_before_the_next_starts(
     done = command(tmp_path, *SWEEP)
     assert done.code == 1 and broken.alive == [0, 0]
     (line,) = done.err.splitlines()
-    assert line.endswith("out of ink") and "coding.timesteps=5" in line
+    reason, _, where = line.partition("; the traceback is in ")
+    assert reason.endswith(f"{error.__name__}: out of ink" if where else ": out of ink")
+    assert "coding.timesteps=5" in line and "Traceback" not in done.out
+    if error is RuntimeError:
+        assert "in perplexity" in (tmp_path / where).read_text()
     assert [result["timesteps"] for result in done.results] == [6]
     monkeypatch.undo()
     again = command(tmp_path, *SWEEP)
@@ -159,5 +163,5 @@ def test_a_launcher_without_its_plug_in_names_what_to_install():
 def test_the_list_is_in_the_order_of_the_jobs(tmp_path: Path):
     for number in (10, 2):
         (tmp_path / f"{number}/.hydra").mkdir(parents=True)
-        failures.record(tmp_path / str(number), [f"job={number}"], "why")
+        failures.record(tmp_path / str(number), [f"job={number}"], "why", True)
     assert [f["overrides"] for f in failures.listed(tmp_path)] == [["job=2"], ["job=10"]]

@@ -56,7 +56,7 @@ def test_the_command_of_a_job_runs_that_job(swept, tiny_run, folder):
     assert (program, dash, module) == ("python", "-m", "pipeline")
     (alone,) = main_in(folder, arguments).results
     assert alone["keys"] == swept.results[2]["keys"] and all(alone["hits"].values())
-    odd = jobs(["experiment=frontier", "label=some words"])[0]
+    odd = jobs(["experiment=frontier", "variant=dense", "label=some words"])[0]
     again = jobs([a for a in shlex.split(odd.command)[3:] if not a.startswith("hydra")])
     assert [job.config for job in again] == [odd.config] and odd.config.label == "some words"
 

@@ -51,13 +51,14 @@ def single(command: Command, folder: Path, quickstart: Finished) -> Finished:
 def test_the_main_job_prints_and_writes_one_table_of_all_codings(quickstart):
     assert quickstart.code == 0, quickstart.err
     assert [result["coding"] for result in quickstart.results] == ROWS
-    tables = quickstart.cwd / "outputs/tables"
-    assert {path.name for path in tables.iterdir()} == {
-        f"quickstart{part}.{suffix}"
+    name = quickstart.table.stem  # after the experiment, the model and all that the run overrides
+    assert re.fullmatch("quickstart_tiny_[0-9a-f]{8}", name)
+    assert {path.name for path in quickstart.table.parent.iterdir()} == {
+        f"{name}{part}.{suffix}"
         for part in ("", "_energy", "_roles")
         for suffix in ("md", "csv", "tex")
     }
-    frame = pd.read_csv(tables / "quickstart.csv")
+    frame = pd.read_csv(quickstart.table)
     accuracy = ["acc_piqa", "acc_piqa_stderr", "acc_piqa_n"]
     expected = [*NAMES[:5], accuracy[0], *NAMES[5:], *accuracy[1:]]
     assert [name for name in frame if name not in OPTIONAL] == expected
@@ -104,10 +105,9 @@ def test_gated_neurons_come_closer_to_the_dense_model_than_one_range(quickstart)
 
 
 def test_the_second_time_everything_is_cached_and_the_same(command, folder, quickstart):
-    csv = folder / "outputs/tables/quickstart.csv"
-    before = csv.read_bytes()
+    before = quickstart.table.read_bytes()
     again = command(folder, "evaluation.tasks=[piqa]")
-    assert csv.read_bytes() == before
+    assert again.table == quickstart.table and again.table.read_bytes() == before
     for old, new in zip(quickstart.results, again.results, strict=True):
         assert all(new["hits"].values())
         moved = ("hits", "run", "compiled")
@@ -172,7 +172,7 @@ def test_a_sweep_crosses_its_axes_in_one_table(command, folder, quickstart):
     assert sweep.code == 0, sweep.err
     rows = [(result["coding"], result["timesteps"]) for result in sweep.results]
     assert rows == [("las", 4), ("las", 6), ("gated", 4), ("gated", 6)]
-    frame = pd.read_csv(folder / "outputs/tables" / f"{sweep.runs.name}.csv")
+    frame = pd.read_csv(sweep.table)
     assert list(zip(frame["coding"], frame["timesteps"], strict=True)) == rows
     assert len(re.findall("^model +coding ", sweep.out, re.MULTILINE)) == 1  # after all jobs
     assert sweep.results[1]["keys"]["fitting"] == quickstart.results[1]["keys"]["fitting"]
@@ -194,7 +194,7 @@ def test_a_figure_that_fails_costs_neither_the_table_nor_goes_unsaid(
     monkeypatch.setattr("pipeline.sweep.draw", broken)
     done = command(folder, "-m", "experiment=null", "coding=las,gated")
     assert done.code == 1 and done.err.splitlines() == ["failed: figures: ValueError: no ink"]
-    assert len(pd.read_csv(folder / "outputs/tables" / f"{done.runs.name}.csv")) == 2
+    assert len(pd.read_csv(done.table)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_run_is_logged_with_its_per_site_table_and_its_pictures(database, tmp_
 # What is refused: (overrides, what the line names). Every file is made by `broken`.
 REFUSED = {
     "key": (["coding.timestep=6"], "coding.timestep"),
-    "option": (["coding=fancy"], "fancy"),
+    "option": (["coding=fancy"], "no such choice; choose among compander"),
     "timesteps": (["coding.timesteps=0"], "coding.timesteps=0"),
     "grains": (["coding=multigrain", "coding.grains=4", "coding.timesteps=3"], "coding.grains=4"),
     "empty": (["corpus.wikipedia.calibration_path={broken}/empty.jsonl"], "0 tokens"),
@@ -248,7 +248,7 @@ REFUSED = {
     "short evaluation": (["corpus.wikipedia.path={broken}/empty.jsonl"], "0 tokens"),
     "nan": (["model.path={broken}/nan"], "nan, inf"),
     "overflow": (["model.path={broken}/overflow"], "nan, inf"),
-    "constant": (["model.path={broken}/constant"], "constant value 0"),
+    "constant": (["model.path={broken}/constant"], "layers.1.mlp.up_proj:out (0), "),
     "no config": (["model.path={broken}/no_config"], "no config.json"),
     "garbage": (["model.path={broken}/garbage"], "cannot be loaded"),
     "pickle": (["model.path={broken}/pickle"], "no *.safetensors"),

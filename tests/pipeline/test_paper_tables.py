@@ -47,13 +47,15 @@ class Swept:
         return made(self.folder, *arguments, *self.overrides)
 
     def read(self, name: str, kind: str = "csv") -> Any:
-        path = self.folder / "outputs/tables" / f"{name}.{kind}"
+        """The table of that name that was written last."""
+        written = (self.folder / "outputs/tables/paper").glob(f"{name}*.{kind}")
+        path = max(written, key=lambda file: file.stat().st_mtime_ns)
         return pd.read_csv(path) if kind == "csv" else path.read_text(encoding="utf-8")
 
     def rows(self, *more: str) -> list[Row]:
         with chdir(self.folder):
             chosen = ["experiment=codings", "transform=none", *self.overrides, *more]
-            return lookup.rows(chosen, "")
+            return lookup.rows(chosen)
 
 
 def made(folder: Path, *arguments: str) -> Finished:
@@ -272,12 +274,12 @@ def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
     arguments = ("table=main", "experiment=codings", "transform=none", "variant=dense,las")
     done = swept.table(*arguments, "timesteps=4,7")
     assert done.code == 1 and done.err.startswith("error: 1 of 4 rows are not in outputs/store")
+    assert done.err.count("\n") == 3
     assert "las T=7 n=1 lacks fitting, patching, evaluation ppl_wikipedia," in done.err
     (line,) = re.findall(r"^ +(python -m pipeline .*)$", done.err, re.MULTILINE)
-    (fill,) = re.findall(r"^ +(python -m pipeline.tables .*)$", done.err, re.MULTILINE)
-    assert not (swept.folder / "outputs/tables/main.md").exists() or "| 7 |" not in (
-        swept.read("main", "md")
-    )
+    (fill,) = re.findall(r": (python -m pipeline.tables .*)$", done.err, re.MULTILINE)
+    tables = swept.folder.glob("outputs/tables/paper/main*.md")
+    assert not [path for path in tables if "| 7 |" in path.read_text()]
     filled = main_in(swept.folder, shlex.split(line)[3:])
     assert filled.code == 0, filled.err
     monkeypatch.setattr(runner, "execute", forbidden)
@@ -330,7 +332,8 @@ def test_the_same_store_gives_the_same_bytes(swept, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for kind in ("md", "csv", "tex"):
-        texts = {(tmp_path / folder / f"main.{kind}").read_bytes() for folder in "abc"}
+        texts = {path.read_bytes() for path in tmp_path.glob(f"[abc]/main_codings_*.{kind}")}
+        assert len([*tmp_path.glob(f"[abc]/*.{kind}")]) == 3
         assert len(texts) == 1 and b"\r" not in texts.pop()
 
 
