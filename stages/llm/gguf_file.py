@@ -93,6 +93,9 @@ def check_read(
         return
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
     read = get_gguf_hf_weights_map(model, processor)
+    read |= {
+        f"{name}.weight": name for name in read
+    }  # experts, which it looks up without the ending
     if surplus := sorted(set(names) - read.keys()):
         raise InputError(
             f"{source}: transformers leaves {len(surplus)} of its tensors out, the first is "

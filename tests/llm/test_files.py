@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,3 +247,20 @@ def test_tied_weights_that_are_both_absent_are_refused(saved):
     folder = saved(tie_word_embeddings=True)
     rewrite(folder / "model.safetensors", lambda weights: without(weights, EMBEDDING))
     assert "its files lack 2 weights, the first is lm_head.weight" in refused(folder)
+
+
+def test_a_model_on_the_hub_is_read_as_a_folder_is(saved, tokens, tmp_path, monkeypatch):
+    folder = saved(shards="10KB")
+    expected = losses(folder, tokens(2, 12))
+    cached = tmp_path / "hub" / "models--org--tiny"  # as if downloaded before
+    shutil.copytree(folder, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert losses(Path("org/tiny"), tokens(2, 12)) == expected
+    shard = sorted((cached / "snapshots" / "0123").glob("*.safetensors"))[-1]
+    rewrite(shard, lambda weights: weights | {"more.weight": torch.ones(2)})
+    assert "1 weights that its index does not name, the first is more.weight" in refused(
+        Path("org/tiny")
+    )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.integrations.gguf import read_gguf_metadata
 
 from stages.errors import InputError
-from stages.llm.gguf_file import read_tokenizer
+from stages.llm.gguf_file import check_read, read_tokenizer
 from stages.llm.loading import convert_gguf
 from tests.llm.test_loading import write_gguf
 
@@ -93,6 +93,38 @@ def test_a_tensor_that_transformers_leaves_out_is_refused_by_name(
     with pytest.raises(InputError, match=r"leaves 1 of its tensors out, the first is rope_freqs"):
         convert_gguf(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+OPTIONAL = {"rope_freqs", "rope_factors_long", "rope_factors_short", "blk.{bid}.attn_rot_embd"}
+EXPERTS = {
+    "blk.{bid}.ffn_gate_inp",
+    *(f"blk.{{bid}}.ffn_{part}_exps" for part in ("gate", "down", "up")),
+}
+APART = {f"blk.{{bid}}.attn_{port}" for port in "qkv"}  # of Phi-3, which has one matrix for them
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "without"),
+    [
+        ("llama", "llama", OPTIONAL | EXPERTS),
+        ("qwen2", "qwen2", OPTIONAL),
+        ("qwen3", "qwen3", OPTIONAL),
+        ("qwen3_moe", "qwen3moe", OPTIONAL),
+        ("gemma3_text", "gemma3", OPTIONAL),
+        ("phi3", "phi3", OPTIONAL | APART),
+    ],
+)
+def test_every_tensor_that_a_family_has_in_a_file_is_one_that_is_read(kind, name, without, tiny):
+    """By the tables of the package that writes such files."""
+    (arch,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    parts = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]} - without
+    names = [f"{part.format(bid=1)}.weight" for part in parts]
+    assert len(names) > 8
+    check_read(tiny(kind), name, names, "GGUF file")
+    with pytest.raises(
+        InputError, match=r"leaves 1 of its tensors out, the first is blk.1.nothing"
+    ):
+        check_read(tiny(kind), name, [*names, "blk.1.nothing.weight"], "GGUF file")
 
 
 def test_a_tensor_that_the_file_lacks_is_refused_by_name(tmp_path, tiny_llama, byte_tokenizer):
