@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def method(config: Any) -> str | None:
         return None
     if spec.get("load_in_4bit") or spec.get("load_in_8bit"):
         return "bitsandbytes"  # older folders name nothing else
-    return str(spec.get("quant_method"))
+    return str(spec.get("quant_method", "a method without a name"))
 
 
 def _spec(config: Any) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset
     """The tensors that the method of the config reads; InputError where one has no scale that fits."""
     if method(config) != FP8:
         return frozenset()
+    block = _spec(config).get("weight_block_size", (128, 128)) or ()  # null: one for a matrix
     codes = {name for name, tensor in tensors.items() if tensor.dtype.startswith("F8_E4M3")}
     for name in sorted(codes):
         scale = tensors.get(f"{name}{_SCALE}")
@@ -82,11 +84,12 @@ def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset
             raise InputError(
                 f"model {source}: {name} is {tensors[name].dtype}, and its files lack {name}{_SCALE}"
             )
-        shape, grid = tensors[name].shape, scale.shape[-2:] if len(scale.shape) > 1 else (1, 1)
-        if any(size % parts for size, parts in zip(shape[-2:], grid, strict=True)):
+        blocks = tuple(n * size for n, size in zip(scale.shape, block, strict=False))
+        # transformers would cut the matrix into equal parts, also where the last block is a smaller one
+        if math.prod(scale.shape) > 1 and blocks != tensors[name].shape:
             raise InputError(
-                f"model {source}: {name} {list(shape)} is no whole number of blocks for the scales "
-                f"{list(scale.shape)} of {name}{_SCALE}; {_INSTEAD}"
+                f"model {source}: {name} {list(tensors[name].shape)} is no whole number of blocks "
+                f"{list(block)}, {list(scale.shape)} of them by {name}{_SCALE}; {_INSTEAD}"
             )
     return frozenset(codes)
 

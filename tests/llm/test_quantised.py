@@ -56,7 +56,9 @@ def whole(weights: Tensors) -> tuple[Tensors, Tensors]:
         if "_proj" in name:
             scale = weight.abs().max() / 448
             codes[name] = (weight / scale).to(torch.float8_e4m3fn)
-            codes[name + SCALE], dense[name] = scale, codes[name].float() * scale
+            shape = (1, 1) if "down" in name else ()  # both are written
+            codes[name + SCALE] = scale.reshape(shape)
+            dense[name] = codes[name].float() * scale
     return codes, dense
 
 
@@ -128,6 +130,11 @@ def seven(weights: Tensors) -> Tensors:
     return weights | {DOWN + SCALE: torch.ones(4, 7)}
 
 
+def halves(weights: Tensors) -> Tensors:
+    """Two blocks for 40 rows: transformers would take two equal ones, a writer one of 32 and the rest."""
+    return weights | {DOWN + SCALE: torch.ones(2, 5)}
+
+
 def surplus(weights: Tensors) -> Tensors:
     return weights | {DOWN.replace("weight", "input_scale"): torch.ones(())}
 
@@ -136,7 +143,8 @@ def surplus(weights: Tensors) -> Tensors:
     ("change", "says"),
     [
         (unscaled, f"{DOWN} is F8_E4M3, and its files lack {DOWN}{SCALE}"),
-        (seven, f"{DOWN} [40, 40] is no whole number of blocks for the scales [4, 7]"),
+        (seven, f"{DOWN} [40, 40] is no whole number of blocks [10, 8], [4, 7] of them"),
+        (halves, f"{DOWN} [40, 40] is no whole number of blocks [10, 8], [2, 5] of them"),
         (surplus, "no place for, the first is model.layers.0.mlp.down_proj.input_scale"),
     ],
 )
@@ -161,7 +169,10 @@ def test_fp8_that_no_config_names_is_refused(quantised):
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             "'modelopt', which transformers does not",
         ),
-        ({"quant_algo": "FP8"}, "is quantised by 'None', which transformers does not read"),
+        (
+            {"quant_algo": "FP8"},
+            "is quantised by 'a method without a name', which transformers does not read",
+        ),
         ({"quant_method": "gptq", "bits": 4}, "transformers reads it with gptqmodel and optimum"),
         ({"quant_method": "awq", "bits": 4}, "is quantised by awq, .* reads it with gptqmodel"),
         ({"load_in_4bit": True}, "transformers reads it with bitsandbytes"),
