@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
+from stages.llm.files import Checkpoint, check_fit, keep_apart, stored, unreported
+from stages.llm.gguf_file import check_read, read_tokenizer
+from stages.llm.quantised import check_method, check_plain, dequantise, scaled
 from stages.plugin import METHOD
 
 if TYPE_CHECKING:
@@ -17,20 +20,38 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_DOWNLOADED: dict[str, Any] = {
+    "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"],
+    "ignore_patterns": ["*/*", "consolidated*.safetensors"],  # the same weights in another layout
+}
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Dequantises a GGUF file to float32 safetensors and its tokenizer, in the folder `out`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Dequantises a GGUF file to float32 safetensors and its tokenizer, in the folder `out`.
 
-    with readable(f"GGUF file {gguf.name}"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    Raises InputError where that would leave out a tensor, or split text otherwise than the file has it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    source = f"GGUF file {gguf.name}"
+    with readable(source), unreported():
+        metadata, names = read_gguf_metadata(str(gguf))
+        tokenizer = read_tokenizer(gguf, metadata, source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused by name
         )
+    model, report = loaded
+    check_fit(model, Checkpoint(source, {}), report)
+    check_read(model, metadata["general.architecture"], names, source)
     # The weights are dense by now, but transformers refuses to save what it takes for quantised.
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(out)
@@ -42,31 +63,33 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model (in evaluation mode) and tokenizer of a local folder or hub id.
 
-    With `device_map` accelerate places the layers and `device` is not used.
+    With `device_map` accelerate places the layers and `device` is not used. Raises InputError where
+    the files hold anything but the weights of that model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = _origin(source, revision)
     with readable(f"model {source}"):
-        config = AutoConfig.from_pretrained(**where)
-        _refuse_spiking(config, source)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=config,
-            dtype=getattr(torch, dtype),
-            device_map=device_map,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,  # the other format is a pickle
-            output_loading_info=True,
-        )
+        folder, config, checkpoint = _opened(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        with unreported():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                **_LOCAL,
+                config=config,
+                dtype=getattr(torch, dtype),
+                device_map=device_map,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,  # the other format is a pickle
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by name
+            )
     model, report = loaded
-    absent = sorted(report["missing_keys"])
-    if absent:  # transformers would fill them with random numbers
-        raise InputError(
-            f"model {source}: its files lack {len(absent)} weights, the first is {absent[0]}"
-        )
+    check_fit(model, checkpoint, report)
+    check_plain(model, source)
+    wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = model.all_tied_weights_keys
+    keep_apart(model, source, {one: wanted[one] for one in wanted if one not in tied})
     return (model if device_map else model.to(device)).eval(), tokenizer
 
 
@@ -76,33 +99,32 @@ def load_offloaded(
     """As `load`, with the weights left in their files until the layer that needs them computes on
     `device`; files on the hub are downloaded first."""
     import torch
-    from huggingface_hub import snapshot_download
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from stages.llm.offload import attach, skeleton
 
-    where = _origin(source, revision)
     with readable(f"model {source}"):
-        config = AutoConfig.from_pretrained(**where)
-        _refuse_spiking(config, source)
-        if not where["local_files_only"]:
-            wanted = ["*.json", "*.model", "*.txt", "*.safetensors"]
-            source = snapshot_download(source, revision=revision, allow_patterns=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        folder, config, checkpoint = _opened(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         kind = getattr(torch, dtype)
         model = skeleton(config, kind, ATTENTION)
-        attach(model, Path(source).expanduser(), device, kind, offload)
+        attach(model, checkpoint, device, kind, offload)
     return model, tokenizer
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or hub id alone, refused where its model would be."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    where = _origin(source, revision)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+    configuration(source, revision)
+    where = {**_LOCAL} if folder.is_dir() else {"revision": revision or "main"}
     with readable(f"model {source}"):
-        _refuse_spiking(AutoConfig.from_pretrained(**where), source)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else source, **{"trust_remote_code": False} | where
+        )
     return tokenizer
 
 
@@ -155,8 +177,9 @@ def meta_model(described: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedMod
         ) from error
 
 
-def _origin(source: str, revision: str | None) -> dict[str, Any]:
-    """The arguments of from_pretrained for a local folder that has all it needs, or a hub id."""
+def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
+    """The folder of a model, its config and what its files hold; files on the hub are downloaded."""
+    from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -165,12 +188,14 @@ def _origin(source: str, revision: str | None) -> dict[str, Any]:
         check_folder(folder)
     elif folder.is_absolute():
         raise InputError(f"model folder {source} does not exist")
-    return {
-        "pretrained_model_name_or_path": str(folder) if folder.is_dir() else source,
-        "revision": revision or "main",
-        "local_files_only": folder.is_dir(),
-        "trust_remote_code": False,
-    }
+    config: Any = configuration(source, revision)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, revision=revision or "main", **_DOWNLOADED))
+        check_folder(folder)
+    check_method(config, folder, source)
+    dequantise(config)
+    tensors = stored(folder, config)
+    return folder, config, Checkpoint(source, tensors, scaled(config, tensors, source))
 
 
 def check_folder(folder: Path) -> None:
@@ -206,12 +231,24 @@ def readable(
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    damaged = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+    damaged = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+    )
     try:
         yield
     except InputError:
         raise
-    except (*damaged, StrictDataclassError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers raises nothing more precise than Exception
+        known = isinstance(error, (*damaged, StrictDataclassError, SafetensorError))
+        if not known and type(error) is not Exception:
+            raise
         raise InputError(f"{what} cannot be loaded: {_first_line(error)}; {instead}") from error
 
 

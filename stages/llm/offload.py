@@ -6,7 +6,6 @@ counters work on them as on any other model. `stages.llm.forward` runs it layer 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.llm.files import Checkpoint, Stored, check_fit, keep_apart
+from stages.llm.quantised import quantiser
 from stages.llm.rules import architecture
 
 BOUNDARIES = ("memory", "disk")
@@ -54,17 +55,26 @@ class Weights:
     """The files of a model's weights, read group by group: one decoder layer, or `OUTSIDE`."""
 
     def __init__(
-        self, model: PreTrainedModel, folder: Path, device: str, dtype: torch.dtype, spec: Offload
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        device: str,
+        dtype: torch.dtype,
+        spec: Offload,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self.device, self.spec = torch.device(device), spec
         self._model, self._dtype = model, dtype
         self._mapping: list[Any] = [*get_model_conversion_mapping(model)]
+        self._quantiser = quantiser(model)
+        if self._quantiser is not None:
+            self._mapping = self._quantiser.update_weight_conversions(self._mapping, model)
         self._path = architecture(model).layers
         self._empty = dict(model.named_parameters(remove_duplicate=False))
-        self._keys = self._grouped(_files(folder))
-        self._check(folder)
+        self._keys = self._grouped(checkpoint.tensors)
+        self._tied: dict[str, str] = {}  # {a weight that is in no file, or equal: the one it is}
+        self._untie(self._check(checkpoint), checkpoint.source)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -94,69 +104,77 @@ class Weights:
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
-            device_map={"": device}, dtype=self._dtype, weight_mapping=self._mapping
+            device_map={"": device},
+            dtype=self._dtype,
+            weight_mapping=self._mapping,
+            hf_quantizer=self._quantiser,
         )
         info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
-        self._model.tie_weights()
+        for name, origin in self._tied.items():
+            self._place(name, self._model.get_parameter(origin))
         return info
 
     def _release(self) -> None:
         for name, parameter in self._empty.items():
-            path, _, own = name.rpartition(".")
-            self._model.get_submodule(path)._parameters[own] = parameter
+            self._place(name, parameter)
 
-    def _check(self, folder: Path) -> None:
-        """Raises InputError unless the files hold every weight in its shape; reads headers only."""
-        from safetensors import safe_open
+    def _place(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, last = name.rpartition(".")
+        self._model.get_submodule(path)._parameters[last] = parameter
 
-        tensors = {}
-        for file in {file for own in self._keys.values() for file in own}:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118, it is no mapping
-                    shape = opened.get_slice(key).get_shape()
-                    tensors[key] = torch.empty(shape, dtype=self._dtype, device="meta")
+    def _check(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Raises InputError unless the files hold every weight in its shape, and nothing else.
+
+        Returns the pairs that the config ties and of which the files hold both.
+        """
+        empty = {
+            name: torch.empty(tensor.shape, dtype=self._dtype, device="meta")
+            for name, tensor in checkpoint.tensors.items()
+        }
         try:
-            info = self._fill(tensors, torch.device("meta"))
+            info = self._fill(empty, torch.device("meta"))
         finally:
             self._release()
-        absent = sorted(info.missing_keys - set(self._model.all_tied_weights_keys))
-        if absent:  # a layer without them would compute with nothing
+        absent, pairs = set(info.missing_keys), self._model.all_tied_weights_keys
+        for name, origin in pairs.items():
+            if name in absent and origin not in absent:
+                self._tied[name] = origin
+            elif origin in absent and name not in absent:
+                self._tied[origin] = name
+        info.missing_keys -= self._tied.keys()
+        check_fit(self._model, checkpoint, info.to_dict())
+        if info.conversion_errors:
+            first = sorted(info.conversion_errors)[0]
             raise InputError(
-                f"model {folder}: its files lack {len(absent)} weights, the first is {absent[0]}"
+                f"model {checkpoint.source}: {first} cannot be made of the weights in its files"
             )
-        wrong = sorted(f"{n} {list(got)}" for n, got, _ in info.mismatched_keys)
-        if wrong or info.conversion_errors:
-            first = [*wrong, *info.conversion_errors][0]
-            raise InputError(f"model {folder}: a weight does not fit its config.json: {first}")
+        return {name: origin for name, origin in pairs.items() if not absent & {name, origin}}
+
+    def _untie(self, both: Mapping[str, str], source: str) -> None:
+        """Ties the pairs that are equal in the files, and lets the others be two weights."""
+        if not both:
+            return
+        for name in both:
+            self._empty[name] = nn.Parameter(self._empty[name].detach().clone())
+            self._place(name, self._empty[name])
+        with self.resident(OUTSIDE):
+            weight = self._model.get_parameter
+            equal = {n: o for n, o in both.items() if torch.equal(weight(n), weight(o))}
+        self._tied |= equal
+        self._empty |= {name: self._empty[origin] for name, origin in equal.items()}
+        self._release()
+        keep_apart(self._model, source, {n: o for n, o in both.items() if n not in equal})
 
     def _group(self, name: str) -> int:
         """The layer of a weight by its name in the model or in its files."""
         inside = name.partition(f"{self._path.rpartition('.')[2]}.")[2].partition(".")[0]
         return int(inside) if inside.isdecimal() else OUTSIDE
 
-    def _grouped(self, files: dict[str, Path]) -> dict[int, dict[Path, list[str]]]:
+    def _grouped(self, tensors: Mapping[str, Stored]) -> dict[int, dict[Path, list[str]]]:
         groups: dict[int, dict[Path, list[str]]] = {}
-        for key, file in files.items():
-            groups.setdefault(self._group(key), {}).setdefault(file, []).append(key)
+        for key, tensor in tensors.items():
+            groups.setdefault(self._group(key), {}).setdefault(tensor.file, []).append(key)
         return groups
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of every weight of a folder in safetensors, whole or sharded."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = json.loads(index.read_text())["weight_map"]
-        absent = sorted({name for name in shards.values() if not (folder / name).is_file()})
-        if absent:
-            raise InputError(f"model folder {folder} lacks {absent[0]}, which its index names")
-        return {key: folder / name for key, name in shards.items()}
-    (file, *more) = sorted(folder.glob("*.safetensors"))
-    if more:
-        raise InputError(f"model folder {folder} has several safetensors files and no {index.name}")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
 
 
 def skeleton(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -173,13 +191,17 @@ def skeleton(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel
 
 
 def attach(
-    model: PreTrainedModel, folder: Path, device: str, dtype: torch.dtype, spec: Offload
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    spec: Offload,
 ) -> None:
     """Names the files that the weights of a `skeleton` are read from."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    model.__dict__[_RECORD] = Weights(model, folder, device, dtype, spec)
+    model.__dict__[_RECORD] = Weights(model, checkpoint, device, dtype, spec)
 
 
 def offloaded(model: PreTrainedModel) -> Weights | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -29,6 +28,7 @@ from stages.llm.checkpoint import (
     encoded,
     is_spiking,
 )
+from stages.llm.files import unreported
 from stages.llm.loading import readable
 from stages.llm.prefix import attach_prefix
 from stages.llm.quantizer import METHOD, SpikingConfig, SpikingQuantizer
@@ -131,7 +131,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
             f"{path} holds no spiking model (no quantization_config of method {METHOD!r} in a "
             "config.json); write one by export.enabled=true"
         )
-    with readable(str(path), AGAIN), _unreported():
+    with readable(str(path), AGAIN), unreported():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             local_files_only=True,
@@ -156,17 +156,6 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         raise InputError(f"{path} came back dense; import stages before transformers loads it")
     found: PreTrainedModel = model.eval()
     return found
-
-
-@contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' table of weights that do not fit, which are refused here."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str]) -> None:

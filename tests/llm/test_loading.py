@@ -62,6 +62,7 @@ def truncate(folder):
         (drop_a_weight, "lack 1 weights, the first is model.layers.1.mlp.up_proj.weight"),
         (truncate, "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{}"), "cannot be loaded"),
     ],
 )
@@ -81,7 +82,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def write_gguf(path, model, tokenizer):
+def write_gguf(path, model, tokenizer, pre="gpt-2", more=None):
     """The tiny model as llama.cpp's converter writes it: rows of q and k interleaved for RoPE."""
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -94,7 +95,7 @@ def write_gguf(path, model, tokenizer):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * config.vocab_size)  # no merges: bytes alone
@@ -114,11 +115,14 @@ def write_gguf(path, model, tokenizer):
                 halves = weight.reshape(heads, 2, rows // heads // 2, columns)
                 weight = halves.swapaxes(1, 2).reshape(rows, columns)
         target = names.get_name(name, try_suffixes=(".weight",))
-        kind = gguf.GGMLQuantizationType.Q4_1 if "_proj" in name else None
+        blocks = "_proj" in name and weight.shape[-1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q4_1 if blocks else None
         data = weight.numpy()
         if kind:
             data = gguf.quants.quantize(data, kind)
         writer.add_tensor(target, data, raw_dtype=kind)
+    for name, weight in (more or {}).items():
+        writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

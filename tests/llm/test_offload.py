@@ -229,10 +229,16 @@ def cut(folder: Path) -> None:
     ("damage", "says"),
     [
         (drop, "lack 1 weights, the first is model.layers.1.mlp.up_proj.weight"),
-        (widen, "does not fit its config.json: model.layers.0.mlp.down_proj.weight"),
+        (
+            widen,
+            "6 weights do not fit its config, the first is model.layers.0.mlp.down_proj.weight",
+        ),
         (cut, "cannot be loaded"),
         (lambda f: sorted(f.glob("*.safetensors"))[0].unlink(), "lacks model-00001-of"),
-        (lambda f: (f / "model.safetensors.index.json").unlink(), "several safetensors files"),
+        (
+            lambda f: (f / "model.safetensors.index.json").unlink(),
+            "but no model.safetensors and no model.safetensors.index.json",
+        ),
     ],
     ids=["missing", "shape", "truncated", "shard", "index"],
 )
