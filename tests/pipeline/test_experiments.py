@@ -25,7 +25,7 @@ MAIN = "dense,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,g
 gated_budget,signed_digit2"
 # What the smoke run takes of an axis where that is not its first two values.
 CUT = {
-    "codings": {"variant": "dense,ttfs,gif,oat_rounded,gated2,gated2_offset,lloyd_max"},
+    "codings": {"variant": "dense,ttfs,oat_rounded,gated2,gated2_offset"},
     "frontier": {"timesteps": "4", "evaluation.corpora": "[wikipedia]"},
     "spike_price": {"evaluation.corpora": "[wikipedia]"},
     "compander": {"timesteps": "4"},
