@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,15 @@ class SiteLevels:
 
 
 def job_config(folder: Path) -> DictConfig:
-    """The configuration of a finished job."""
-    config = OmegaConf.load(folder / ".hydra/config.yaml")
+    """The configuration of a finished job, which nothing changes any more."""
+    return _read((folder / ".hydra/config.yaml").resolve())
+
+
+@functools.lru_cache(maxsize=1024)  # every table and figure of a sweep asks for that of each job
+def _read(file: Path) -> DictConfig:
+    config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
+    OmegaConf.set_readonly(config, True)
     return config
 
 

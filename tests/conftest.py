@@ -3,6 +3,7 @@
 Kernels run eagerly: compiling takes longer than everything that the tests compute.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from stages.capture import Capture
 from stages.codings.coding import Coding
 from stages.distribution import Distribution
 from stages.fitting import Algorithm1, Fitting
-from stages.llm.kernels import compiled, use_compiler
+from stages.llm.kernels import use_compiler
 from stages.llm.sites import ROLES, SiteSelection, find_sites, select
 from stages.patching import Conversion
 
@@ -45,12 +46,27 @@ TINY = {
 SLIDING_WINDOW = 5
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model first: its one file takes longest, and others fill the second worker."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage: collections look at what tests make."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eager_fixtures() -> None:
+    """What modules and sessions share is made before `eager_kernels` of a test."""
+    use_compiler(False)
+
+
 @pytest.fixture(autouse=True)
 def eager_kernels() -> Iterator[None]:
-    before = compiled()
     use_compiler(False)
     yield
-    use_compiler(before)
+    use_compiler(False)
 
 
 @pytest.fixture(scope="session")

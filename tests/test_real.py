@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import stages
 from pipeline import inputs, runner
 from pipeline.settings import Settings
 from pipeline.store import Store
+from stages.codings.coding import Coding
 from stages.codings.dense import Dense
 from stages.distribution import Densities
 from stages.evaluation import perplexity
@@ -25,6 +28,7 @@ from stages.patching import Conversion, patched
 from tests.llm.held import Kept, compare
 
 pytestmark = pytest.mark.real
+Fitted = Callable[..., Conversion]
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=none", "calibration.windows=4", "patching.windows=1", "tracking.enabled=false"]
 
@@ -48,11 +52,20 @@ def densities(run: runner.Run) -> Densities:
     return Densities.load(run.artifacts["distribution"].path)
 
 
-def fitted(densities: Densities, *overrides: str) -> Conversion:
-    settings = configured(*overrides)
-    assert not isinstance(settings.coding, Dense)
-    spec: Fitting = settings.fitting.for_coding(settings.coding)
-    return Conversion(settings.coding, spec.run(densities, settings.coding))
+@pytest.fixture(scope="module")
+def fitted(densities: Densities) -> Fitted:
+    """Fits the coding that the overrides choose, each once."""
+
+    @functools.cache
+    def fit(spec: Fitting, coding: Coding) -> Conversion:
+        return Conversion(coding, spec.run(densities, coding))
+
+    def chosen(*overrides: str) -> Conversion:
+        settings = configured(*overrides)
+        assert not isinstance(settings.coding, Dense)
+        return fit(settings.fitting.for_coding(settings.coding), settings.coding)
+
+    return chosen
 
 
 def mean_error(neurons: FittedNeurons) -> float:
@@ -60,18 +73,18 @@ def mean_error(neurons: FittedNeurons) -> float:
 
 
 def test_all_301_sites_are_fitted_and_gating_cuts_the_error_fifteenfold(
-    densities: Densities,
+    fitted: Fitted,
 ) -> None:
-    rounded = fitted(densities, "coding=las_rounded", "coding.timesteps=6")
-    gated = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
+    rounded = fitted("coding=las_rounded", "coding.timesteps=6")
+    gated = fitted("coding=gated", "coding.timesteps=6", "coding.grains=2")
     assert len(gated.neurons.sites) == 301
     assert mean_error(gated.neurons) <= mean_error(rounded.neurons) / 15
 
 
 @pytest.mark.parametrize("timesteps", [6, 8])
-def test_no_ungated_code_beats_the_optimal_quantiser(densities: Densities, timesteps: int) -> None:
+def test_no_ungated_code_beats_the_optimal_quantiser(fitted: Fitted, timesteps: int) -> None:
     time = f"coding.timesteps={timesteps}"
-    bound = fitted(densities, "coding=lloyd_max", time).neurons.nmse
+    bound = fitted("coding=lloyd_max", time).neurons.nmse
     for coding in (
         ["las"],
         ["las_rounded"],
@@ -79,13 +92,11 @@ def test_no_ungated_code_beats_the_optimal_quantiser(densities: Densities, times
         ["multigrain"],
         ["gated", "coding.grains=1"],
     ):
-        found = fitted(densities, f"coding={coding[0]}", time, *coding[1:]).neurons.nmse
+        found = fitted(f"coding={coding[0]}", time, *coding[1:]).neurons.nmse
         assert bool((bound <= found * (1 + 1e-6)).all()), coding
 
 
-def test_perplexity_of_gated_neurons_is_near_the_dense_one(
-    run: runner.Run, densities: Densities
-) -> None:
+def test_perplexity_of_gated_neurons_is_near_the_dense_one(run: runner.Run, fitted: Fitted) -> None:
     use_compiler(True)
     found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
     ids = corpus.windows(inputs.load_tokens(found), 2, 512)
@@ -96,10 +107,10 @@ def test_perplexity_of_gated_neurons_is_near_the_dense_one(
 
     dense = measured(None)
     assert 5 < dense < 40
-    two = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
-    three = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=3")
-    eight = fitted(densities, "coding=gated", "coding.timesteps=8", "coding.grains=2")
-    base2 = fitted(densities, "coding=las_rounded", "coding.timesteps=6")
+    two = fitted("coding=gated", "coding.timesteps=6", "coding.grains=2")
+    three = fitted("coding=gated", "coding.timesteps=6", "coding.grains=3")
+    eight = fitted("coding=gated", "coding.timesteps=8", "coding.grains=2")
+    base2 = fitted("coding=las_rounded", "coding.timesteps=6")
     ratios = {n: measured(c) / dense for n, c in {"2": two, "3": three, "8": eight}.items()}
     assert ratios["2"] <= 1.06 and ratios["3"] <= 1.03 and ratios["8"] <= 1.01, ratios
     assert measured(base2) > 5 * dense  # one range is not enough: the ranges are what does it
@@ -107,7 +118,7 @@ def test_perplexity_of_gated_neurons_is_near_the_dense_one(
 
 @pytest.mark.parametrize(("timesteps", "part"), [(6, 0.90), (8, 0.86)])
 def test_signed_digits_spare_spikes_at_the_same_levels(
-    run: runner.Run, densities: Densities, timesteps: int, part: float
+    run: runner.Run, fitted: Fitted, timesteps: int, part: float
 ) -> None:
     """Weighted by fan-out, behind the same gate of two ranges."""
     use_compiler(True)
@@ -117,7 +128,7 @@ def test_signed_digits_spare_spikes_at_the_same_levels(
     rates, errors = [], []
     for coding in ("gated", "signed_digit"):
         choice = (f"coding={coding}", f"coding.timesteps={timesteps}", "coding.grains=2")
-        conversion = fitted(densities, *choice)
+        conversion = fitted(*choice)
         counters = perplexity(model, ids, conversion, 1, "wikipedia").counters
         rates.append(counters["acs"].sum() / counters["macs"].sum())
         errors.append(conversion.neurons.nmse)
@@ -159,12 +170,10 @@ def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
 
 
 @pytest.mark.parametrize("coding", ["las", "multigrain", "gated", "signed_digit", "one_spike"])
-def test_the_stepped_model_is_the_fast_one(
-    run: runner.Run, densities: Densities, coding: str
-) -> None:
+def test_the_stepped_model_is_the_fast_one(run: runner.Run, fitted: Fitted, coding: str) -> None:
     """What reaches every site, the logits and the spikes: a value in the last bit on the other side of
     a threshold is another code, so that each site goes on from what it has in the fast path."""
-    conversion = fitted(densities, f"coding={coding}", "timesteps=6")
+    conversion = fitted(f"coding={coding}", "timesteps=6")
     step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
     ids = corpus.windows(inputs.load_tokens(step), 1, 32)
     found = compare(run.model.load()[0], conversion, ids)
@@ -176,12 +185,12 @@ def test_the_stepped_model_is_the_fast_one(
 
 def test_an_export_is_the_model_that_was_converted(
     run: runner.Run,
-    densities: Densities,
+    fitted: Fitted,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What reaches every site and the logits, to the bit."""
-    conversion = fitted(densities, "coding=gated", "coding.timesteps=6", "coding.grains=2")
+    conversion = fitted("coding=gated", "coding.timesteps=6", "coding.grains=2")
     step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
     ids = corpus.windows(inputs.load_tokens(step), 1, 32)
     model, _ = run.model.load()

@@ -1,14 +1,17 @@
-"""Every neuron once more, one value and one step at a time in float32, written from its equations.
+"""Every neuron once more, one step at a time in float32, written from its equations.
 
-A new coding that is a neuron needs a line in `REFERENCES`; the tests fail without it.
+A new coding that is a neuron needs a line in `REFERENCES`, and its definition, one value at a time, one
+in `scalar.DEFINITIONS`; the tests fail without them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import scalar
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -33,6 +36,7 @@ from stages.fitting import Algorithm1
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)
+START = {"zero": 0.0, "half_step": 0.5}  # v0 in units of the last step of a base-2 neuron
 TIMESTEPS = (1, 2, 4, 6, 8, 10)
 OPTIONS = {
     "v0": ("zero", "half_step"),
@@ -44,27 +48,26 @@ OPTIONS = {
     "silent_zero": (True, False),
 }
 
-# |x| -> code, magnitude of the decoded value, spikes; of x itself for the codings in SIGNED
-Neuron = Callable[[np.float32], tuple[int, np.float32, int]]
+# |x| [N] -> codes, magnitudes of the decoded values, spikes; of x itself for the codings in SIGNED
+Neuron = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def bank(scales: np.ndarray, timesteps: int, v0: float) -> Neuron:
     """n base-2 neurons: the first whose range holds |x| integrates |x| / tau + v0."""
 
-    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
-        k = 0
-        while k < len(scales) - 1 and not x < scales[k] * (ONE - np.float32(v0)):
-            k += 1
+    def neuron(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        k = np.zeros(x.shape, np.int64)
+        for j, scale in enumerate(scales[:-1]):
+            k += (k == j) & ~(x < scale * (ONE - np.float32(v0)))
         v, theta = x / scales[k] + np.float32(v0), ONE
-        code = count = 0
+        code, count = np.zeros_like(k), np.zeros_like(k)
         for _ in range(timesteps):
             theta = theta / np.float32(2)
-            code *= 2
-            if v >= theta:
-                v = v - theta
-                code += 1
-                count += 1
-        return (k << timesteps) + code, np.float32(code * 2.0**-timesteps) * scales[k], count
+            spike = v >= theta
+            v = np.where(spike, v - theta, v)
+            code, count = 2 * code + spike, count + spike
+        value = (code * 2.0**-timesteps).astype(np.float32) * scales[k]
+        return (k << timesteps) + code, value, count
 
     return neuron
 
@@ -73,17 +76,15 @@ def steps(p: dict[str, np.ndarray], max_spikes: int | None) -> Neuron:
     """v(1) = |x| / tau + v0; s(t) = [v >= theta(t)]; v -= h(t) s(t); y += d(t) s(t)."""
     triples = list(zip(p["d"], p["h"], p["theta"], strict=True))
     scale, v0 = p["scale"][()], p["v0"][()]
+    limit = len(triples) if max_spikes is None else max_spikes
 
-    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
-        v, y = x / scale + v0, np.float32(0)
-        code = count = 0
+    def neuron(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        v, y = x / scale + v0, np.zeros_like(x)
+        code, count = np.zeros(x.shape, np.int64), np.zeros(x.shape, np.int64)
         for d, h, theta in triples:
-            code *= 2
-            if v >= theta and (max_spikes is None or count < max_spikes):
-                v = v - h
-                y = y + d
-                code += 1
-                count += 1
+            spike = (v >= theta) & (count < limit)
+            v, y = np.where(spike, v - h, v), np.where(spike, y + d, y)
+            code, count = 2 * code + spike, count + spike
         return code, y * scale, count
 
     return neuron
@@ -95,27 +96,28 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
     floors = p.get("floor", np.zeros_like(scales))
     steps = p.get("steps", np.full_like(scales, 2.0**coding.timesteps))
     two, half = np.float32(2), np.float32(0.5)
+    limits = floors + (scales - floors) * (ONE - half / steps)
 
-    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
-        k = 0
-        while k < len(scales) - 1:
-            if x < floors[k] + (scales[k] - floors[k]) * (ONE - half / steps[k]):
-                break
-            k += 1
-        width, floor, own = scales[k] - floors[k], floors[k], int(np.log2(steps[k]))
+    def neuron(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        k = np.zeros(x.shape, np.int64)
+        for j, limit in enumerate(limits[:-1]):
+            k += (k == j) & ~(x < limit)
+        width, floor, own = (scales - floors)[k], floors[k], np.log2(steps).astype(np.int64)[k]
         v = (x - floor) / width
-        v = max(v, np.float32(0)) if coding.signed else v + half / steps[k]
-        code, count, weight = 0, int(floor > 0), ONE
+        v = np.maximum(v, np.float32(0)) if coding.signed else v + half / steps[k]
+        code, count, weight = np.zeros_like(k), (floor > 0).astype(np.int64), ONE
         for t in range(1, longest + 1):
-            weight, code, sign = weight / two, 2 * code, 0
-            if t <= own and coding.signed:
-                reach = (2 ** (own - t) * 2 // 3 + 0.5) / 2**own
-                sign = int(v >= np.float32(reach)) - int(v < -np.float32(reach))
-            elif t <= own:
-                sign = int(v >= weight)
-            v = v - np.float32(sign) * weight
-            code, count = code + sign, count + abs(sign)
-        return (k << longest) + code, np.float32(code * 2.0**-longest) * width + floor, count
+            weight, later = weight / two, np.maximum(own - t, 0)
+            if coding.signed:
+                reach = ((2**later * 2 // 3 + 0.5) / 2.0**own).astype(np.float32)
+                sign = (v >= reach).astype(np.int64) - (v < -reach)
+            else:
+                sign = (v >= weight).astype(np.int64)
+            sign = np.where(t <= own, sign, 0)
+            v = v - sign.astype(np.float32) * weight
+            code, count = 2 * code + sign, count + np.abs(sign)
+        value = (code * 2.0**-longest).astype(np.float32) * width + floor
+        return (k << longest) + code, value, count
 
     return neuron
 
@@ -123,11 +125,13 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
 def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:
     """One spike at the first threshold, from the highest down, that |x| reaches."""
 
-    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
+    def neuron(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        time = np.zeros(x.shape, np.int64)
         for t, threshold in enumerate(reversed(thresholds)):
-            if x >= threshold:
-                return t, levels[len(levels) - 1 - t], 1
-        return len(thresholds), np.float32(0), 0
+            time += (time == t) & ~(x >= threshold)
+        fires = time < len(thresholds)
+        value = np.where(fires, levels[len(levels) - 1 - time], np.float32(0))
+        return time, value, fires.astype(np.int64)
 
     return neuron
 
@@ -136,30 +140,23 @@ def latency(p: dict[str, np.ndarray], timesteps: int, silent_zero: bool) -> Neur
     """One spike at the first t whose level is at most half a step above x; the last has no lower."""
     origin, step = p["origin"][()], p["step"][()]
 
-    def first(wait: np.float32) -> int:
-        t = 0
-        while t < timesteps - 1 and wait > t + 0.5:
-            t += 1
-        return t
+    def first(wait: np.ndarray) -> np.ndarray:
+        time = np.zeros(wait.shape, np.int64)
+        for t in range(timesteps - 1):
+            time += (time == t) & (wait > np.float32(t + 0.5))
+        return time
 
-    def neuron(x: np.float32) -> tuple[int, np.float32, int]:
-        t = first(origin - x / step)
-        value = (origin - np.float32(t)) * step
-        silent = silent_zero and t == first(origin)
-        return (timesteps, value, 0) if silent else (t, value, 1)
+    def neuron(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        time = first(origin - x / step)
+        value = (origin - time.astype(np.float32)) * step
+        silent = silent_zero & (time == first(origin))
+        return np.where(silent, timesteps, time), value, np.where(silent, 0, 1)
 
     return neuron
 
 
-def half(timesteps: int) -> float:
-    """Half of the last step of a base-2 neuron."""
-    return 1 / (2 * 2**timesteps)
-
-
 REFERENCES: dict[type, Callable[..., Neuron]] = {
-    Las: lambda c, p: bank(
-        p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
-    ),
+    Las: lambda c, p: bank(p["scale"], c.timesteps, START[c.v0] / 2**c.timesteps),
     Gated: consecutive,
     SignedDigit: consecutive,
     Multigrain: lambda c, p: steps(p, None),
@@ -167,9 +164,7 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     FreeSteps: lambda c, p: steps(p, None),
     Rate: lambda c, p: steps(p, None),
     TwoSpike: lambda c, p: steps(p, c.max_spikes),
-    Oat: lambda c, p: bank(
-        p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
-    ),
+    Oat: lambda c, p: bank(p["scale"], c.timesteps, START[c.v0] / 2**c.timesteps),
     OneSpike: lambda c, p: falling_threshold(p["levels"], p["thresholds"]),
     Ttfs: lambda c, p: latency(p, c.timesteps, c.silent_zero),
 }
@@ -177,10 +172,19 @@ SIGNED = (Ttfs,)  # not sign and magnitude: one interval holds both signs
 
 
 def reference(coding: Coding, p: dict[str, Tensor]) -> Neuron:
+    """The neuron of one site, a loop over its steps; fails for a coding that has none."""
+    return _reference(coding, p, REFERENCES, __file__)
+
+
+def definition(coding: Coding, p: dict[str, Tensor]) -> scalar.Neuron:
     """The scalar neuron of one site; fails for a coding that has none."""
-    if type(coding) not in REFERENCES:
-        pytest.fail(f"{type(coding).__name__} is a neuron: add its scalar loop to {__file__}")
-    return REFERENCES[type(coding)](coding, {name: value.numpy() for name, value in p.items()})
+    return _reference(coding, p, scalar.DEFINITIONS, scalar.__file__)
+
+
+def _reference(coding: Coding, p: dict[str, Tensor], makers: dict[type, Any], file: str) -> Any:
+    if type(coding) not in makers:
+        pytest.fail(f"{type(coding).__name__} is a neuron: add its loop to {file}")
+    return makers[type(coding)](coding, {name: value.numpy() for name, value in p.items()})
 
 
 # --- which codings --------------------------------------------------------------------------------
@@ -284,20 +288,22 @@ def breakpoints(coding: Coding, p: dict[str, Tensor]) -> Tensor:
 
 def _codes(neuron: Neuron, bits: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return np.array([neuron(x)[0] for x in bits.view(np.float32)], dtype=np.int64)
+        return neuron(bits.view(np.float32))[0]
+
+
+def seen(coding: Coding, x: Tensor) -> np.ndarray:
+    """What a neuron gets: magnitudes, or the values themselves for the codings in SIGNED."""
+    return (x.float() if isinstance(coding, SIGNED) else x.float().abs()).numpy()
 
 
 # --- the check ------------------------------------------------------------------------------------
 
 
 def check_equal(coding: Coding, p: dict[str, Tensor], x: Tensor) -> None:
-    """Asserts that `encode`, `decode` and `quantise` give the scalar loop's code, value and count."""
-    neuron = reference(coding, p)
+    """Asserts that `encode`, `decode` and `quantise` give the reference's code, value and count."""
     with np.errstate(over="ignore"):
-        seen = x.float() if isinstance(coding, SIGNED) else x.float().abs()
-        rows = [neuron(v) for v in seen.numpy()]
-    columns = zip(*rows, strict=True)
-    code, value, count = (torch.from_numpy(np.array(column)) for column in columns)
+        columns = reference(coding, p)(seen(coding, x))
+    code, value, count = (torch.from_numpy(column) for column in columns)
     if not isinstance(coding, SIGNED):
         value = x.float().sign() * value
     spikes = coding.encode(x, p)

@@ -1,6 +1,7 @@
 """The compiled kernels against the same expressions run eagerly."""
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,8 +35,13 @@ CHANNELS = 48
 
 
 @pytest.fixture(autouse=True)
-def compiler_on() -> None:
+def compiler_on() -> Iterator[None]:
+    """Kernels of more than one thread, as users compile them."""
     use_compiler(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
 
 
 def graphs() -> int:

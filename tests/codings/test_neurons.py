@@ -1,10 +1,11 @@
-"""The stepped neuron and the fast path against the scalar loop, and that the comparison can fail."""
+"""The stepped neuron and the fast path against the loop, and that the comparison can fail."""
 
 import functools
 import inspect
 import re
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from reference import (
@@ -12,10 +13,12 @@ from reference import (
     bfloat16_patterns,
     breakpoints,
     check_equal,
+    definition,
     fitted,
     heavy_tailed,
     label,
     reference,
+    seen,
     shipped,
     variants,
 )
@@ -58,23 +61,39 @@ def test_the_fitted_bases_are_decoupled() -> None:
     assert len(torch.cat(bases).unique()) == 6
 
 
-def test_a_coding_without_a_scalar_loop_fails() -> None:
+def test_a_coding_without_a_loop_fails() -> None:
     class Newer(Las):
         pass
 
-    with pytest.raises(pytest.fail.Exception, match="Newer is a neuron: add its scalar loop"):
-        reference(Newer("newer", 4, "zero"), {})
+    for of in (reference, definition):
+        with pytest.raises(pytest.fail.Exception, match="Newer is a neuron: add its loop"):
+            of(Newer("newer", 4, "zero"), {})
 
 
 @every_coding
-def test_equals_the_scalar_loop_on_every_bfloat16(coding: Coding) -> None:
+def test_the_reference_is_the_scalar_definition(coding: Coding) -> None:
+    """Value by value to the bit: next to breakpoints, over all bfloat16 magnitudes, at the ends."""
+    p = site(coding)
+    edges, patterns = breakpoints(coding, p), bfloat16_patterns().float()
+    edges = edges[torch.linspace(0, len(edges) - 1, 200).long()]
+    x = torch.cat([edges, patterns[:: len(patterns) // 200], torch.tensor([0.0, torch.inf])])
+    one, values = definition(coding, p), seen(coding, x)
+    with np.errstate(over="ignore"):
+        rows, columns = [one(value) for value in values], reference(coding, p)(values)
+    for expected, column in zip(zip(*rows, strict=True), columns, strict=True):
+        assert column.tolist() == [number.item() for number in np.array(expected)]
+    assert columns[1].dtype == np.float32 == np.array([row[1] for row in rows]).dtype
+
+
+@every_coding
+def test_equals_the_loop_on_every_bfloat16(coding: Coding) -> None:
     x = bfloat16_patterns()
     assert len(x) == 2**16 - 2 * 2**7  # without inf and nan
     check_equal(coding, site(coding), x)
 
 
 @every_coding
-def test_equals_the_scalar_loop_around_every_breakpoint(coding: Coding) -> None:
+def test_equals_the_loop_around_every_breakpoint(coding: Coding) -> None:
     p = site(coding)
     x = breakpoints(coding, p)
     if isinstance(coding, Las | Gated):  # a base-2 range uses all of its 2^T codes
@@ -225,7 +244,7 @@ def test_the_comparison_fails_on_a_doubled_scale() -> None:
     wrong = p | {"scale": 2 * p["scale"]}
     x = heavy_tailed(2, 300)[1]
     expected = reference(GRAINS, p)
-    values = torch.tensor([expected(v)[1] for v in x.abs().numpy()])
+    values = torch.from_numpy(expected(x.abs().numpy())[1])
     assert torch.equal(GRAINS.quantise(x, p)[0].abs(), values)
     assert not torch.equal(GRAINS.quantise(x, wrong)[0].abs(), values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -139,10 +140,15 @@ def settings(tiny_run: Tiny) -> Callable[..., Settings]:
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    def make(store: Path, *overrides: str) -> Settings:
+    @functools.cache  # composing takes longer than most of what is done with it
+    def composed(*overrides: str) -> Any:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            where = ["experiment=none", f"store.path={store}"]
-            return instantiate(compose("config", [*where, *tiny_run.overrides, *overrides]))
+            return compose("config", ["experiment=none", *tiny_run.overrides, *overrides])
+
+    def make(store: Path, *overrides: str) -> Settings:
+        config = composed(*overrides)
+        config.store.path = str(store)
+        return instantiate(config)
 
     return make
 

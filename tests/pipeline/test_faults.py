@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from tests.pipeline.conftest import fork_server, half_written
 
 Make = Callable[..., Settings]
 REPOSITORY = Path(__file__).parents[2]
-KILLS = 20
+ATTEMPTS = 3  # to kill a run in the middle of a stage
 CODING = ("coding=multigrain", "fitting.algorithm1.rounds=4")  # its fitting takes a while
 PRELOADED = ("pipeline.runner", "pyarrow.parquet", "transformers.models.llama.modeling_llama")
 # Folders of the store in the order of their building; the texts are tokenised in two of them.
@@ -101,20 +102,23 @@ def kill_while_building(runs: Runs, store: Path, stage: str, delay: float) -> li
     return [path.parent.name for path in store.glob("*/.tmp-*")]
 
 
-def test_kill_9_at_twenty_moments_changes_no_number(runs, undisturbed, tmp_path):
+def test_kill_9_in_any_stage_changes_no_number(runs, undisturbed, tmp_path):
+    """At a moment of each stage's building; again where the stage was over before the signal came."""
     whole, expected = undisturbed
     draw = random.Random(20)
-    interrupted: list[str] = []
-    for kill in range(KILLS):
-        stage, store = STAGES[kill % len(STAGES)], tmp_path / str(kill)
+    interrupted: set[str] = set()
+    for stage, attempt in itertools.product(STAGES, range(ATTEMPTS)):
+        if stage in interrupted:
+            continue
+        store = tmp_path / f"{stage}{attempt}"
         delay = draw.uniform(0, 0.8) * seconds(whole, stage)
-        interrupted += kill_while_building(runs, store, stage, delay)
+        interrupted |= {*kill_while_building(runs, store, stage, delay)}
         damaged = [found for found in half_written(store) if "/.tmp-" not in found]
         assert not damaged  # whatever has its final name is whole
         result = runs.complete(store)
-        assert numbers(result) == numbers(expected), f"kill {kill}, in {stage}"
+        assert numbers(result) == numbers(expected), f"killed in {stage}"
         assert not half_written(store)
-    assert len(interrupted) >= KILLS // 2 and len({*interrupted}) >= 5  # they did hit builds
+    assert len(interrupted) >= 5  # they did hit builds
 
 
 def test_two_processes_build_every_artifact_once(runs, undisturbed, tmp_path):

@@ -1,6 +1,5 @@
 """Atoms, densities, Bennett value, moments and sampler against closed forms, torch and scipy."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.distribution import Atoms, Densities, Distribution, merge
 from stages.errors import InputError
-from stages.llm.kernels import use_compiler
 from stages.sketch import Accumulator, Grid, SketchSet
 
 
@@ -53,10 +51,8 @@ NAMES = ("gaussian", "laplace", "heavy", "sparse", "probabilities")
 
 
 @pytest.fixture(scope="module")
-def densities() -> Iterator[Densities]:
-    use_compiler(False)  # a module's fixture is set up before the kernels are made eager
-    yield Distribution().run(sketches(*(samples(name) for name in NAMES)))
-    use_compiler(True)
+def densities() -> Densities:
+    return Distribution().run(sketches(*(samples(name) for name in NAMES)))
 
 
 def every_value(x: Tensor) -> Atoms:

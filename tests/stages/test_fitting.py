@@ -1,6 +1,5 @@
 """The fitting stage: what it fits on, what it reports and what it keeps of its settings."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from stages.codings.phase import Phase
 from stages.distribution import Densities, Distribution
 from stages.errors import InputError
 from stages.fitting import Algorithm1, FittedNeurons, Fitting
-from stages.llm.kernels import use_compiler
 from stages.sketch import Accumulator, Grid, SketchSet
 
 QUICK = Algorithm1(rounds=2, neuron_steps=5, base_steps=5, neuron_lr=2e-3, base_lr=2e-3, slope=100)
@@ -42,15 +40,13 @@ def values(sites: int, size: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def densities() -> Iterator[Densities]:
-    use_compiler(False)
+def densities() -> Densities:
     x = values(3, 100_000)
     accumulators = [Accumulator(Grid(7), 0, False, torch.device("cpu")) for _ in x]
     for accumulator, own in zip(accumulators, x, strict=True):
         accumulator.add(own)
     named = [(f"site{k}:in", "mlp.in", k) for k in range(3)]
-    yield Distribution().run(SketchSet.collect(named, Grid(7), accumulators))
-    use_compiler(True)
+    return Distribution().run(SketchSet.collect(named, Grid(7), accumulators))
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.name}-{c.grains}")
