@@ -160,7 +160,7 @@ def test_tables_figures_and_configuration_arrive(server, sweep, tmp_path):
     assert table.read_bytes() == (sweep.cwd / "outputs/tables" / table.name).read_bytes()
     logged = pd.read_json(whole / "table.json", orient="split")
     assert list(logged["coding"]) == ["las", "gated"]
-    assert (whole / "figures" / f"{sweep.runs.name}_ppl_energy.png").exists()
+    assert (whole / "figures" / f"{sweep.table.stem}_ppl_energy.png").exists()
 
 
 def test_data_sets_are_named_by_the_tokens_that_were_read(server, sweep):
