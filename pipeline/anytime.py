@@ -19,6 +19,8 @@ CAPTION = (
     "Perplexity on the first corpus where only the spikes of the first `steps` timesteps of every "
     "neuron arrive."
 )
+DASHES = ("-", "--", ":", "-.")  # where there are more runs than looks
+ENTRY = 0.16  # inches of a legend's entry
 
 
 def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
@@ -44,9 +46,10 @@ def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
 @rc_context(STYLE)
 def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
     """Perplexity against the steps that have arrived, a line a run; a note says what is not drawn."""
-    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
-    axes = figure.subplots()
     runs = frame.groupby(["run", "timesteps", "transform"], sort=False)
+    height = max(2.6, 0.4 + ENTRY * len(runs))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
     beyond = []
     for number, ((run, timesteps, transform), points) in enumerate(runs):
         color, marker = LOOKS[number % len(LOOKS)]
@@ -56,7 +59,8 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
         beyond += [f"{label} at t = {', '.join(map(str, lost))}"] if len(lost) else []
         if shown.any():
             x, y = points.loc[shown, "steps"], points.loc[shown, "ppl"]
-            axes.plot(x, y, color=color, marker=marker, label=label)
+            dashes = DASHES[number // len(LOOKS) % len(DASHES)]
+            axes.plot(x, y, color=color, marker=marker, linestyle=dashes, label=label)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = f"points not drawn, perplexity above {DIVERGED:g}: {'; '.join(beyond)}" if beyond else ""

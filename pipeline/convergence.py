@@ -143,7 +143,7 @@ def limit_by_slope(frame: pd.DataFrame) -> Figure:
         dashes = "--" if str(role).startswith("mlp.") else "-"
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
         for axes, kind in zip(panels, kinds, strict=True):
-            axes.plot(rows["slope"], rows[kind], **look)
+            axes.plot(rows["slope"], rows[kind], **look, label=role)
         handles.append(Line2D([], [], **look, label=str(role)))
     slopes = sorted(frame["slope"].unique())
     for axes, kind in zip(panels, kinds, strict=True):

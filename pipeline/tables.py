@@ -14,7 +14,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from pipeline import captions, folders, sheet
-from pipeline.columns import Column, excess, percent, perplexity, scientific, significant
+from pipeline.columns import Column, excess, percent, perplexity, scientific, small
 from pipeline.errors import choose
 from pipeline.rows import (
     OVER_DENSE,
@@ -50,9 +50,9 @@ COLUMNS = {
         Column("grains", "n"),
         Column("nmse", "nmse", lambda value: scientific(value, 1)),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
-        Column("macs_G", "MACs [G]", lambda value: significant(value, 4)),
-        Column("acs_G", "ACs [G]", lambda value: significant(value, 4)),
-        Column("energy_J", "energy [J]", lambda value: significant(value, 3)),
+        Column("macs_G", "MACs [G]", lambda value: small(value, 4)),
+        Column("acs_G", "ACs [G]", lambda value: small(value, 4)),
+        Column("energy_J", "energy [J]", lambda value: small(value, 3)),
         Column("saving", "saving", lambda value: f"{100 * value:.1f} %"),
         Column("fitting_s", "fitting [s]", "{:.1f}".format),
         Column("conversion_s", "conversion [s]", "{:.1f}".format),
