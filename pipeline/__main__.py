@@ -152,7 +152,8 @@ def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
         files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:
             if written := sweep.draw(folder, name, TABLES):
-                print(f"and: {', '.join(path.name for path in written)}")
+                kinds = dict.fromkeys(path.stem.removeprefix(f"{name}_") for path in written)
+                print(f"and: {TABLES / name}_{{{','.join(kinds)}}}")
                 files += written
         except Exception as error:  # the table stands; what a figure lacks is told as a failed job
             log.exception("figures")

@@ -13,12 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.columns import DIVERGED
 from pipeline.comparisons import LOOKS, comparison_frame
-from pipeline.figures import STYLE, WIDTH
+from pipeline.figures import STYLE, WIDTH, noted
 
 CAPTION = (
     "Perplexity on the first corpus where only the spikes of the first `steps` timesteps of every "
     "neuron arrive."
 )
+DASHES = ("-", "--", ":", "-.")  # where there are more runs than looks
+ENTRY = 0.16  # inches of a legend's entry
 
 
 def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
@@ -43,26 +45,31 @@ def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
 
 @rc_context(STYLE)
 def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
-    """Perplexity against the steps that have arrived, a line a run; its label tells the steps after
-    which the perplexity is beyond what is drawn."""
-    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
-    axes = figure.subplots()
+    """Perplexity against the steps that have arrived, a line a run; a note says what is not drawn."""
     runs = frame.groupby(["run", "timesteps", "transform"], sort=False)
+    height = max(2.6, 0.4 + ENTRY * len(runs))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    beyond = []
     for number, ((run, timesteps, transform), points) in enumerate(runs):
         color, marker = LOOKS[number % len(LOOKS)]
         told = "" if transform == "none" else f", {transform}"
-        shown = points[points["ppl"] <= DIVERGED]
-        label = f"{run}, T={timesteps:.0f}{told}{_beyond(points)}"
-        axes.plot(shown["steps"], shown["ppl"], color=color, marker=marker, label=label)
+        shown = points["ppl"] <= DIVERGED
+        label, lost = f"{run}, T={timesteps:.0f}{told}", points.loc[~shown, "steps"]
+        beyond += [f"{label} at t = {', '.join(map(str, lost))}"] if len(lost) else []
+        if shown.any():
+            x, y = points.loc[shown, "steps"], points.loc[shown, "ppl"]
+            dashes = DASHES[number // len(LOOKS) % len(DASHES)]
+            axes.plot(x, y, color=color, marker=marker, linestyle=dashes, label=label)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("timesteps whose spikes have arrived")
+    note = f"points not drawn, perplexity above {DIVERGED:g}: {'; '.join(beyond)}" if beyond else ""
+    axes.set_xlabel(noted("timesteps whose spikes have arrived", note))
     axes.set_ylabel("perplexity")
     figure.legend(loc="outside right upper")
     return figure
 
 
-def _beyond(points: pd.DataFrame) -> str:
-    """The steps whose perplexity says only that the model is broken."""
-    steps = [str(step) for step in points.loc[points["ppl"] > DIVERGED, "steps"]]
-    return f"\nabove {DIVERGED:g} at t = {', '.join(steps)}" if steps else ""
+def drawable(frame: pd.DataFrame) -> bool:
+    """Whether a run has a perplexity after any of its steps that is worth a point."""
+    return bool((frame["ppl"] <= DIVERGED).any())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pipeline.columns import BEYOND, DIVERGED
-from pipeline.lookup import Row
+
+if TYPE_CHECKING:
+    from pipeline.lookup import Row
+    from pipeline.sheet import Sheet
 
 BEST = "Bold: the best of its T among the spiking models that did not diverge."
 CONVENTIONS = (
@@ -20,7 +24,55 @@ GRAINS = (
     "bits more."
 )
 
+MEANINGS = {
+    "bits": "bits: T, and log2 n where the n grains are neurons an activation",
+    "nmse": "nmse: geometric mean over the sites, on held-out activations",
+    "convention": "convention: how the spikes of a value are counted",
+    "spikes_per_value": "spikes / value: mean, weighted by the additions that each spike causes",
+    "fitting_s": "fitting: all sites, with the statistics that the coding asks for",
+    "conversion_s": "conversion: capture to patching, as measured when they were computed",
+}
+COSTS = {"macs_G": "MACs", "acs_G": "ACs", "energy_J": "energy", "saving": "saving"}
+
 PUBLISHED = ("wikitext2, c4, redpajama and pile", "winogrande, arc_challenge, arc_easy and piqa")
+
+
+def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> str:
+    """What stands over the table of a sweep: its models, T and texts, and what its columns mean."""
+    frame, shown = sheet.frame, [column.name for column in sheet.columns]
+    steps = ", ".join(str(step) for step in sorted(frame["timesteps"].dropna().unique()))
+    models = ", ".join(map(str, frame["model"].unique()))
+    subject = f"Spiking conversions of {models} at T = {steps}" if steps else f"Dense {models}"
+    corpora = [name for name in shown if name.startswith("ppl_")]
+    questions = [_questions(frame, name) for name in shown if name.startswith("acc_")]
+    texts = [f"{name[4:]}{_windows(results, name[4:])}" for name in corpora]
+    against = any(name.startswith("over_dense_") for name in shown)
+    dense = "; vs dense: against the dense model of the same transform" if against else ""
+    grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
+    costs = [told for name, told in COSTS.items() if name in shown]
+    counted = ", ".join(part for part in ("causal convention", profile) if part)
+    saving = ", saving against the dense model" if "saving" in shown else ""
+    return told(
+        f"{subject}.",
+        f"Perplexity: {', '.join(texts)}{dense}." if texts else "",
+        f"Accuracy ± standard error: {', '.join(questions)}." if questions else "",
+        GRAINS if grown else "",
+        *(f"{meaning[0].upper()}{meaning[1:]}." for n, meaning in MEANINGS.items() if n in shown),
+        f"{', '.join(costs).capitalize()}: a window, {counted}{saving}." if costs else "",
+    )
+
+
+def _windows(results: Sequence[Mapping[str, Any]], corpus: str) -> str:
+    """The part of a corpus that was read, where the results say it."""
+    read = [(result.get("evaluation") or {}).get(corpus) or {} for result in results]
+    texts = [f"{m['windows']} windows of {m['length']} tokens" for m in read if "windows" in m]
+    return f" ({' or '.join(dict.fromkeys(texts))})" if texts else ""
+
+
+def _questions(frame: pd.DataFrame, name: str) -> str:
+    counts = sorted(frame[f"{name}_n"].dropna().unique()) if f"{name}_n" in frame else []
+    number = "/".join(map(str, counts))
+    return f"{name[4:]} ({number} questions)" if number else name[4:]
 
 
 def model(frame: pd.DataFrame) -> str:

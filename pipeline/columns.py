@@ -14,14 +14,16 @@ import pandas as pd
 UNDEFINED = "–"
 DIVERGED = 1e4  # a perplexity above this says only that the model is broken
 BEYOND = ">1e4"
+MOST = 9999  # percent of excess: above it only that the model is broken
 
 
 @dataclass(frozen=True)
 class Column:
     """One column: `name` in the frame and the csv, `head` with its unit, how a value reads.
 
-    `best` says which end of it is bold, `group` stands over columns that have it in common, `error`
-    names a column, its standard errors say, that `show` takes too; `words` are set left.
+    `best` says which end of it is bold, `group` stands over columns that have it in common, `beside`
+    names columns, its standard errors say, that `show` takes too; `words` are set left. Where a
+    terminal has no room for all, columns of a higher `spare` are left out first.
     """
 
     name: str
@@ -29,16 +31,16 @@ class Column:
     show: Callable[..., str] = str
     best: Literal["min", "max"] | None = None
     group: str = ""
-    error: str | None = None
+    beside: tuple[str, ...] = ()
     words: bool = False
+    spare: int = 0
 
     def texts(self, frame: pd.DataFrame) -> list[str]:
         """The cells of this column as a reader sees them."""
-        values = frame[self.name]
-        if self.error is None:
-            return [UNDEFINED if pd.isna(value) else self.show(value) for value in values]
-        pairs = zip(values, frame[self.error], strict=True)
-        return [UNDEFINED if pd.isna(v) else self.show(v, error) for v, error in pairs]
+        if self.name not in frame:
+            return [UNDEFINED] * len(frame)
+        rows = zip(*(frame[name] for name in (self.name, *self.beside)), strict=True)
+        return [UNDEFINED if pd.isna(v) else self.show(v, *more) for v, *more in rows]
 
 
 def perplexity(value: float) -> str:
@@ -53,12 +55,14 @@ def bounded_perplexity(value: float) -> str:
     return BEYOND if value > DIVERGED else f"{value:.2f}"
 
 
-def with_error(value: float, error: float) -> str:
-    """A fraction with as many decimals as its standard error bears: 0.46 ± 0.05."""
-    if pd.isna(error):
-        return f"{value:.3f}"
-    decimals = 2 if error >= 0.0095 else 3
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+def excess(value: float) -> str:
+    """A fraction by which something is larger, in percent with its sign."""
+    percent = 100 * value
+    if percent > MOST:
+        return f">{MOST} %"
+    if abs(percent) >= 9.95:
+        return f"{percent:+.0f} %"
+    return f"{percent:+.1f} %" if abs(percent) >= 0.05 else "0.0 %"
 
 
 def percent(value: float, error: float = math.nan) -> str:

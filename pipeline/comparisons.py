@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from pipeline.columns import DIVERGED
-from pipeline.figures import STYLE, WIDTH, Array
-from pipeline.rows import result_frame, variant
+from pipeline.figures import STYLE, WIDTH, Array, noted
+from pipeline.rows import result_frame, short_setting, variant
 
 Looks = dict[str, dict[str, Any]]
 # A row of panels shows this many series and the others in grey: more cannot be told apart on a
@@ -72,15 +71,9 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
     for result, setting in zip(results, settings, strict=True):
         name = variant(result)
         told = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
-        told += [_short(setting)] if setting and len(given[name]) > 1 else []
+        told += [short_setting(setting)] if setting and len(given[name]) > 1 else []
         found.append(" ".join([name, *told]))
     return found
-
-
-def _short(setting: str) -> str:
-    """The overrides of a job as a legend has room for: the last part of keys, three digits."""
-    keys = re.sub(r"(?:\w+\.)+(\w+=)", r"\1", setting)
-    return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", keys)
 
 
 def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -103,6 +96,18 @@ def looks(frame: pd.DataFrame) -> list[Looks]:
     ]
 
 
+def drawable(frame: pd.DataFrame, axis: str) -> bool:
+    """Whether a figure against `axis` has something to compare: runs that did not diverge.
+
+    Against T or bits, a series that moves along it, which codings of a fixed T do not.
+    """
+    seen = frame[frame["ppl"] <= DIVERGED].dropna(subset=[axis])
+    coded = seen[~seen["dense"]]
+    if axis in AXES:
+        return bool((coded.groupby("series")[axis].nunique() > 1).any())
+    return len(coded) > 0 and seen[axis].nunique() > 1
+
+
 @rc_context(STYLE)
 def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
     """Perplexity against `timesteps` or `bits`. A series of one T in all is a level line."""
@@ -118,7 +123,8 @@ def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
         for row in looks(frame)
     ]
     frame = frame.dropna(subset=["ppl"])
-    figure, cells = _panels(frame, rows, fixed)
+    placed = frame["dense"] | frame["series"].map(level) | frame[axis].notna()
+    figure, cells = _panels(frame[placed], rows, fixed)
     for axes, runs, own in cells:
         for series, points in runs[~runs["dense"]].groupby("series", sort=False):
             look = own.get(str(series), OTHER)
@@ -137,12 +143,13 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     """Perplexity against energy, with the Pareto front of every panel and T at its points."""
     rows = looks(frame)
     frame = frame.dropna(subset=["ppl", "energy_J"])
+    drawn = frame[frame["ppl"] <= DIVERGED]
+    lines = max((len(_front(runs)) for _, runs in drawn.groupby("panel")), default=0) > 1
     legend = Line2D([], [], **FRONT, label="Pareto front of all, with T")
-    figure, cells = _panels(frame, rows, {}, [legend])
+    figure, cells = _panels(frame, rows, {}, [legend] * lines)
     for axes, runs, own in cells:
         axes.margins(0.08)  # for the T beside the points
-        front = runs[pareto(runs["energy_J"].to_numpy(), runs["ppl"].to_numpy())]
-        front = front.sort_values("energy_J")
+        front = _front(runs)
         axes.plot(front["energy_J"], front["height"], **FRONT)
         for series, points in runs.groupby("series", sort=False):
             look = own.get(str(series), OTHER | {"linestyle": "", "marker": "."})
@@ -165,6 +172,12 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def _front(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a panel that none beats, by energy."""
+    front = runs[pareto(runs["energy_J"].to_numpy(), runs["ppl"].to_numpy())]
+    return front.sort_values("energy_J")
+
+
 def pareto(cost: Array, loss: Array) -> np.ndarray:
     """Which points no other point beats: none is as good in both and better in one, [N] bool."""
     as_good = (cost[:, None] <= cost) & (loss[:, None] <= loss)  # [other, point]
@@ -183,44 +196,71 @@ def _panels(
     The runs' `height` is the perplexity, or its excess over the dense model's in percent where
     every panel has one: a scale of perplexity tells nothing apart near the dense model.
     """
-    dense = frame[frame["dense"]].groupby("panel")["ppl"].first()
-    names, present = list(frame["panel"].unique()), set(frame["series"])
-    relative = set(names) <= set(dense.index)
-    base = frame["panel"].map(dense)
-    frame = frame.assign(height=100 * (frame["ppl"] / base - 1) if relative else frame["ppl"])
-    drawn = frame[frame["ppl"] <= DIVERGED]
+    drawn, dense, relative = _heights(frame)
+    coded = drawn[~drawn["dense"]]
+    names, present = list((coded if len(coded) else drawn)["panel"].unique()), set(coded["series"])
     rows = [{name: look for name, look in row.items() if name in present} for row in rows]
     rows = [row for row in rows if row] or [{}]
-    blocks = -(-len(names) // PANELS_A_ROW)  # of panels, in each row of series
-    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)), layout="constrained")
     columns = min(len(names), PANELS_A_ROW)
+    blocks = -(-len(names) // columns)  # of panels, in each row of series
+    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)), layout="constrained")
     grid = figure.subplots(len(rows) * blocks, columns, squeeze=False, sharex=True, sharey=True)
-    cells = []
+    cells, shown, others = [], np.zeros(grid.shape, bool), False
     for number, row in enumerate(rows):
-        block = grid[number * blocks : (number + 1) * blocks]
-        for axes, name in zip(block.ravel(), names, strict=False):
-            cells.append((axes, drawn[drawn["panel"] == name], row))
-            told = [name] if name else []
-            told += [f"dense {dense[name]:.4g}"] if name in dense else []
-            if number == 0 or blocks > 1:
-                axes.set_title(", ".join(told))
+        last = (0, 0)  # the panel on the right of the first line of panels that this row has
+        for place, name in enumerate(names):
+            runs = drawn[drawn["panel"] == name]
+            series = set(runs.loc[~runs["dense"], "series"])
+            if row and not series & set(row):  # it would show series of other rows alone
+                continue
+            at = (number * blocks + place // columns, place % columns)
+            cells.append((grid[at], runs, row))
+            others |= not series <= set(row)
+            if blocks > 1 or not shown[:, at[1]].any():
+                grid[at].set_title(", ".join(filter(None, [name, _dense_title(dense, name)])))
             if name in dense:
-                axes.axhline(0 if relative else dense[name], **DENSE)
-        for axes in block.ravel()[len(names) :]:
-            axes.set_axis_off()
+                grid[at].axhline(0 if relative else dense[name], **DENSE)
+            last = at if not shown[number * blocks :].any() or at[0] == last[0] else last
+            shown[at] = True
         handles = [
             Line2D([], [], **row[name], label=_wrapped(labels.get(name, name))) for name in row
         ]
-        block[0, -1].legend(
+        grid[last].legend(
             handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
         )
-    _scale(grid[0, 0], relative)
+    _remove(grid, shown)
+    _scale(cells[0][0], relative)
     handles = [Line2D([], [], **DENSE, label="dense")] if len(dense) else []
-    if len(rows) > 1:
+    if others:
         handles.append(Line2D([], [], **OTHER, label="series of the other rows"))
     figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=3, frameon=False)
     figure.supylabel("perplexity over the dense model's" if relative else "perplexity", fontsize=8)
     return figure, cells
+
+
+def _heights(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, bool]:
+    """The runs that did not diverge with their `height`, the dense perplexities of the panels that
+    have other runs, and whether heights are relative to them."""
+    drawn = frame[frame["ppl"] <= DIVERGED]
+    names = set((drawn if drawn["dense"].all() else drawn[~drawn["dense"]])["panel"])
+    dense = drawn[drawn["dense"] & drawn["panel"].isin(names)].groupby("panel")["ppl"].first()
+    relative = names <= set(dense.index)
+    base = drawn["panel"].map(dense)
+    height = 100 * (drawn["ppl"] / base - 1) if relative else drawn["ppl"]
+    return drawn.assign(height=height), dense, relative
+
+
+def _dense_title(dense: pd.Series, name: str) -> str:
+    return f"dense {dense[name]:.4g}" if name in dense else ""
+
+
+def _remove(grid: np.ndarray, shown: np.ndarray) -> None:
+    """Remove the panels that show nothing; those that are now outermost have the numbers of the axes."""
+    for at in np.argwhere(~shown):
+        grid[tuple(at)].remove()
+    for row, column in np.argwhere(shown):
+        last = not shown[row + 1 :, column].any()
+        grid[row, column].tick_params(labelbottom=last, labelleft=not shown[row, :column].any())
 
 
 def _scale(axes: Axes, relative: bool) -> None:
@@ -246,8 +286,3 @@ def _diverged(frame: pd.DataFrame) -> str:
 
 def _wrapped(name: str) -> str:
     return "\n".join(textwrap.wrap(name, 20))
-
-
-def noted(label: str, note: str, width: int = 95) -> str:
-    """An axis' label with a note below it, broken where the page ends."""
-    return "\n".join([label, *textwrap.wrap(note, width)])

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +20,11 @@ from stages.convergence import fit_decay
 from stages.fitting import FittedNeurons
 
 COLUMNS = ("rho", "C", "C_relative", "last_relative", "R2")
+# What the figure shows: the label of its axis, and the title.
+PANELS = {
+    "C_relative": ("C / first loss", "What the loss settles at"),
+    "rho": ("ρ per step", "Rate"),
+}
 SETTLED = 0.1  # of the falling term may be left at the end of a curve that has settled
 
 
@@ -126,22 +132,24 @@ def caption(frame: pd.DataFrame) -> str:
 @rc_context(STYLE)
 def limit_by_slope(frame: pd.DataFrame) -> Figure:
     """C / first loss and the rate rho against the surrogate's slope, a line a role."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
     if "variant" in frame:
         frame = frame[frame["variant"] == frame["variant"].iloc[0]]
-    for role, rows in frame.groupby("role", sort=False):
+    kinds = [kind for kind in PANELS if frame[kind].notna().any()]
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    handles = []
+    for role, rows in frame.dropna(subset=kinds, how="all").groupby("role", sort=False):
         colour, marker = ROLES[str(role)]
         dashes = "--" if str(role).startswith("mlp.") else "-"
-        look = {"color": colour, "marker": marker, "linestyle": dashes}
-        left.plot(rows["slope"], rows["C_relative"], **look, label=role)
-        right.plot(rows["slope"], rows["rho"], **look)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
+        for axes, kind in zip(panels, kinds, strict=True):
+            axes.plot(rows["slope"], rows[kind], **look, label=role)
+        handles.append(Line2D([], [], **look, label=str(role)))
     slopes = sorted(frame["slope"].unique())
-    for axes in (left, right):
+    for axes, kind in zip(panels, kinds, strict=True):
         axes.set(xscale="log", xlabel="slope of the surrogate")
         axes.set_xticks(slopes, [f"{slope:g}" for slope in slopes])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    left.set(ylabel="C / first loss", title="What the loss settles at")
-    right.set(ylabel="ρ per step", title="Rate")
-    figure.legend(loc="outside right center", frameon=False, handlelength=3)
+        axes.set(ylabel=PANELS[kind][0], title=PANELS[kind][1])
+    figure.legend(handles=handles, loc="outside right center", frameon=False, handlelength=3)
     return figure

@@ -43,7 +43,7 @@ def job_entry(job: Path) -> Entry:
     config, sites = job_config(job), pd.read_parquet(job / "per_site.parquet")
     axes = _axes(job, config, result["axes"], variant(result))
     written = (job / "result.json").stat().st_mtime
-    told = ("run", "axes", "evaluation", "label", *axes)
+    told = ("run", "axes", "evaluation", "label", "environments", *axes)
     return Entry(
         name=f"{axes['model']} {result['label']}",
         identity={"sweep": job.parent.name, "job": job.name},

@@ -80,19 +80,23 @@ class RoleDensity:
 @rc_context(STYLE)
 def density_with_levels(roles: Mapping[str, RoleDensity]) -> Figure:
     """Draw, one panel per role, the density of magnitudes, the optimal one and the levels."""
-    rows = len(roles) // COLUMNS + 1  # at least one panel is left for the legend
-    figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    columns = min(len(roles), COLUMNS)
+    rows = -(-len(roles) // columns)
+    figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for role, axes in zip(sorted(roles, key=_order), panels, strict=False):
         _density_panel(axes, role, roles[role])
     for axes in panels[len(roles) :]:
-        axes.set_axis_off()
+        axes.remove()
     legend = [
         Line2D([], [], color="0.3", label="density p(|x|)"),
         Line2D([], [], color="0.3", linestyle="--", label="optimal density λ* ∝ p$^{1/3}$"),
-        Line2D([], [], color="0.3", marker="|", linestyle="", markersize=8, label="levels > 0"),
     ]
-    panels[len(roles)].legend(handles=legend, loc="center", frameon=False)
+    if any((density.levels > 0).any() for density in roles.values()):
+        tick = Line2D([], [], color="0.3", marker="|", linestyle="", markersize=8)
+        tick.set_label("levels > 0")
+        legend.append(tick)
+    figure.legend(handles=legend, loc="outside upper center", ncols=3, frameon=False)
     figure.supxlabel("magnitude |x|", fontsize=8)
     figure.supylabel("density per unit of |x|", fontsize=8)
     return figure
@@ -159,13 +163,15 @@ def _heat_maps(runs: Mapping[str, pd.Series], norm: Normalize, label: str) -> Fi
         holes.append(_heat_map(axes, grid, norm))
         axes.set_title(title, fontsize=7)
     for axes in panels[len(runs) :]:
-        axes.set_axis_off()
+        axes.remove()
     for axes in panels[max(0, len(runs) - columns) : len(runs)]:
         axes.tick_params(labelbottom=True)  # those that have no panel below
     if np.isfinite(values).any():
         colours = ScalarMappable(norm, MAP)
-        figure.colorbar(colours, ax=panels, label=label, shrink=min(1, 2 / rows), pad=0.01)
-    figure.supxlabel("layer (hatched: no value)" if any(holes) else "layer", fontsize=8)
+        figure.colorbar(
+            colours, ax=list(panels[: len(runs)]), label=label, shrink=min(1, 2 / rows), pad=0.01
+        )
+    figure.supxlabel(noted("layer", "hatched: no value" if any(holes) else ""), fontsize=8)
     return figure
 
 
@@ -193,6 +199,11 @@ def _heat_map(axes: Axes, grid: pd.DataFrame, norm: Normalize) -> bool:
     axes.spines[:].set_visible(False)
     axes.grid(False)
     return holes
+
+
+def noted(label: str, note: str, width: int = 95) -> str:
+    """An axis' label with a note below it, broken where the page ends."""
+    return "\n".join([label, *textwrap.wrap(note, width)])
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -6,7 +6,6 @@ before, or subfolders of any depth, mix in no other job.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -108,14 +107,6 @@ def pattern(folder: Path, found: Sequence[Path]) -> str:
         return f"{folder}/{RESULT}"
     depth = "*" if all(job.parent == folder for job in found) else "**"
     return f"{folder}/{depth}/{RESULT}"
-
-
-def run_id(folder: Path) -> str:
-    """What a run is called: by its first result, or else by its folder."""
-    for job in finished(folder):
-        run = json.loads((job / RESULT).read_text(encoding="utf-8")).get("run") or {}
-        return str(run.get("id", folder.name))
-    return folder.name
 
 
 def _number(job: Path) -> tuple[float, str]:

@@ -23,7 +23,7 @@ from pipeline.columns import (
 )
 from pipeline.lookup import Row
 from pipeline.published import as_measured, printed
-from pipeline.rows import COSTS, ENERGIES, result_frame, variant
+from pipeline.rows import COSTS, ENERGIES, environment, result_frame, variant
 from pipeline.sheet import Sheet
 from stages.errors import InputError
 from stages.llm.sites import ROLES
@@ -36,7 +36,7 @@ NAMES = (
     Column("grains", "n"),
     Column("timesteps", "T"),
 )
-SECONDS = Column("conversion_s", "conversion [s]", "{:.1f}".format)
+SECONDS = Column("conversion_s", "conversion [s]", "{:.1f}".format, spare=2)
 
 
 def main(
@@ -62,7 +62,7 @@ def main(
         frame = frame.astype({"grains": "Int64", "timesteps": "Int64", "conversion_s": "float64"})
         rivals += [False] * len(published)
         sections += [(row["model"],) for row in published]
-        ppl = replace(ppl, show=printed, error="printed")
+        ppl = replace(ppl, show=printed, beside=("printed",))
         told = captions.told(told, captions.published(sources))
     columns = _filled([*_names(frame), SECONDS, ppl, accuracy], frame)
     return Sheet(frame, columns, told, sections, rivals)
@@ -86,8 +86,8 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     columns += _means(rows[0])[:1]
     for group in ("paper", "causal"):
         columns += [
-            Column(f"macs_G_{group}", "MACs [G]", lambda v: small(v, 4), group=group),
-            Column(f"acs_G_{group}", "ACs [G]", lambda v: small(v, 4), group=group),
+            Column(f"macs_G_{group}", "MACs [G]", lambda v: small(v, 4), group=group, spare=1),
+            Column(f"acs_G_{group}", "ACs [G]", lambda v: small(v, 4), group=group, spare=1),
             Column(f"energy_J_{group}", "energy [J]", lambda v: small(v, 3), "min", group),
             Column(f"saving_{group}", "saving [%]", _tenths, "max", group),
         ]
@@ -111,6 +111,7 @@ def grains(rows: Sequence[Row]) -> Sheet:
     names.remove("timesteps")
     steps = sorted({int(t) for t in frame["timesteps"].dropna()})
     lines: dict[tuple[Any, ...], dict[str, float]] = {}
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for (_, row), source in zip(frame.iterrows(), rows, strict=True):
         place = tuple(None if pd.isna(row[name]) else row[name] for name in names)
         line = lines.setdefault(place, {})
@@ -121,9 +122,11 @@ def grains(rows: Sequence[Row]) -> Sheet:
                     "and T; give the axis that tells them apart one value"
                 )
             line[f"ppl_T{t}"] = row["ppl_mean"]
+        places.setdefault(place, []).extend(source.result.get("environments") or ())
     columns = [*names, *(f"ppl_T{t}" for t in steps)]
     table = pd.DataFrame([dict(zip(names, p, strict=True)) | v for p, v in lines.items()])
     table = table.reindex(columns=columns).astype({"grains": "Int64"})
+    table["environment"] = [environment({"environments": own}) for own in places.values()]
     group = _means(rows[0])[0].head
     over = [Column(f"ppl_T{t}", f"T = {t}", bounded_perplexity, "min", group) for t in steps]
     told = captions.told(
@@ -145,7 +148,10 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     columns = [
         *_names(frame),
         Column("bits", "bits", "{:.3g}".format),
-        *(Column(name, f"ppl {name[4:]}", bounded_perplexity, "min") for name in corpora),
+        *(
+            Column(n, f"ppl {n[4:]}", bounded_perplexity, "min", spare=k)
+            for k, n in enumerate(corpora)
+        ),
         *(_accuracy(name, f"{name[4:]} [%]") for name in tasks),
         Column("nmse", "nmse", lambda value: scientific(value, 1), "min"),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
@@ -178,6 +184,7 @@ def per_site(rows: Sequence[Row]) -> Sheet:
     frame = row.sites.assign(place=row.sites["role"].map(order))
     frame = frame.sort_values(["place", "layer"], kind="stable", ignore_index=True)
     frame = frame[["role", "layer", "nmse", "spikes_per_value", "values", "site"]]
+    frame = frame.assign(environment=environment(row.result))
     columns = [
         Column("role", "role", words=True),
         Column("layer", "layer", lambda layer: "" if layer < 0 else str(layer)),
@@ -254,7 +261,7 @@ def _means(row: Row) -> list[Column]:
 
 
 def _accuracy(name: str, head: str) -> Column:
-    return Column(name, head, percent, "max", error=f"{name}_stderr")
+    return Column(name, head, percent, "max", beside=(f"{name}_stderr",), spare=1)
 
 
 def _names(frame: pd.DataFrame) -> list[Column]:

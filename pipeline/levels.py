@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from pipeline.comparisons import Looks, noted, series_names
-from pipeline.figures import SHOWN_DECADES, STYLE, WIDTH, Array
+from pipeline.comparisons import Looks, series_names
+from pipeline.figures import SHOWN_DECADES, STYLE, WIDTH, Array, noted
 from stages.codings.coding import Coding, Tokenwise, site_params
 from stages.distribution import Densities
 from stages.fitting import FittedNeurons
@@ -187,7 +187,8 @@ def level_density(levels: Sequence[float] | Array, x: Array) -> Array:
 @rc_context(STYLE)
 def level_densities(sites: Sequence[SiteLevels], rows: Sequence[Looks], note: str) -> Figure:
     """Columns of sites; in every row p, lambda* and the level densities of a few codings."""
-    present = {name for site in sites for name in site.levels}
+    curves = [curve for site in sites for curve in site.levels.items()]
+    present = {name for name, density in curves if (density > 0).any()}
     rows = [{name: look for name, look in row.items() if name in present} for row in rows]
     rows = [row for row in rows if row]
     figure = Figure(figsize=(WIDTH, 1.1 + 1.4 * len(rows)), layout="constrained")
@@ -225,8 +226,8 @@ def _levels_panel(axes: Axes, site: SiteLevels, looks: Looks) -> None:
     axes.set_xlim(max(seen[0], seen[-1] * 10.0**-SHOWN_X) / 1.5, seen[-1] * 1.5)
     lowest = np.nanmin(_positive(site.optimal))
     axes.set_ylim(max(lowest / 10, peak * 10.0**-SHOWN_DECADES), peak * 3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=5))
+    for axis, ticks in ((axes.xaxis, 4), (axes.yaxis, 5)):  # a column has room for so many
+        axis.set_major_locator(LogLocator(numticks=ticks))
     axes.minorticks_off()
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # Overrides of these say where and how results are made, not what they are; a name has its experiment.
 CIRCUMSTANCES = re.compile(
-    r"[+~]*((store|runtime|tracking|export|hydra)\b|experiment=|(table|study)\.(fill|folder)=)"
+    r"[+~]*((store|runtime|tracking|export|hydra)\b|experiment=|(table|study)\.(fill|folder|columns|wide)=)"
 )
+# What the name of a single run says in words of its own.
+SINGLE = ("model=", "transform=", "coding=", "timesteps=", "coding.timesteps=", "coding.grains=")
 LONGEST = 48  # characters of overrides that stay readable in a name; of others their hash is taken
 
 
@@ -24,13 +27,38 @@ def stem(base: str, overrides: Iterable[str], model: str) -> str:
     rest = [each for each in told if not each.startswith("model=")]
     if not chosen and any(re.match(r"[+~]*model\.", each) for each in rest):
         chosen = [model]
-    parts = [base, *(_letters(name) for name in chosen)]
+    return "_".join([base, *(_letters(name) for name in chosen), *_tail(rest)])
+
+
+def run_stem(result: Mapping[str, Any], overrides: Iterable[str], swept: bool) -> str:
+    """The name of a run without an experiment: its label, or its model, and what else was asked for.
+
+    `smollm2-135m_gated_T6_n2`, `smollm2-135m_coding=gated+las_timesteps=4+6` of a sweep, and behind
+    it all other overrides as those of an experiment, so that no two runs share a name.
+    """
+    told = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
+    label = next((each.partition("=")[2] for each in told if each.startswith("label=")), "null")
+    model = str(result["model"])
+    if label not in ("null", "") and "," not in label:
+        rest = [each for each in told if not each.startswith("label=")]
+        return stem(_letters(label.strip("'\"")), rest, model)
+    known = ("model=",) if swept else SINGLE
+    rest = [each for each in told if not each.startswith(known) or (swept and "," in each)]
+    parts = [_letters(model)]
+    if not swept:
+        parts.append(_letters(str(result["coding"])))
+        counts = {"T": result.get("timesteps"), "n": result.get("grains")}
+        parts += [f"{name}{count}" for name, count in counts.items() if count is not None]
+        parts += [t for t in [result.get("transform")] if t not in (None, "none")]
+    return "_".join([*parts, *_tail(rest)])
+
+
+def _tail(rest: Sequence[str]) -> list[str]:
+    """What a name says of overrides: themselves, or a hash of them."""
     text = "_".join(rest)
     if len(text) <= LONGEST and re.fullmatch(r"[\w.=,-]*", text):
-        parts += [text.replace(",", "+")] * bool(text)
-    else:
-        parts.append(hashlib.sha256("\n".join(rest).encode()).hexdigest()[:8])
-    return "_".join(parts)
+        return [text.replace(",", "+")] * bool(text)
+    return [hashlib.sha256("\n".join(rest).encode()).hexdigest()[:8]]
 
 
 def _letters(name: str) -> str:

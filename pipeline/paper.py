@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parents[1] / "conf"
 NOT_A_TABLE = "published"  # the numbers of other papers, beside the tables that show them
 # Where and how results are made says nothing of what a table shows.
-CIRCUMSTANCES = ("store", "runtime", "tracking")
+CIRCUMSTANCES = ("store", "runtime", "tracking", "table")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def _main(arguments: Sequence[str]) -> None:
         raise lookup.Missing(f"{error}\nor, without an entry in the dashboard: {again}") from None
     made = lay_out(asked.config, rows)
     written = write(asked, made, rows)
-    print(sheet.terminal(made))
-    print(f"\n{made.caption}\n\nwritten: {', '.join(map(str, written))}")
+    print(f"{sheet.printed(made)}\n\nwritten: {', '.join(map(str, written))}")
 
 
 def log_to_terminal() -> None:
@@ -145,8 +144,10 @@ def lay_out(config: Any, rows: Sequence[Row]) -> Sheet:
     """The sheet of a table."""
     from hydra.utils import instantiate
 
+    from pipeline import tables
+
     made: Sheet = instantiate(config.layout)(rows)
-    return made
+    return tables.choice(made, config.columns)
 
 
 def write(asked: Request, made: Sheet, rows: Sequence[Row]) -> list[Path]:
@@ -155,7 +156,7 @@ def write(asked: Request, made: Sheet, rows: Sequence[Row]) -> list[Path]:
 
     model = rows[0].run.settings.axes["model"]
     stem = Path(asked.config.folder) / asked.stem(model)
-    written = sheet.write(made, stem)
+    written = sheet.write(made, stem, asked.config.wide)
     sidecar = stem.with_name(f"{stem.name}.json")
     sidecar.write_text(json.dumps(record(asked, rows), indent=1) + "\n", encoding="utf-8")
     return [*written, sidecar]

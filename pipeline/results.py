@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from stages.evaluation import Perplexity
 
 if TYPE_CHECKING:
     from pipeline.runner import Run
+    from pipeline.store import Artifact
 
+LIBRARIES = ("torch", "transformers")
+# The stages that run a model; the others compute on the processor with what these have left.
+RUNNING = ("prefix", "capture", "statistics", "patching", "evaluation")
 CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
 
 
@@ -100,7 +105,29 @@ def _result(
         "seconds": seconds,
         "hits": {stage: artifact.hit for stage, artifact in run.artifacts.items()},
         "keys": {stage: artifact.key for stage, artifact in run.artifacts.items()},
+        "environments": environments(run.artifacts),
     }
+
+
+def environments(artifacts: Mapping[str, Artifact]) -> list[dict[str, str | None]]:
+    """The distinct minor versions and devices that have computed these artifacts by label.
+
+    Stages that run no model have no device, and count where their versions are like no other's.
+    """
+    found: list[dict[str, str | None]] = []
+    running = {label: label.partition(" ")[0] in RUNNING for label in artifacts}
+    for label in sorted(artifacts, key=lambda each: (not running[each], each)):
+        built = artifacts[label].manifest
+        place = {name: _minor(built["versions"].get(name)) for name in LIBRARIES}
+        if running[label]:
+            place["device"] = built["machine"]["device"]
+        if not any(place.items() <= other.items() for other in found):
+            found.append(place)
+    return found
+
+
+def _minor(version: str | None) -> str | None:
+    return None if version is None else ".".join(version.split("+")[0].split(".")[:2])
 
 
 def _kind(coding: Coding | Dense) -> dict[str, Any]:

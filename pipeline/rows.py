@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from stages.errors import InputError
 
 COUNTS = ("grains", "timesteps")
 NAMES = ("model", "coding", "variant", "setting", "transform")
-TEXT = (*NAMES, "trained", "convention")
+TEXT = (*NAMES, "trained", "convention", "environment")
 # Left out where no row has one.
-OPTIONAL = ("variant", "setting", "transform", "bits", "trained", "convention")
+OPTIONAL = ("variant", "setting", "transform", "bits", "trained", "convention", "environment")
 # Overrides of a job that columns of their own tell, or that no row needs.
 TOLD = {"variant", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
 TOLD |= {"model", "model.name", "model.path", "model.hub"}
@@ -29,6 +29,9 @@ ENERGIES = {
     ("causal", "decode"): "decode",
 }
 COSTS = ("macs_G", "acs_G", "energy_J", "saving")
+SECONDS = ("fitting_s", "conversion_s")
+LAST = ("nmse", "convention", "spikes_per_value", *COSTS, *SECONDS, "environment")
+OVER_DENSE = "over_dense_"  # of every corpus: the excess of the perplexity over the dense model's
 
 
 def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -36,11 +39,12 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     Perplexities and accuracies come in the order they are first met; the standard errors and
     item counts of accuracies stand last. What a result leaves out or gives as null is missing.
+    Where a dense row was evaluated like others, these have their excess over its perplexities.
     The variant is told where the other names leave rows of several variants alike, and so is the
     setting: the job's own overrides that no column tells.
     """
     rows = _set([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
-    rows = _named(rows)
+    rows = [row | {"environment": environment(row)} for row in _over_dense(_named(rows))]
     names = list(dict.fromkeys(name for row in rows for name in row))
     accuracy = [name for name in names if name.startswith("acc_")]
     extra = [name for name in accuracy if name.endswith(("_stderr", "_n"))]
@@ -48,16 +52,73 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         *NAMES,
         *COUNTS,
         *("bits", "trained"),
-        *(name for name in names if name.startswith("ppl_")),
+        *(name for ppl in names if ppl.startswith("ppl_") for name in (ppl, over_dense(ppl))),
         *(name for name in accuracy if name not in extra),
-        *("nmse", "convention", "spikes_per_value", *COSTS, "fitting_s", "conversion_s"),
+        *LAST,
         *extra,
     ]
-    absent = {name for name in OPTIONAL if all(row.get(name) is None for row in rows)}
+    optional = [*OPTIONAL, *(name for name in columns if name.startswith(OVER_DENSE))]
+    absent = {name for name in optional if all(row.get(name) is None for row in rows)}
     columns = [name for name in columns if name not in absent]
     frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
     types = {name: _dtype(name) for name in columns if name not in TEXT}
     return frame.astype(types)
+
+
+def column_names(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The columns of a table of runs that are evaluated on these texts and tasks."""
+    perplexities = [name for corpus in corpora for name in (f"ppl_{corpus}", OVER_DENSE + corpus)]
+    accuracies = [f"acc_{task}" for task in tasks]
+    return [*NAMES, *COUNTS, "bits", "trained", *perplexities, *accuracies, *LAST]
+
+
+def over_dense(ppl: str) -> str:
+    """The column beside that of a perplexity: its excess over the dense model's, as a fraction."""
+    return OVER_DENSE + ppl.removeprefix("ppl_")
+
+
+def _over_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their excess over the dense row of the same model, transform and windows.
+
+    None where there is no such row, or several that differ.
+    """
+    dense: dict[Any, set[float]] = {}
+    for row in rows:
+        if row["coding"] == "dense":
+            for ppl, place in _places(row):
+                dense.setdefault(place, set()).add(row[ppl])
+    found = []
+    for row in rows:
+        known = {ppl: dense.get(place, set()) for ppl, place in _places(row)}
+        over = {over_dense(p): row[p] / min(d) - 1 for p, d in known.items() if len(d) == 1}
+        found.append(row | over)
+    alone = all(row["coding"] == "dense" for row in rows)
+    return rows if alone else found
+
+
+def _places(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The perplexities of a row that are known, and what another must share to compare with one."""
+    found = []
+    for name in (n for n in row if n.startswith("ppl_") and row[n] is not None):
+        read = (row.get("evaluation") or {}).get(name.removeprefix("ppl_"), {})
+        same = (row.get("model"), row.get("transform"), read.get("windows"), read.get("length"))
+        found.append((name, (name, *same)))
+    return found
+
+
+def environment(result: Mapping[str, Any]) -> str | None:
+    """Where the artifacts behind a result were computed: versions and device, several joined by `; `."""
+    parts = []
+    for place in result.get("environments") or ():
+        told = [f"{name} {value}" for name, value in place.items() if value and name != "device"]
+        parts.append(", ".join([*told, place["device"]] if place.get("device") else told))
+    return "; ".join(dict.fromkeys(parts)) or None
+
+
+def short_setting(setting: str) -> str:
+    """The overrides of a job as a legend has room for: the last part of keys, three digits."""
+    keys = re.sub(r"(?:\w+\.)+(\w+=)", r"\1", setting)
+    return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", keys)
 
 
 def variant(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import choose
+from pipeline.rows import column_names
+from pipeline.tables import check
 from pipeline.tracking import TrackingSpec
 from stages.capture import Capture
 from stages.codings.coding import Coding, Observing
@@ -54,6 +56,14 @@ class Calibration:
                 f"calibration: got windows={self.windows}, length={self.length}; needs 1 window of "
                 "2 tokens at least"
             )
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """The columns of the printed table, of its Markdown and LaTeX; the csv has all. Part of no key."""
+
+    columns: Sequence[str] | None
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Settings:
     store: StoreSpec
     runtime: Runtime
     tracking: TrackingSpec
+    table: TableSpec
     label: str | None
     timesteps: int
 
@@ -127,6 +138,8 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
+        columns = column_names(self.evaluation.corpora, self.evaluation.tasks)
+        check(self.table.columns or (), columns)
         if self.export.enabled and isinstance(self.coding, Dense):
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
         if (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import shutil
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +13,10 @@ from tabulate import tabulate
 
 from pipeline import latex
 from pipeline.columns import UNDEFINED, Column
+
+WIDTH = 120  # characters of a line on a terminal
+NARROW = 14  # to which a column of words may shrink
+GAP = "  "  # between two columns on a terminal
 
 
 @dataclass(frozen=True)
@@ -50,29 +56,43 @@ class Sheet:
                         marked[i][place] = texts[i][place] == texts[winner][place]
         return marked
 
+    @property
+    def note(self) -> str:
+        """A line under the table where its rows were computed in different environments."""
+        if "environment" not in self.frame:
+            return ""
+        rows = [str(row).split("; ") for row in self.frame["environment"].dropna()]
+        every = list(dict.fromkeys(place for row in rows for place in row))
+        if len(every) < 2:
+            return ""
+        mixed = sum(len(row) > 1 for row in rows)
+        mixing = f", {mixed} of the rows in several" if mixed else ""
+        return f"Computed in different environments{mixing}: {'; '.join(every)}."
+
     def starts(self) -> list[bool]:
         """Which rows begin a section, the first aside."""
         pairs = zip(self.sections[1:], self.sections[:-1], strict=True)
         return [False, *(a != b for a, b in pairs)] if self.sections else [False] * len(self.frame)
 
 
-def write(sheet: Sheet, stem: Path) -> list[Path]:
-    """Writes stem.md, stem.csv and stem.tex.
+def write(sheet: Sheet, stem: Path, wide: bool = False) -> list[Path]:
+    """Writes stem.md, stem.csv and stem.tex, the last across both columns of a page if `wide`.
 
     The csv holds the numbers as they are, the other two what a reader wants to see.
     """
-    words = [column.words for column in sheet.columns]
+    said = replace(sheet, columns=[c for c in sheet.columns if not _in_caption(sheet, c)])
     texts = {
-        ".md": f"{sheet.caption}\n\n{markdown(sheet)}\n",
+        ".md": "\n\n".join(filter(None, [sheet.caption, markdown(sheet), sheet.note])) + "\n",
         ".csv": sheet.frame.to_csv(index=False, lineterminator="\n"),
         ".tex": latex.table(
-            [(column.group, column.head) for column in sheet.columns],
-            words,
-            sheet.texts(),
-            sheet.bold(),
-            sheet.starts(),
+            [(column.group, column.head) for column in said.columns],
+            [column.words for column in said.columns],
+            said.texts(),
+            said.bold(),
+            said.starts(),
             stem.name,
-            sheet.caption,
+            f"{sheet.caption} {sheet.note}".strip(),
+            wide,
         ),
     }
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +104,12 @@ def write(sheet: Sheet, stem: Path) -> list[Path]:
     return paths
 
 
+def _in_caption(sheet: Sheet, column: Column) -> bool:
+    """Whether a column says of every row the one model that the caption names."""
+    models = set(sheet.frame[column.name]) if column.name == "model" else set()
+    return len(models) == 1 and len(sheet.columns) > 1 and f" {min(models)} " in sheet.caption
+
+
 def markdown(sheet: Sheet) -> str:
     """A pipe table."""
     rows = [
@@ -91,16 +117,87 @@ def markdown(sheet: Sheet) -> str:
         for texts, marks in zip(sheet.texts(), sheet.bold(), strict=True)
     ]
     rows = [[text.replace("|", r"\|") for text in row] for row in rows]
-    return _tabulated(sheet, rows, "pipe")
-
-
-def terminal(sheet: Sheet) -> str:
-    """The same for a terminal."""
-    return _tabulated(sheet, sheet.texts(), "simple")
-
-
-def _tabulated(sheet: Sheet, rows: list[list[str]], style: str) -> str:
-    # tabulate would read the text as numbers again and undo the format of each column
     heads = [f"{column.group}: {column.head}".removeprefix(": ") for column in sheet.columns]
-    align = ["left" if column.words else "right" for column in sheet.columns]
+    return _tabulated(sheet.columns, heads, rows, "pipe")
+
+
+def printed(sheet: Sheet, width: int | None = None) -> str:
+    """A sheet for a terminal, its caption below it; no line is longer than `width`.
+
+    Without one a line has 120 characters, or as many as the terminal has room for.
+    """
+    width = width or max(WIDTH, shutil.get_terminal_size().columns)
+    table, left_out = _fitting(sheet, width)
+    parts = [f"No room for {', '.join(left_out)}: the csv has all."] if left_out else []
+    parts += [text for text in (sheet.note, sheet.caption) if text]
+    below = [textwrap.fill(text, width, break_on_hyphens=False) for text in parts]
+    return "\n".join([table, *below])
+
+
+def _fitting(sheet: Sheet, width: int) -> tuple[str, list[str]]:
+    """The table, and the names of the columns that it leaves out for want of room.
+
+    Heads are broken into lines first, then words; then columns go, those of a higher `spare` and on
+    the right first.
+    """
+    columns, left_out = list(sheet.columns), []
+    cells = {column.name: column.texts(sheet.frame) for column in columns}
+    widths, room = _widths(columns, cells), width - len(GAP) * (len(columns) - 1)
+    broken = sum(widths) > room
+    while sum(least := _widths(columns, cells, broken)) > room:
+        if all(column.words for column in columns):
+            break
+        leaving = max(columns, key=lambda c: (not c.words, c.spare, columns.index(c)))
+        left_out.append(leaving.name)
+        columns.remove(leaving)
+        room += len(GAP)
+    widths = [
+        w if c.words else b for c, w, b in zip(columns, _widths(columns, cells), least, strict=True)
+    ]
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda i: widths[i] - least[i])
+        widths[widest] -= 1
+    shown = [
+        [_broken(text, limit) if column.words else text for text in cells[column.name]]
+        for column, limit in zip(columns, widths, strict=True)
+    ]
+    # Heads are rows, because tabulate would set them two characters wider.
+    rows = [*_heads(columns, widths), ["-" * limit for limit in widths], *zip(*shown, strict=True)]
+    return _tabulated(columns, (), rows, "plain"), left_out
+
+
+def _widths(
+    columns: Sequence[Column], cells: Mapping[str, Sequence[str]], broken: bool = False
+) -> list[int]:
+    """Characters that columns take; `broken`: with heads and words in as many lines as need be."""
+    found = []
+    for column in columns:
+        widest = max((len(text) for text in cells[column.name]), default=0)
+        if broken and column.words:
+            widest = min(widest, NARROW)
+        head = f"{column.group} {column.head}".split(" ") if broken else [column.group, column.head]
+        found.append(max(widest, *map(len, head)))
+    return found
+
+
+def _heads(columns: Sequence[Column], widths: Sequence[int]) -> list[tuple[str, ...]]:
+    """The lines of the heads, the last ones beside each other; a group is above its first column."""
+    before = ["", *(column.group for column in columns)]
+    lines = []
+    for column, last, width in zip(columns, before, widths, strict=False):
+        group = [column.group] if column.group not in ("", last) else []
+        lines.append([*group, *(textwrap.wrap(column.head, width) or [""])])
+    tallest = max(map(len, lines))
+    return list(zip(*([""] * (tallest - len(each)) + each for each in lines), strict=True))
+
+
+def _broken(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+def _tabulated(
+    columns: Sequence[Column], heads: Sequence[str], rows: Sequence[Sequence[str]], style: str
+) -> str:
+    # tabulate would read the text as numbers again and undo the format of each column
+    align = ["left" if column.words else "right" for column in columns]
     return tabulate(rows, heads, style, disable_numparse=True, colalign=align if rows else None)

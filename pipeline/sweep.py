@@ -14,7 +14,6 @@ from pipeline import (
     comparisons,
     convergence,
     figures,
-    folders,
     levels,
     naming,
     quantiles,
@@ -39,12 +38,18 @@ def experiment(folder: Path) -> str | None:
 
 
 def name(folder: Path) -> str:
-    """What the tables and figures of a run are called: after its experiment, or else after the run."""
-    of = experiment(folder)
+    """What the tables and figures of a run are called: after its experiment, or else what was asked.
+
+    That is its label, or its model, coding, T and n, or the axes of a sweep.
+    """
+    of, first = experiment(folder), next(iter(sweep_results(folder).values()))
+    swept = folder / "multirun.yaml"
+    if not swept.exists():
+        return naming.run_stem(first, (first.get("run") or {}).get("overrides", ()), swept=False)
+    told = list(map(str, OmegaConf.load(swept).hydra.overrides.task))
     if of is None:
-        return folders.run_id(folder)
-    told = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
-    return naming.stem(of, map(str, told), next(iter(sweep_results(folder).values()))["model"])
+        return naming.run_stem(first, told, swept=True)
+    return naming.stem(of, told, first["model"])
 
 
 def draw(folder: Path, name: str, into: Path) -> list[Path]:
@@ -63,8 +68,11 @@ def draw(folder: Path, name: str, into: Path) -> list[Path]:
         written += tables.write(frame, into / f"{name}_{kind}", caption)
     if not any(levels.job_config(job).runtime.figures for job in jobs):
         return written
-    drawn = {"anytime": anytime.perplexity_by_steps, "convergence": convergence.limit_by_slope}
-    pictures = {kind: draws(found[kind][0]) for kind, draws in drawn.items() if kind in found}
+    pictures = {}
+    if "anytime" in found and anytime.drawable(found["anytime"][0]):
+        pictures["anytime"] = anytime.perplexity_by_steps(found["anytime"][0])
+    if "convergence" in found:
+        pictures["convergence"] = convergence.limit_by_slope(found["convergence"][0])
     if len(jobs) > 1:
         pictures |= _comparisons(jobs)
     for kind, figure in pictures.items():
@@ -89,12 +97,10 @@ def _comparisons(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Figure]:
     """Perplexity against whatever has two values at least, densities of levels, maps of sites."""
     frame = comparisons.comparison_frame(list(jobs.values()))
     found = {}
-    # An axis is worth a figure where a series moves along it: codings of fixed T do not.
-    moving = frame[~frame["dense"]].groupby("series")
     for axis in comparisons.AXES:
-        if frame[axis].notna().any() and (moving[axis].nunique() > 1).any():
+        if comparisons.drawable(frame, axis):
             found[f"ppl_{axis}"] = comparisons.perplexity_by(frame, axis)
-    if frame["energy_J"].nunique() > 1:
+    if comparisons.drawable(frame, "energy_J"):
         found["ppl_energy"] = comparisons.perplexity_by_energy(frame)
     sites, note = levels.site_levels(jobs)
     if sites:

@@ -106,3 +106,14 @@ def test_convergence_is_summed_up_by_role_and_counted():
     lines = convergence.limit_by_slope(both).axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["mlp.in", "head.in"]
     assert all(list(line.get_xdata()) == [5, 80] for line in lines)
+
+
+def test_what_no_role_has_is_no_panel_and_a_role_without_points_no_entry():
+    shared = {"slope": [5.0, 80.0] * 2, "C_relative": [0.5, 0.4, float("nan"), float("nan")]}
+    frame = pd.DataFrame({"role": ["mlp.in"] * 2 + ["head.in"] * 2} | shared)
+    figure = convergence.limit_by_slope(frame.assign(rho=float("nan")))  # no curve has fallen
+    assert [axes.get_ylabel() for axes in figure.axes] == ["C / first loss"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mlp.in"]
+    both = convergence.limit_by_slope(frame.assign(rho=[0.9, 0.9, 0.8, 0.8]))
+    assert len(both.axes) == 2 and all(axes.has_data() for axes in both.axes)
+    assert [text.get_text() for text in both.legends[0].get_texts()] == ["mlp.in", "head.in"]

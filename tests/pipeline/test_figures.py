@@ -116,7 +116,7 @@ def test_cells_without_a_value_are_hatched_and_said(per_site):
     shown = cells(axes)
     empty = {place for place, value in shown.items() if np.isnan(value)}
     assert empty == {("attn.q", 1), ("head.in", -1), *(("mlp.up", i) for i in range(LAYERS))}
-    assert "hatched" in figure._supxlabel.get_text()
+    assert figure._supxlabel.get_text() == "layer\nhatched: no value"  # below the label
     whole = figures.error_per_layer({"a": per_site})
     assert "hatched" not in whole._supxlabel.get_text()
     # A hatched cell is what is seen there: white with lines, no colour.
@@ -230,20 +230,37 @@ def test_density_panel_shows_both_densities_and_every_level_but_zero():
 
 
 @pytest.mark.parametrize("count", [1, 3, len(figures.ROLES)])
-def test_density_has_a_panel_per_role_and_one_for_the_legend(count):
+def test_density_has_a_panel_per_role_and_none_that_is_empty(count):
     roles = {role: role_density() for role in list(figures.ROLES)[:count]}
     figure = figures.density_with_levels(dict(reversed(roles.items())))
-    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles == list(roles)
-    labels = [text.get_text() for text in figure.axes[count].get_legend().get_texts()]
+    assert [axes.get_title() for axes in figure.axes] == list(roles)
+    assert all(axes.axison and axes.has_data() for axes in figure.axes)
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
     assert len(labels) == 3 and "optimal" in labels[1]
     assert png(figure).shape[1] == figures.WIDTH * figure.dpi
+    top = max(axes.title.get_window_extent().y1 for axes in figure.axes)
+    assert legend.get_window_extent().y0 >= top - 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_maps_leave_no_empty_panel_and_number_the_layers_under_every_column(per_site, count):
+    figure = figures.error_per_layer({f"run {i}": per_site for i in range(count)})
+    maps = figure.axes[:-1]  # the last is the bar of colours
+    assert len(maps) == count and all(axes.has_data() for axes in figure.axes)
+    png(figure)
+    below = [axes for axes in maps if any(t.get_visible() for t in axes.get_xticklabels())]
+    assert below == maps[-min(count, figures.MAPS_A_ROW) :]
 
 
 def test_a_neuron_without_levels_still_has_its_density():
     bare = role_density()
     bare = figures.RoleDensity(bare.x, bare.density, bare.optimal, np.zeros(1))
-    assert len(figures.density_with_levels({"attn.in": bare}).axes[0].get_lines()) == 2
+    figure = figures.density_with_levels({"attn.in": bare})
+    assert len(figure.axes[0].get_lines()) == 2
+    assert [
+        text.get_text() for text in figure.legends[0].get_texts() if "levels" in text.get_text()
+    ] == []
 
 
 def test_no_figure_is_left_with_pyplot(per_site):

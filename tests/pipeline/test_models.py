@@ -41,11 +41,11 @@ def test_a_folder_gives_a_run_its_name_and_two_of_one_name_stay_apart(command, t
     assert done.code == 0, done.err
     assert [result["model"] for result in done.results] == ["net", "net"]
     assert [result["axes"]["model"] for result in done.results] == ["net", "net"]
-    frame = pd.read_csv(tmp_path / "outputs/tables" / f"{done.runs.name}.csv")
+    frame = pd.read_csv(done.table)
     prints = [result["fingerprint"] for result in done.results]
     assert list(frame["model"]) == [f"net {each}" for each in prints] and len(set(prints)) == 2
     assert "setting" not in frame  # the name tells it already
-    latex = (tmp_path / "outputs/tables" / f"{done.runs.name}.tex").read_text()
+    latex = done.table.with_suffix(".tex").read_text()
     assert "net" in latex and "smollm2" not in latex + done.out
     perplexities = [result["ppl_wikipedia"] for result in done.results]
     assert list(frame["ppl_wikipedia"]) == perplexities and len(set(perplexities)) == 2

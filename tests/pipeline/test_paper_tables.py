@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import math
@@ -26,7 +25,7 @@ from pipeline import inputs, layouts, lookup, paper, published, runner, sheet
 from pipeline.jobs import jobs
 from pipeline.lookup import Row
 from stages.errors import InputError
-from tests.pipeline.conftest import CONF, REPOSITORY, Finished, Tiny, main_in
+from tests.pipeline.conftest import REPOSITORY, Finished, Tiny, main_in
 from tests.pipeline.test_latex import check_latex, compile_latex
 
 VARIANTS = ("dense", "las", "multigrain2", "gated2", "gated3", "ttfs")
@@ -132,13 +131,6 @@ def test_main_has_what_the_runs_measured(swept, monkeypatch):
     assert list(frame["timesteps"].fillna(0)) == sorted(frame["timesteps"].fillna(0))
     for told in ("mean over wikipedia (3 windows of 48 tokens), wikitext2", "piqa (6 questions)"):
         assert told in swept.read("main", "md").splitlines()[0]
-
-
-def test_a_mean_of_independent_tasks_has_their_errors_in_quadrature():
-    frame = pd.DataFrame({"acc_a": [0.5], "acc_a_stderr": [0.03], "acc_b": [0.7], "ppl_x": [2.0]})
-    found = layouts._with_means(frame.assign(acc_b_stderr=0.04)).iloc[0]
-    assert found["acc_mean"] == pytest.approx(0.6)
-    assert found["acc_mean_stderr"] == pytest.approx(0.05 / 2)
 
 
 def test_rows_on_different_texts_are_refused(swept, rows):
@@ -412,42 +404,24 @@ def test_every_table_is_sound_latex(name, swept, rows, tmp_path):
     chosen = rows
     if name in ("per_site", "grains"):
         chosen = [row for row in rows if row.result["label"] == "gated3 T=5 n=3"]
-    path = sheet.write(layout(name)(chosen), tmp_path / name)[2]
-    check_latex(path)
+    made = layout(name)(chosen)
+    check_latex(sheet.write(made, tmp_path / name)[2])
+    assert max(map(len, sheet.printed(made, 120).splitlines())) <= 120
+    assert "environment" in made.frame and made.note == ""  # all was computed here
+
+
+def test_the_columns_of_a_table_are_chosen_and_its_csv_has_all(swept):
+    arguments = ("table=main", "experiment=codings", *AXES[:2], "variant=dense,las")
+    done = swept.table(*arguments, "table.columns=[method,T,ppl]", "table.wide=true")
+    assert done.code == 0, done.err
+    (heads, *_) = [[*row] for row in shown(swept.read("main", "md"))]
+    assert heads[:2] == ["method", "T"] and {"wikipedia: ppl", "wikitext2: ppl"} < {*heads}
+    assert "accuracy [%]" not in heads
+    assert "acc_mean" in swept.read("main") and "\\begin{table*}" in swept.read("main", "tex")
+    bad = swept.table(*arguments, "table.columns=[metod]")
+    assert bad.code == 1 and "table.columns: got metod; did you mean method" in bad.err
 
 
 def test_a_tex_engine_takes_the_tables(rows, tmp_path):
     paths = [sheet.write(layout(n)(rows), tmp_path / n)[2] for n in ("codings", "energy", "main")]
     compile_latex(paths)
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_names_an_experiment_and_the_options_of_its_layout(name):
-    config = loaded(name)
-    assert set(config) - {"published"} == {"experiment", "fill", "folder", "layout"}
-    assert (CONF / "experiment" / f"{config.experiment}.yaml").exists()
-    made = instantiate(config.layout)
-    inspect.signature(made.func).bind([], **made.keywords)  # no option is missing or unknown
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["table=zzz"], f"got table=zzz; give table=NAME, one of {', '.join(TABLES)}"),
-        (["timesteps=6"], "got no table=; give table=NAME"),
-        (["table=main", "table.zzz=1"], "zzz"),
-        (["table=main", "experiment=zzz"], "zzz"),
-        (["table=main", "-m"], "got -m"),
-        (["table=main", "codin=las"], "codin"),
-    ],
-)
-def test_what_cannot_be_used_is_told_in_one_line(arguments, told, tmp_path):
-    done = made(tmp_path, *arguments)
-    assert done.code == 1 and told in done.err and done.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_lists_the_tables(tmp_path):
-    done = made(tmp_path, "--help")
-    assert done.code == 0 and all(name in done.out for name in TABLES)
-    assert "published" not in TABLES

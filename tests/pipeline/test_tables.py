@@ -66,6 +66,7 @@ def test_columns_are_in_the_promised_order(frame):
         "grains",
         "timesteps",
         "ppl_wikipedia",
+        "over_dense_wikipedia",
         "ppl_c4",
         "acc_piqa",
         "nmse",
@@ -121,32 +122,27 @@ def test_a_coding_of_fixed_steps_is_shown_once():
 
 def test_markdown_shows_each_column_in_its_own_way(frame, tmp_path):
     dense, las = shown(tables.write(frame, tmp_path / "t", "Caption.")[0])
-    assert dense["ppl_wikipedia"] == "20.126"
-    assert dense["acc_piqa"] == "0.46 ± 0.05"
-    assert dense["macs_G"] == "3842"
-    assert dense["energy_J"] == "17.7"
-    assert {dense[name] for name in ("grains", "timesteps", "nmse", "ppl_c4")} == {"–"}
-    assert (las["ppl_wikipedia"], las["ppl_c4"]) == ("4.5e7", "inf")
-    assert (las["grains"], las["timesteps"]) == ("1", "6")
-    assert (las["nmse"], las["spikes_per_value"]) == ("3.1e-4", "0.816")
-    assert las["energy_J"] == "8.10"
-    assert (las["acs_G"], las["saving"], las["conversion_s"]) == ("1235", "54.3 %", "12.3")
-    assert not any(name.endswith(("_stderr", "_n")) for name in dense)
+    assert dense["wikipedia: ppl"] == "20.126" and dense["wikipedia: vs dense"] == "0.0 %"
+    assert dense["piqa [%]"] == "46 ± 5"
+    assert dense["MACs [G]"] == "3842"
+    assert dense["energy [J]"] == "17.7"
+    assert {dense[name] for name in ("n", "T", "nmse", "ppl c4")} == {"–"}
+    assert (las["wikipedia: ppl"], las["ppl c4"]) == ("4.5e7", "inf")
+    assert (las["n"], las["T"]) == ("1", "6")
+    assert (las["nmse"], las["spikes / value"]) == ("3.1e-4", "0.816")
+    assert las["energy [J]"] == "8.10"
+    assert (las["ACs [G]"], las["saving"], las["conversion [s]"]) == ("1235", "54.3 %", "12.3")
+    assert not any("_" in name for name in dense)  # heads are for people, the csv's names are not
 
 
-def test_number_of_items_is_told_below_every_table(frame, tmp_path, capsys):
-    markdown = tables.write(frame, tmp_path / "t", "Caption.")[0].read_text(encoding="utf-8")
-    tables.print_table(frame)
-    for text in (markdown, capsys.readouterr().out):
-        assert "items: piqa 100" in text
-    different = rows.result_frame([DENSE, LAS | {"acc_piqa_n": 50}])
-    tables.print_table(different)
-    assert "items: piqa 50/100" in capsys.readouterr().out
+def test_number_of_items_is_told_beside_every_table(capsys):
+    for results, told in (([DENSE, LAS], "100"), ([DENSE, LAS | {"acc_piqa_n": 50}], "50/100")):
+        assert f"piqa ({told} questions)" in tables.run_sheet(results).caption
 
 
 def test_small_standard_errors_get_another_decimal(tmp_path):
     frame = rows.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_stderr": 0.0041}])
-    assert shown(tables.write(frame, tmp_path / "t", "")[0])[0]["acc_piqa"] == "0.457 ± 0.004"
+    assert shown(tables.write(frame, tmp_path / "t", "")[0])[0]["piqa [%]"] == "45.7 ± 0.4"
 
 
 def test_csv_keeps_the_numbers(frame, tmp_path):
@@ -176,7 +172,7 @@ def test_latex_is_sound(frame, tmp_path):
     text = tex.read_text(encoding="utf-8")
     assert r"smol\_lm\&2" in text and r"100 \% of a\_b \& c." in text
     assert r"$4.5\times10^{7}$" in text and r"$\infty$" in text and r"$0.46$" not in text
-    assert r"0.46 $\pm$ 0.05" in text
+    assert r"46 $\pm$ 5" in text
     check_latex(tex)
 
 

@@ -156,11 +156,11 @@ def test_tables_figures_and_configuration_arrive(server, sweep, tmp_path):
     assert pictures == {"density_and_levels", "error_per_layer", "spike_rate_per_layer"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (files / "figures").iterdir())
     whole = Path(server.client.download_artifacts(parent.info.run_id, "", str(tmp_path / "..")))
-    table = whole / "tables" / f"{sweep.runs.name}.csv"
+    table = whole / "tables" / sweep.table.name
     assert table.read_bytes() == (sweep.cwd / "outputs/tables" / table.name).read_bytes()
     logged = pd.read_json(whole / "table.json", orient="split")
     assert list(logged["coding"]) == ["las", "gated"]
-    assert (whole / "figures" / f"{sweep.runs.name}_ppl_energy.png").exists()
+    assert (whole / "figures" / f"{sweep.table.stem}_ppl_energy.png").exists()
 
 
 def test_data_sets_are_named_by_the_tokens_that_were_read(server, sweep):
