@@ -1,9 +1,5 @@
-"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX.
+"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX."""
 
-`python -m pipeline.tables table=NAME` makes a paper's table from the store.
-"""
-
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,9 +108,3 @@ def _note(frame: pd.DataFrame) -> str:
         return ""
     tasks = ", ".join(f"{task} {count}" for task, count in items.items() if count)
     return f"Accuracy ± standard error; items: {tasks}."
-
-
-if __name__ == "__main__":
-    from pipeline.paper import main
-
-    sys.exit(main())

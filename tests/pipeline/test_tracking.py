@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pipeline import orphans, sync, tracking
+from pipeline import orphans, tracking
+from pipeline.commands.cli import main
 from pipeline.entry import Entry, Text
 from pipeline.tracking import TrackingSpec
 from stages.errors import InputError
@@ -365,13 +366,13 @@ def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
 def test_relocate_needs_no_run(logged, tmp_path, capsys):
     spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
     given = [f"tracking.uri={spec.uri}", f"tracking.artifacts={spec.artifacts}"]
-    assert sync.main(["relocate", *given]) == 0 == sync.main(["relocate", *given])
+    assert main(["relocate", *given]) == 0 == main(["relocate", *given])
     experiments = MlflowClient(tracking_uri=spec.uri).search_experiments()
     places = {e.name: e.artifact_location for e in experiments if e.name in ("test", "empty")}
     assert places == dict.fromkeys(["test", "empty"], spec.artifacts)
     assert artifacts(spec) == {"early": ["config.yaml"]}
     nowhere = f"tracking.uri=sqlite:///{tmp_path}/nowhere/mlflow.db"
-    assert sync.main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
+    assert main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
 
 
 def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
@@ -394,11 +395,11 @@ def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
         runs = db.client.search_runs([db.experiment])
         return {run.info.run_name: run.info.status for run in runs}
 
-    assert sync.main(["sync", "--runs", str(tmp_path), *given]) == 0
+    assert main(["sync", "--runs", str(tmp_path), *given]) == 0
     assert status() == dict.fromkeys(opened, "RUNNING")
     assert orphans.close(db, local=False) == 2
     db.client.update_run(*(r.info.run_id for r in tracking.find(db, {"kind": "sweep"})), "RUNNING")
-    assert sync.main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
+    assert main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
     assert "2 runs closed whose process is gone" in capsys.readouterr().out
     killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")
     assert status() == killed | dict.fromkeys(["alive", "elsewhere", "foreign"], "RUNNING")
@@ -478,7 +479,7 @@ def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monk
         assert [log_run(spec, str(number)) for number in range(50)] == [None] * 50
         assert time.monotonic() - start < 0.5
     (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
-    assert "run first not logged to http" in line and "pipeline.tracking sync" in line
+    assert "run first not logged to http" in line and "python -m pipeline sync" in line
     assert "\n" not in line and tracking.lost(spec)
 
 
