@@ -46,7 +46,7 @@ for verb in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; the exit status, 2 where it cannot be read, which is one line."""
+    """Run a command line; returns the exit status, 2 where it cannot be read, which is one line."""
     try:
         return cli.main(arguments, standalone_mode=False) or 0
     except click.Abort:

@@ -30,7 +30,12 @@ FLAGS = (
         type=click.Choice(INFO),
         help="Print where the configuration comes from.",
     ),
-    click.Option(["-cp", "--config-path"], metavar="FOLDER", help="Another conf."),
+    click.Option(
+        ["-cp", "--config-path"],
+        type=click.Path(exists=True, file_okay=False, resolve_path=True),
+        metavar="FOLDER",
+        help="Another conf.",
+    ),
     click.Option(["-cn", "--config-name"], metavar="NAME", help="Another conf/config.yaml."),
     click.Option(["-cd", "--config-dir"], metavar="FOLDER", help="A folder beside conf."),
     click.Option(["--experimental-rerun"], metavar="FILE", help="Rerun a pickled configuration."),

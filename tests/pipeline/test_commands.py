@@ -130,9 +130,11 @@ def test_the_script_is_the_same_command(capsys):
         ),
         (["--cfg", "job", "runtime.plan=true"], ["--cfg", "job", "runtime.plan=true"]),
         (["--hydra-help"], ["--hydra-help"]),
+        (["-cp", "conf"], ["--config-path", f"{REPOSITORY}/conf"]),  # Hydra: beside its module
     ],
 )
-def test_flags_and_overrides_are_passed_on_to_hydra(typed, given, launched):
+def test_flags_and_overrides_are_passed_on_to_hydra(typed, given, launched, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     assert main(typed) == 0
     (got,) = launched
     parser = get_args_parser()
