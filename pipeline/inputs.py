@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.assets import asset_step, content, fetch, fetch_all
 from pipeline.fingerprint import digest, folder_fingerprint
+from pipeline.provenance import libraries
 from pipeline.stage import Step, code_hash
 from pipeline.store import Artifact, Store
 from stages.errors import InputError
@@ -156,6 +157,7 @@ def model_source(
     else:
         raise InputError(f"model {spec.name} has no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION, "rules": _rules(spec)}
+    parts["libraries"] = libraries()  # in the key of every stage that runs the model
     if spec.gguf is not None:
         parts["gguf"] = model_step(spec.gguf).key()  # the code that dequantises it counts too
     key = _hashed(parts)
@@ -192,7 +194,8 @@ def _model_type(config: Path) -> str | None:
 
 def model_step(file: PackageFile) -> Step:
     """The dequantised model of a package's GGUF file."""
-    return Step("model", {"sha256": file.sha256}, {}, ("stages.llm.loading",))
+    spec = {"sha256": file.sha256, "libraries": libraries()}
+    return Step("model", spec, {}, ("stages.llm.loading",))
 
 
 def _commit(hub: str, revision: str | None) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from pipeline.options import settings
 from pipeline.overrides import settled
 from pipeline.settings import Settings
+from stages.errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -58,5 +60,16 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
             if not str(o.key_or_group).startswith("hydra") and o.input_line
         ]
         every = OverridesParser.create().parse_overrides([*axes, *own])
-        (batch,) = BasicSweeper.split_arguments(every, None)
-        return [Job(tuple(job), compose("config", list(job))) for job in batch]
+        values = {o.get_key_element(): _values(o) for o in every}  # the last of a key wins
+        batch = itertools.product(*values.values())
+        return [Job(job, compose("config", list(job))) for job in batch]
+
+
+def _values(override: Override) -> list[str]:
+    """What an override gives to each job in turn; the last override varies fastest, as in Hydra."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise InputError(f"{override.input_line}: give the values, as {key}=1,2,3 or a range(1,4)")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]

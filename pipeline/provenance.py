@@ -40,6 +40,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def libraries() -> dict[str, str]:
+    """Minor versions of what computes a model: another one may round, or read a checkpoint, otherwise."""
+    release = {name: str(versions()[name]).partition("+")[0] for name in ("torch", "transformers")}
+    return {name: ".".join(number.split(".")[:2]) for name, number in release.items()}
+
+
 @functools.cache
 def git_state() -> dict[str, str | bool | None]:
     """Revision of this source tree and whether it has changes; None where git does not know it."""

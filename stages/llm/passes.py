@@ -131,7 +131,7 @@ class Pass(ForwardState):
                 raise InputError(
                     f"{part}_implementation={got!r} would leave out neurons of this model: "
                     f"model.set_{part}_implementation({wanted!r}) sets it back, "
-                    "stages.llm.saved.attachment(model).close() makes a loaded model dense"
+                    "stages.restore(model) makes it dense"
                 )
 
     def _check_uncounted(self) -> None:

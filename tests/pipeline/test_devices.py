@@ -97,8 +97,8 @@ REFUSED = {
     "runtime.devices=[cpu:0,cuda:99]": "no cuda:99 here; choose among cpu",
     "runtime.devices=[]": "list of different devices",
     "runtime.devices=[cpu:0,cpu:0]": "list of different devices",
-    "runtime.devices=cpu:0": "list of different devices",
-    "runtime.devices=[0,1]": "list of different devices",
+    "runtime.devices=cpu:0": "give a list or null, runtime.devices=[cpu:0]",
+    "runtime.devices=[0,1]": "give a list of names or null",
     "runtime.devices=[cuda,cpu:0]": "list of different devices",
 }
 

@@ -225,7 +225,7 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     if experiment == "calibration_ablation":
         check_calibration(done)
     if experiment == "algorithm1":
-        check_convergence(pd.read_csv(tables / "algorithm1_convergence.csv"))
+        check_convergence(pd.read_csv(tables / f"{name}_convergence.csv"))
 
 
 def check_codings(done: Finished, frame: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline import energy, inputs, runner, sites
+from pipeline import energy, inputs, provenance, runner, sites
 from pipeline.rows import apart, distinct, result_frame
 from pipeline.settings import Settings
 from pipeline.stage import code_hash
@@ -201,3 +201,18 @@ def test_energy_beyond_the_positions_of_a_model_is_refused(tiny_run, capsys):
     told = capsys.readouterr()
     assert "energy.tokens=257: model has 256 positions" in told.err and told.out == ""
     assert energy.main([*chosen, "model.positions=257"]) == 0
+
+
+def test_another_release_of_a_library_is_another_key(settings: Make, tmp_path, monkeypatch):
+    def keys(**versions: str) -> dict[str, str]:
+        known = provenance.versions() | versions
+        with monkeypatch.context() as patch:
+            patch.setattr(provenance, "versions", lambda: known)
+            run = runner.start(settings(tmp_path))
+            return {label: step.key() for label, step in run.chain.steps.items()}
+
+    here = keys(torch="2.13.0+cpu", transformers="5.24.0")
+    assert keys(torch="2.13.1", transformers="5.24.3", pandas="9.0") == here
+    for other in ({"torch": "2.14.0"}, {"transformers": "5.25.0"}):
+        changed = keys(**{"torch": "2.13.0", "transformers": "5.24.0"} | other)
+        assert {label for label in here if changed[label] != here[label]} == set(here)

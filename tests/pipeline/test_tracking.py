@@ -1,95 +1,31 @@
-"""Tracking: everything logged comes back, in parallel too, and no fault of it reaches the run."""
+"""Tracking: everything logged comes back, in parallel too."""
 
 import json
-import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pipeline import orphans, tracking
-from pipeline.commands.cli import main
-from pipeline.entry import Entry, Text
+from pipeline import tracking
+from pipeline.entry import Text
 from pipeline.tracking import TrackingSpec
-from stages.errors import InputError
+from tests.pipeline.databases import (
+    AXES,
+    cold,
+    entry,
+    fetch,
+    log_run,
+    nothing_lost,
+    shared_folder,
+    spec,
+)
 
-RESULT = {
-    "model": "tiny",
-    "ppl_wikipedia": 21.5,
-    "ppl_c4": float("inf"),
-    "acc_piqa": float("nan"),
-    "nmse": None,
-    "seconds": {"capture": 1.5},
-    "hits": {"capture": True, "fitting": False},
-    "keys": {"capture": "0123abcd"},
-    "paper": {"energy_J": 2.5},
-}
-AXES = {"coding": "gated", "grains": 2, "timesteps": 6, "seed": 0, "sites": ["attn.in", "mlp.in"]}
-
-
-def database(folder: Path, experiment: str) -> TrackingSpec:
-    uri = f"sqlite:///{folder}/mlflow/mlflow.db"
-    return TrackingSpec(uri, experiment, str(folder / "mlflow" / "artifacts"))
-
-
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tracking")
-
-
-@pytest.fixture
-def spec(shared_folder, request) -> TrackingSpec:
-    """Give each test its experiment in one database, for a new database takes seconds."""
-    return database(shared_folder, request.node.name)
-
-
-@pytest.fixture
-def cold(tmp_path) -> TrackingSpec:
-    return database(tmp_path, "test")
-
-
-@pytest.fixture(autouse=True)
-def nothing_lost(monkeypatch):
-    """What a process remembers of servers that failed is not for the next test."""
-    monkeypatch.setattr(tracking, "_lost", set())
-
-
-def entry(name: str = "run", **changes) -> Entry:
-    values = {
-        "identity": {"sweep": "s1", "job": name},
-        "started": 1_700_000_000.5,
-        "ended": 1_700_000_007.0,
-        "params": AXES,
-        "result": RESULT,
-        "documents": {"config.yaml": "coding: gated\n"},
-    }
-    return Entry(name, **(values | changes))
-
-
-def log_run(
-    spec: TrackingSpec, name: str = "run", parent: str | None = None, **changes
-) -> str | None:
-    def send(db, what):
-        run_id = tracking.create(db, what, parent)
-        tracking.complete(db, run_id, what)
-        return run_id
-
-    return tracking.attempt(spec, f"run {name}", lambda: entry(name, **changes), send)
-
-
-def fetch(spec: TrackingSpec, run_id: str | None) -> Run:
-    assert run_id is not None
-    return MlflowClient(tracking_uri=spec.uri).get_run(run_id)
+__all__ = ["cold", "nothing_lost", "shared_folder", "spec"]  # fixtures
 
 
 def test_axes_metrics_and_tags_come_back(spec):
@@ -266,145 +202,6 @@ def test_jobs_hang_below_their_sweep(spec):
     assert {run.info.run_id for run in children} == set(jobs)
 
 
-def artifacts(spec: TrackingSpec) -> dict[str, list[str]]:
-    """Names of the artifacts of every run, as a client that knows nothing of us lists them."""
-    client = MlflowClient(tracking_uri=spec.uri)
-    experiment = client.get_experiment_by_name(spec.experiment)
-    runs = client.search_runs([experiment.experiment_id])
-    return {
-        run.info.run_name: [file.path for file in client.list_artifacts(run.info.run_id)]
-        for run in runs
-    }
-
-
-@pytest.fixture(scope="module")
-def logged(shared_folder, tmp_path_factory) -> Path:
-    """A folder with a database, an experiment of one run and one of none; to be copied."""
-    tracking.connect(database(shared_folder, "any"))  # a new database takes seconds
-    folder = tmp_path_factory.mktemp("logged")
-    (folder / "mlflow").mkdir()
-    shutil.copy(shared_folder / "mlflow/mlflow.db", folder / "mlflow")
-    spec = database(folder, "test")
-    assert log_run(spec, "early") and tracking.connect(replace(spec, experiment="empty"))
-    return folder
-
-
-def test_artifacts_move_with_their_database(logged, tmp_path):
-    """Moved before the second run, and moved again before the third, with an empty experiment."""
-    names = []
-    for name in ("first", "second"):
-        shutil.copytree(logged if not names else tmp_path / names[-1], tmp_path / name)
-        if names:
-            shutil.rmtree(tmp_path / names[-1])
-        spec = database(tmp_path / name, "test")
-        assert log_run(spec, name) and log_run(replace(spec, experiment="empty"), name)
-        names.append(name)
-        assert artifacts(spec) == dict.fromkeys(["early", *names], ["config.yaml"])
-        here = list(Path(spec.artifacts).glob("*/artifacts/config.yaml"))
-        assert len(here) == 1 + 2 * len(names)
-    assert not (tmp_path / "first").exists()
-    assert artifacts(replace(spec, experiment="empty")) == {
-        "first": ["config.yaml"],
-        "second": ["config.yaml"],
-    }
-
-
-def test_a_copied_database_leaves_the_artifacts_of_the_first_alone(logged, tmp_path):
-    before = sorted(logged.rglob("*"))
-    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
-    run = fetch(spec, log_run(spec, "late"))
-    assert sorted(logged.rglob("*")) == before
-    assert str(tmp_path / "copy") in run.info.artifact_uri
-    assert artifacts(spec) == dict.fromkeys(["early", "late"], ["config.yaml"])
-    assert artifacts(database(logged, "test")) == {"early": ["config.yaml"]}
-
-
-def test_a_run_whose_artifacts_stayed_behind_keeps_their_place(logged, tmp_path, caplog):
-    """As after a move with a version that went on writing to the old folder."""
-    old = shutil.copytree(logged, tmp_path / "old")
-    assert log_run(database(old, "test"), "second")
-    shutil.copytree(old, tmp_path / "new")
-    spec, late = database(tmp_path / "new", "test"), entry("late")
-    client = MlflowClient(tracking_uri=spec.uri)
-    experiment = client.get_experiment_by_name("test").experiment_id
-    db = tracking.Database(client, experiment, {}, time.monotonic() + 60)
-    tracking.complete(db, tracking.create(db, late), late)
-    assert log_run(spec, "last")
-    assert f"1 runs of experiment test keep their artifacts in {old}" in caplog.text
-    every = ["early", "second", "late", "last"]
-    assert artifacts(spec) == dict.fromkeys(every, ["config.yaml"])
-    shutil.rmtree(old)
-    assert artifacts(spec) == dict.fromkeys(every, ["config.yaml"]) | {"late": []}
-
-
-def test_artifacts_that_did_not_come_along_are_one_clear_line(logged, tmp_path, caplog):
-    first = shutil.copytree(logged, tmp_path / "first")
-    assert log_run(database(first, "test"), "second")
-    shutil.move(first, tmp_path / "moved")
-    shutil.move(tmp_path / "moved/mlflow/artifacts", tmp_path / "lost")
-    spec = database(tmp_path / "moved", "test")
-    assert log_run(spec, "third") is None and not first.exists()
-    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
-    assert f"{first}/mlflow/artifacts, which is gone" in line and spec.artifacts in line
-    shutil.move(tmp_path / "lost", spec.artifacts)
-    assert log_run(spec, "third")
-    assert artifacts(spec) == dict.fromkeys(["early", "second", "third"], ["config.yaml"])
-
-
-def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
-    """Each names a folder of its own; what the database has is where they go."""
-    spec = database(shutil.copytree(logged, tmp_path / "one"), "test")
-    assert log_run(spec, "first")
-    other = replace(spec, artifacts=str(tmp_path / "two/artifacts"))
-    shutil.copytree(spec.artifacts, other.artifacts)
-    assert log_run(other, "second") and log_run(spec, "third")
-    every = dict.fromkeys(["early", "first", "second", "third"], ["config.yaml"])
-    assert artifacts(spec) == every
-    assert len(list(Path(other.artifacts).iterdir())) == 2
-
-
-def test_relocate_needs_no_run(logged, tmp_path, capsys):
-    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
-    given = [f"tracking.uri={spec.uri}", f"tracking.artifacts={spec.artifacts}"]
-    assert main(["relocate", *given]) == 0 == main(["relocate", *given])
-    experiments = MlflowClient(tracking_uri=spec.uri).search_experiments()
-    places = {e.name: e.artifact_location for e in experiments if e.name in ("test", "empty")}
-    assert places == dict.fromkeys(["test", "empty"], spec.artifacts)
-    assert artifacts(spec) == {"early": ["config.yaml"]}
-    nowhere = f"tracking.uri=sqlite:///{tmp_path}/nowhere/mlflow.db"
-    assert main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
-
-
-def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
-    db = tracking.connect(spec)
-    here, dead = socket.gethostname(), 1 << 30
-    ours = {"sweep": "s", "job": "0"}
-    opened = {
-        "dead": ours | {"process": f"{here} {dead}"},
-        "sweep": {"kind": "sweep", "sweep": "s", "process": f"{here} {dead}"},
-        "earlier": ours,  # a version that did not say of which process a run is
-        "alive": ours | {"process": f"{here} {os.getpid()}"},
-        "elsewhere": ours | {"process": f"{here}.other {dead}"},
-        "foreign": {"process": f"{here} {dead}"},
-    }
-    for name, tags in opened.items():
-        db.client.create_run(db.experiment, 0, tags, name)
-    given = [f"tracking.uri={spec.uri}", f"tracking.experiment={spec.experiment}"]
-
-    def status() -> dict[str | None, str]:
-        runs = db.client.search_runs([db.experiment])
-        return {run.info.run_name: run.info.status for run in runs}
-
-    assert main(["sync", "--runs", str(tmp_path), *given]) == 0
-    assert status() == dict.fromkeys(opened, "RUNNING")
-    assert orphans.close(db, local=False) == 2
-    db.client.update_run(*(r.info.run_id for r in tracking.find(db, {"kind": "sweep"})), "RUNNING")
-    assert main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
-    assert "2 runs closed whose process is gone" in capsys.readouterr().out
-    killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")
-    assert status() == killed | dict.fromkeys(["alive", "elsewhere", "foreign"], "RUNNING")
-
-
 def test_a_run_says_of_which_process_it_is(spec):
     run = fetch(spec, log_run(spec))
     assert run.data.tags["process"] == f"{socket.gethostname()} {os.getpid()}"
@@ -453,77 +250,6 @@ def test_parallel_processes_lose_nothing_on_a_cold_database(cold):
     experiment = client.get_experiment_by_name(cold.experiment).experiment_id
     logged = {(r.info.run_name, r.data.metrics["ppl"]) for r in client.search_runs([experiment])}
     assert logged == {(f"{worker}.{n}", float(n)) for worker in range(4) for n in range(3)}
-
-
-@pytest.fixture
-def silent_server():
-    """Listen on a port and never answer."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.fixture
-def dead_server() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.mark.parametrize("server", ["dead_server", "silent_server"])
-def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    spec = TrackingSpec(request.getfixturevalue(server), "test", "unused")
-    with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
-        assert log_run(spec, "first") is None
-        start = time.monotonic()
-        assert [log_run(spec, str(number)) for number in range(50)] == [None] * 50
-        assert time.monotonic() - start < 0.5
-    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
-    assert "run first not logged to http" in line and "python -m pipeline sync" in line
-    assert "\n" not in line and tracking.lost(spec)
-
-
-def test_a_slow_database_costs_no_more_than_the_patience(spec, caplog, monkeypatch):
-    log_batch = MlflowClient.log_batch
-
-    def slow(*args, **named):
-        time.sleep(0.3)
-        return log_batch(*args, **named)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", slow)
-    tags = {f"name{i}": "x" for i in range(2000)}  # forty requests
-    start = time.monotonic()
-    assert log_run(replace(spec, patience=1.0), tags=tags) is None
-    assert time.monotonic() - start < 5
-    assert "too slow" in caplog.text and tracking.lost(spec)
-
-
-def test_what_one_run_lacks_costs_no_other(spec, caplog):
-    """An entry that cannot be made, and one that MLflow refuses."""
-
-    def broken() -> Entry:
-        raise FileNotFoundError("per_site.parquet")
-
-    assert tracking.attempt(spec, "run broken", broken, lambda db, what: "never") is None
-    assert "run broken not logged: FileNotFoundError" in caplog.text
-    assert log_run(spec, "refused", params={"a\nb": 1}) is None
-    assert "run refused not logged" in caplog.text and not tracking.lost(spec)
-    client = MlflowClient(tracking_uri=spec.uri)
-    experiment = client.get_experiment_by_name(spec.experiment).experiment_id
-    assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
-    assert log_run(spec) is not None
-
-
-@pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "", "ftp://host"])
-def test_an_address_mlflow_cannot_use_is_one_clear_line(uri):
-    with pytest.raises(InputError, match=r"sqlite:///FOLDER") as caught:
-        TrackingSpec(uri, "test", "artifacts")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_sqlite_address_without_a_file_is_refused():
-    with pytest.raises(InputError, match="names no file"):
-        TrackingSpec("sqlite://", "test", "artifacts")
 
 
 def test_what_the_user_has_set_stands(spec, monkeypatch):
