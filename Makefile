@@ -31,7 +31,7 @@ ui: $(INSTALLED)
 	@mkdir -p outputs/mlflow
 	@echo "sweeps: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 	@echo "charts: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=energy"
-	-@$(BIN)/python -m pipeline.tracking relocate
+	-@$(BIN)/python -m pipeline relocate
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DATABASE) \
 	  --default-artifact-root outputs/mlflow/artifacts --workers 1

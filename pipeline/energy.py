@@ -1,4 +1,4 @@
-"""Energy of a model from its configuration alone: `python -m pipeline.energy model=llama3-8b`.
+"""Energy of a model from its configuration alone: `python -m pipeline energy model=llama3-8b`.
 
 Takes the overrides of `python -m pipeline`. Nothing is loaded but the model's config: that of the folder
 model.path, of model.hub, or the dimensions in its yaml.
@@ -6,7 +6,6 @@ model.path, of model.hub, or the dimensions in its yaml.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ CONF = Path(__file__).parents[1] / "conf"
 COSTS = ("macs_G", "acs_G", "energy_J")
 
 
-def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
+def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the tables; returns the exit status, 1 for bad input, which is told in one line."""
     from pipeline.errors import told
 
-    chosen = list(sys.argv[1:] if overrides is None else overrides)
-    return told(lambda: _report(*_configured(chosen, conf)))
+    return told(lambda: _report(*_configured(list(overrides), conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
@@ -82,7 +80,3 @@ def _print_table(rows: pd.DataFrame) -> None:
     align = ["left", "right", *["right" for _ in COSTS]]
     print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
     print()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

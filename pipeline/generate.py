@@ -1,4 +1,4 @@
-"""Dense and spiking side by side: `python -m pipeline.generate model_path=FOLDER prompt="Once upon"`.
+"""Dense and spiking side by side: `python -m pipeline generate FOLDER 'Once upon'`.
 
 FOLDER is an exported model (export.enabled=true). Both texts come from the same weights in memory, one
 after the other; the dense model is the spiking one with its neurons taken off.
@@ -6,7 +6,6 @@ after the other; the dense model is the spiking one with its neurons taken off.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parents[1] / "conf"
 CONVENTION, PHASE = "causal", "decode"
+PLACES = ("model_path", "prompt")  # arguments without a key
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,35 @@ class Generated:
     seconds: float
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Prints the comparison; returns the exit status, 1 for bad input, which is told in one line."""
     from pipeline.errors import told
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return told(lambda: _report(parsed(given)))
+    return told(lambda: _report(parsed(arguments)))
 
 
 def parsed(arguments: Sequence[str]) -> Request:
-    """The request of key=value arguments; a value is taken as it is, to the end of its argument."""
+    """The request of a folder, a prompt and key=value arguments, or of the latter alone.
+
+    A value is taken as it is, to the end of its argument.
+    """
+    from pipeline.errors import meant
+
     kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Request)}
+    places = [name for name in PLACES if not any(a.startswith(f"{name}=") for a in arguments)]
     found: dict[str, Any] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if not equals or name not in kinds:
-            raise InputError(f"got {argument!r}: give key=value with {', '.join(kinds)}")
+        if not (equals and name in kinds):
+            near = meant(name, kinds) if equals else ""
+            if near or not places:
+                raise InputError(f"got {argument!r}: {near}give key=value with {', '.join(kinds)}")
+            name, value = places.pop(0), argument
         try:
             found[name] = kinds[name](value)
         except ValueError:
             raise InputError(f"{name}={value!r}: give a number") from None
-    absent = [name for name in ("model_path", "prompt") if name not in found]
+    absent = [name for name in PLACES if name not in found]
     if absent:
         raise InputError(f"give {' and '.join(f'{name}=…' for name in absent)}")
     return Request(**found)
@@ -207,7 +215,3 @@ def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> 
     dense = summary(account(untransformed(plan), energy, context))
     spiking = summary(account(plan, energy, context, counters, coding))
     return [each[CONVENTION][PHASE]["energy_J"] for each in (dense, spiking)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,4 @@
-"""`python -m pipeline.tables table=NAME`: a table of a paper, made of what the store holds.
-
-table=NAME        main, energy, grains, codings, per_site, ...: conf/table/NAME.yaml
-table.KEY=VALUE   an option of that file; table.fill=true runs the jobs that the store lacks
-anything else     an override of `python -m pipeline`: experiment=NAME for other axes,
-                  timesteps=6 for one value of an axis, store.path=FOLDER
-"""
+"""`python -m pipeline table NAME`: a table of a paper, made of what the store holds."""
 
 from __future__ import annotations
 
@@ -22,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import naming
+from pipeline.errors import choose
 from pipeline.overrides import settled
+from pipeline.shipped import CONF, names
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.lookup import Row
     from pipeline.sheet import Sheet
 
-CONF = Path(__file__).parents[1] / "conf"
-NOT_A_TABLE = "published"  # the numbers of other papers, beside the tables that show them
 # Where and how results are made says nothing of what a table shows.
 CIRCUMSTANCES = ("store", "runtime", "tracking", "table")
 
@@ -49,12 +43,8 @@ class Request:
     stem: Callable[[str], str]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a table and its sidecar; returns the exit status, 1 for missing cells and bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\ntables: {', '.join(names('table'))}")
-        return 0
+def main(arguments: Sequence[str]) -> int:
+    """Writes table=NAME and its sidecar; the exit status, 1 for missing cells and bad input."""
     return told(lambda: _main(arguments))
 
 
@@ -95,12 +85,6 @@ def log_to_terminal() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def names(group: str) -> list[str]:
-    """What conf/`group` offers."""
-    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return [name for name in found if name != NOT_A_TABLE]
-
-
 def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]]:
     """The name that `group`=NAME gives, the overrides of its file, and the overrides of its jobs.
 
@@ -108,11 +92,11 @@ def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]
     """
     mine = [a for a in arguments if re.match(rf"[+~]*{group}[.=]", a)]
     chosen = [a.partition("=")[2] for a in mine if a.startswith(f"{group}=")]
-    if len(chosen) != 1 or chosen[0] not in names(group):
-        got = " ".join(f"{group}={name}" for name in chosen) or f"no {group}="
-        raise InputError(f"got {got}; give {group}=NAME, one of {', '.join(names(group))}")
-    if flags := [a for a in arguments if a.startswith("-")]:
-        raise InputError(f"got {flags[0]}; options are given as KEY=VALUE, see --help")
+    if len(chosen) != 1:
+        got = " ".join(f"{group}={name}" for name in chosen) or f"no {group}"
+        raise InputError(f"got {got}; give one NAME out of {', '.join(names(group))}")
+    if chosen[0] not in names(group):
+        raise InputError(f"got {group}={chosen[0]}; {choose(chosen[0], names(group))}")
     return (
         chosen[0],
         [a for a in mine if not a.startswith(f"{group}=")],
@@ -136,8 +120,16 @@ def request(arguments: Sequence[str]) -> Request:
     rest = settled(rest, default=config.experiment)
     (experiment,) = [a.partition("=")[2] for a in rest if a.startswith("experiment=")]
     base = name if experiment == config.experiment else f"{name}_{experiment}"
-    command = shlex.join(["python", "-m", "pipeline.tables", *arguments])
-    return Request(name, config, tuple(rest), command, partial(naming.stem, base, given))
+    typed = command("table", "table", arguments)
+    return Request(name, config, tuple(rest), typed, partial(naming.stem, base, given))
+
+
+def command(verb: str, group: str, arguments: Sequence[str]) -> str:
+    """The command line of a verb whose arguments choose a name of `group`, which comes first."""
+    key = f"{group}="
+    chosen = [a.removeprefix(key) for a in arguments if a.startswith(key)]
+    rest = [a for a in arguments if not a.startswith(key)]
+    return shlex.join(["python", "-m", "pipeline", verb, *chosen, *rest])
 
 
 def lay_out(config: Any, rows: Sequence[Row]) -> Sheet:

@@ -1,4 +1,4 @@
-"""`runtime.plan=true`: what a command would do, before hours are spent on it."""
+"""`python -m pipeline plan`: what a command would do, before hours are spent on it."""
 
 from __future__ import annotations
 

@@ -1,16 +1,9 @@
-"""`python -m pipeline.report study=NAME`: one page with a study's tables, figures and their origins.
-
-study=NAME        quickstart, main, ...: conf/study/NAME.yaml
-study.KEY=VALUE   an option of that file; study.fill=true runs the jobs that the store lacks
-anything else     an override of `python -m pipeline`, for every experiment of the study
-"""
+"""`python -m pipeline report NAME`: one page with a study's tables, figures and their origins."""
 
 from __future__ import annotations
 
 import base64
 import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,12 +27,8 @@ FIGURES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; returns the exit status, 1 for missing cells and bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nstudies: {', '.join(paper.names('study'))}")
-        return 0
+def main(arguments: Sequence[str]) -> int:
+    """Writes the page of study=NAME; returns the exit status, 1 for missing cells and bad input."""
     return paper.told(lambda: _main(arguments))
 
 
@@ -48,7 +37,7 @@ def _main(arguments: Sequence[str]) -> None:
     study = paper.loaded("study", name, mine)
     if any(a.startswith("experiment=") for a in rest):
         raise InputError(f"got experiment=; the experiments of study={name} are in its file")
-    command = shlex.join(["python", "-m", "pipeline.report", *arguments])
+    command = paper.command("report", "study", arguments)
     if study.fill:
         paper.log_to_terminal()
     tables = {str(table) for chosen in study.experiments.values() for table in chosen}
@@ -215,7 +204,3 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     for key, member in value.items():
         found |= _flat(member, f"{path}.{key}" if path else str(key))
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

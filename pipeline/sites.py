@@ -1,15 +1,14 @@
-"""Sites of a model and the memory they take: `python -m pipeline.sites model=llama2-70b`.
+"""Sites of a model and the memory they take: `python -m pipeline sites model=llama2-70b`.
 
 Takes the overrides of `python -m pipeline`, of which model, sites, capture and coding count.
 Nothing is loaded but the model's config: that of the folder model.path, of model.hub, or the dimensions in
-its yaml. `python -m pipeline.energy` tells the joules.
+its yaml. `python -m pipeline energy` tells the joules.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,12 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def main(overrides: Sequence[str] | None = None, conf: Path = CONF) -> int:
+def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the table; returns the exit status, 1 for bad input, which is told in one line."""
     from pipeline.errors import told
 
-    chosen = list(sys.argv[1:] if overrides is None else overrides)
-    model = [override for override in chosen if re.match(r"model[.=]", override)]
-    return told(lambda: _report(model, *_configured(chosen, conf)))
+    model = [override for override in overrides if re.match(r"model[.=]", override)]
+    return told(lambda: _report(model, *_configured(list(overrides), conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
@@ -79,7 +77,7 @@ def _report(
     for name, size in memory.items():
         print(f"{size / 1e9:11.6f} GB  {name}")
     length = min(512, spec.positions or positions(config) or 512)
-    energy = ["python", "-m", "pipeline.energy", *overrides, f"energy.tokens={length}"]
+    energy = ["python", "-m", "pipeline", "energy", *overrides, f"energy.tokens={length}"]
     print(f"\nenergy: {shlex.join(energy)}")
 
 
@@ -96,7 +94,3 @@ def _print_roles(frame: pd.DataFrame) -> None:
     align = ["left", *["right"] * (len(cells.columns) - 1)]
     print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
     print()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """The artifact store: each result is built once, verified when loaded, rebuilt when damaged.
 
 A folder `<root>/<stage>/<key>/` holds the files and a manifest.json with what determined them and
-the sha256 of each. `python -m pipeline.store ls|show|verify|gc` looks after it.
+the sha256 of each. `python -m pipeline store ls|show|verify|gc` looks after it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -188,9 +187,3 @@ def _discard(path: Path) -> None:
     aside = path.with_name(f".tmp-{_key(path)}-discarded-{os.getpid()}")
     os.rename(path, aside)
     shutil.rmtree(aside)
-
-
-if __name__ == "__main__":
-    from pipeline.upkeep import main
-
-    sys.exit(main())

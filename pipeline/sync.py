@@ -1,15 +1,14 @@
-"""`python -m pipeline.tracking`: `sync` logs what the database lacks, `relocate` follows its folder."""
+"""Log what the database lacks, and follow its folder where that was moved."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,32 +28,36 @@ log = logging.getLogger(__name__)
 DEFAULT = Path(__file__).parents[1] / "conf/tracking/default.yaml"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit status, 1 if anything is still missing."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking")
-    commands = parser.add_subparsers(required=True, dest="verb")
-    sync = commands.add_parser("sync", help="log every run that has ended and is not logged yet")
-    sync.add_argument("--runs", type=Path, default=Path("outputs/runs"), metavar="PATH")
-    sync.add_argument(
-        "--close",
-        action="store_true",
-        help="also close sweeps that were killed before their end, and runs whose process is gone",
-    )
-    moved = commands.add_parser(
-        "relocate", help="make a database that was moved with its artifacts find them again"
-    )
-    for command in (sync, moved):
-        command.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE")
-    given = parser.parse_args(arguments)
+def log_missing(runs: Path, overrides: Sequence[str], close: bool = False) -> int:
+    """Log every run below a folder that has ended and is not logged yet.
+
+    `close` also ends sweeps that were killed before their end, and runs whose process is gone. Returns
+    the exit status: 1 if anything is still missing, 2 for bad input.
+    """
+
+    def work() -> int:
+        changes = _changes(overrides)
+        if not runs.is_dir():
+            raise InputError(f"no runs at {runs}; give their folder with --runs")
+        return _sync(runs, changes, close)
+
+    return _status(work)
+
+
+def relocate_all(overrides: Sequence[str]) -> int:
+    """Make a database that was moved with its artifacts find them again; returns the exit status."""
+
+    def work() -> int:
+        _relocate(_default(_changes(overrides)))
+        return 0
+
+    return _status(work)
+
+
+def _status(work: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        changes = _changes(given.overrides)
-        if given.verb == "relocate":
-            _relocate(_default(changes))
-            return 0
-        if not given.runs.is_dir():
-            raise InputError(f"no runs at {given.runs}; give their folder with --runs")
-        return _sync(given.runs, changes, given.close)
+        return work()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,7 +90,7 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
         group, _, name = override.partition("=")[0].partition(".")
         if group != "tracking" or name not in known or "=" not in override:
             allowed = ", ".join(f"tracking.{name}=" for name in known)
-            raise InputError(f"sync: got {override}; choose among {allowed}")
+            raise InputError(f"got {override}; choose among {allowed}")
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     changes: dict[str, Any] = dict(given.get("tracking", {}))
     default: dict[str, Any] = {"uri": "http:", "experiment": "", "artifacts": ""}

@@ -1,9 +1,5 @@
-"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX.
+"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX."""
 
-`python -m pipeline.tables table=NAME` makes a paper's table from the store.
-"""
-
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -181,9 +177,3 @@ def _config(sweep_dir: Path) -> Mapping[str, Any]:
         return {}
     config: Any = OmegaConf.to_container(OmegaConf.load(file))
     return dict(config)
-
-
-if __name__ == "__main__":
-    from pipeline.paper import main
-
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Every call of MLflow: what the database is told of a run, and that no fault of it costs a result.
 
 A run is on disk before it is logged. Where the database or its server fails, one warning says so,
-the process goes on without it, and `python -m pipeline.tracking sync` logs what is missing.
+the process goes on without it, and `python -m pipeline sync` logs what is missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -42,7 +41,7 @@ PAGE = 1000  # runs that a search brings
 PROCESS = "process"  # tag: host and number of the process that opened a run
 COMPUTATION = "computation"  # tag: a hash of the artifacts, by which a repeated job is known
 DIGEST = 36  # characters of a data set's digest, MLflow's limit
-SYNC = "`python -m pipeline.tracking sync` logs what is missing"
+SYNC = "`python -m pipeline sync` logs what is missing"
 # what a user has set in the environment stands
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -299,9 +298,3 @@ def _inputs(entry: Entry) -> list[DatasetInput]:
         told = Dataset(text.name, text.digest[:DIGEST], text.source_type, source, None, profile)
         inputs.append(DatasetInput(told, [InputTag("mlflow.data.context", text.context)]))
     return inputs
-
-
-if __name__ == "__main__":
-    from pipeline.sync import main
-
-    sys.exit(main())

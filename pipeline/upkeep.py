@@ -1,12 +1,11 @@
-"""The commands of `python -m pipeline.store`: see, check and clean an artifact store."""
+"""See, check and clean an artifact store."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from pipeline.store import Store
 from stages.errors import InputError
 
 
-def main() -> int:
-    """Run one command; returns the exit status: 1 if an artifact is damaged, 2 for bad input."""
-    arguments = _parser().parse_args()
+def status(folder: Path, work: Callable[[Store], int]) -> int:
+    """Do something with the store in a folder; returns its exit status, 2 for bad input."""
     try:
-        if not arguments.store.is_dir():
-            raise InputError(f"no store at {arguments.store}; give its folder with --store")
-        status = int(arguments.command(Store(arguments.store), arguments))
+        if not folder.is_dir():
+            raise InputError(f"no store at {folder}; give its folder with --store")
+        done = work(Store(folder))
         sys.stdout.flush()
-        return status
+        return done
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -34,31 +32,7 @@ def main() -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--store", type=Path, default=Path("outputs/store"), metavar="PATH")
-    parser = argparse.ArgumentParser(prog="python -m pipeline.store")
-    commands = parser.add_subparsers(required=True)
-    for command in (ls, show, verify, gc):
-        sub = commands.add_parser(command.__name__, parents=[common], help=command.__doc__)
-        sub.set_defaults(command=command)
-        if command is show:
-            sub.add_argument("key", metavar="KEY", help="a key or its first digits")
-        if command is gc:
-            sub.add_argument("--older-than", type=float, metavar="DAYS")
-            sub.add_argument("--keep-file", type=Path, metavar="FILE", help="one key a line")
-            sub.add_argument(
-                "--keep",
-                action="append",
-                nargs="+",
-                metavar=("EXPERIMENT", "OVERRIDE"),
-                help="an experiment whose artifacts stay, with its overrides; may be repeated",
-            )
-            sub.add_argument("--yes", action="store_true", help="delete, not only preview")
-    return parser
-
-
-def ls(store: Store, arguments: argparse.Namespace) -> int:
+def ls(store: Store) -> int:
     """List all artifacts: stage, key, size, age and the seconds that the build took."""
     print(f"{'stage':<16} {'key':<32} {'MB':>10} {'age':>18} {'seconds':>9}")
     for path in store.folders():
@@ -66,13 +40,13 @@ def ls(store: Store, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show(store: Store, arguments: argparse.Namespace) -> int:
-    """Print the manifest of one artifact."""
-    found = [path for path in store.folders() if path.name.startswith(arguments.key)]
+def show(store: Store, key: str) -> int:
+    """Print the manifest of the artifact whose key begins with `key`."""
+    found = [path for path in store.folders() if path.name.startswith(key)]
     if len(found) != 1:
         raise InputError(
             f"{len(found)} artifacts in {store.root} have a key that starts with "
-            f"{arguments.key}; give one that `ls` prints"
+            f"{key}; give one that `ls` prints"
         )
     try:
         print(json.dumps(manifest.read(found[0]), indent=2))
@@ -81,8 +55,8 @@ def show(store: Store, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(store: Store, arguments: argparse.Namespace) -> int:
-    """Read every file of every artifact and compare its sha256 with the manifest."""
+def verify(store: Store) -> int:
+    """Compare every file of every artifact with its manifest; returns 1 if one is damaged."""
     damaged = 0
     for path in store.folders():
         try:
@@ -96,21 +70,29 @@ def verify(store: Store, arguments: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-def gc(store: Store, arguments: argparse.Namespace) -> int:
-    """Preview or delete what is neither young enough, nor named, nor an input of what is."""
+def gc(
+    store: Store,
+    days: float | None,
+    keep_file: Path | None,
+    experiments: Sequence[Sequence[str]],
+    delete: bool,
+) -> int:
+    """Preview or delete what is neither young enough, nor named, nor an input of what is.
+
+    `experiments` are names with the overrides of each.
+    """
     doomed = store.orphans()
-    days, file, experiments = arguments.older_than, arguments.keep_file, arguments.keep
-    if any(choice is not None for choice in (days, file, experiments)):
-        named = set() if file is None else _named(file)
-        for experiment in experiments or ():
+    if days is not None or keep_file is not None or experiments:
+        named = set() if keep_file is None else _named(keep_file)
+        for experiment in experiments:
             named |= _reachable(store, experiment)
-        doomed += _unneeded(store, days, named, file or experiments)
+        doomed += _unneeded(store, days, named, keep_file or experiments)
     for path in doomed:
         done = "would delete"
-        if arguments.yes:
+        if delete:
             done = "deleted" if store.remove(path) else "in use, kept"
         print(f"{done:<13} {_line(path)}")
-    print(f"{len(doomed)} folders" + ("" if arguments.yes else "; --yes deletes them"))
+    print(f"{len(doomed)} folders" + ("" if delete else "; --yes deletes them"))
     return 0
 
 

@@ -219,7 +219,7 @@ def _refuse_spiking(config: Any, source: str) -> None:
     if isinstance(found, dict) and found.get("quant_method") == METHOD:
         raise InputError(
             f"model {source} is a spiking model already: stages.load reads it, "
-            "python -m pipeline.generate runs it; a conversion starts from a dense one"
+            "python -m pipeline generate runs it; a conversion starts from a dense one"
         )
 
 

@@ -166,7 +166,8 @@ def command(tiny_run: Tiny) -> Callable[..., Finished]:
 
 def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
     """`python -m pipeline` in a folder; leaves environment, logging and compiler as they were."""
-    from pipeline.__main__ import RUN_ID, main
+    from pipeline.commands.cli import main
+    from pipeline.launch import RUN_ID
     from stages.llm.kernels import compiled, use_compiler
 
     compiles, root = compiled(), logging.getLogger()

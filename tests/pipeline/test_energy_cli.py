@@ -1,4 +1,4 @@
-"""`python -m pipeline.energy`: totals from a configuration alone, and one line for bad input."""
+"""`python -m pipeline energy`: totals from a configuration alone, and one line for bad input."""
 
 import os
 import shutil
@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(conf, capsys, override, says):
 
 @pytest.mark.skipif(not (ROOT / "conf/config.yaml").exists(), reason="conf/config.yaml is absent")
 def test_command_line_needs_no_hub(tmp_path):
-    command = [sys.executable, "-m", "pipeline.energy", "model=llama3-8b", "energy.tokens=512"]
+    command = [sys.executable, "-m", "pipeline", "energy", "model=llama3-8b", "energy.tokens=512"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     options = {"cwd": ROOT, "env": offline, "capture_output": True, "text": True}
     run = subprocess.run(command, check=True, **options)

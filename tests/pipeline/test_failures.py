@@ -14,8 +14,7 @@ from hydra.core.plugins import Plugins
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
-import pipeline.__main__
-from pipeline import failures, inputs, runner
+from pipeline import failures, inputs, launch, runner
 from stages import evaluation
 from stages.errors import InputError
 from tests.pipeline.conftest import Finished
@@ -128,7 +127,7 @@ class Killed(BaseException):
 
 
 def test_a_launcher_that_ends_early_costs_no_finished_job(command, tmp_path, monkeypatch):
-    hydra, whole, jobs = pipeline.__main__._job, runner.execute, []
+    hydra, whole, jobs = launch._job, runner.execute, []
 
     def execute(settings: Any, command: str) -> Any:
         jobs.append(settings)
@@ -142,7 +141,7 @@ def test_a_launcher_that_ends_early_costs_no_finished_job(command, tmp_path, mon
         except Killed:  # as joblib tells it
             raise TerminatedWorkerError("A worker was terminated\nby the system") from None
 
-    monkeypatch.setattr(pipeline.__main__, "_job", launched)
+    monkeypatch.setattr(launch, "_job", launched)
     monkeypatch.setattr(runner, "execute", execute)
     done = command(tmp_path, "-m", "experiment=null", "coding=las,gated,rate")
     assert done.code == 1 and [result["coding"] for result in done.results] == ["las"]

@@ -27,7 +27,7 @@ def test_a_run_in_a_folder_of_its_own_prints_its_table_or_its_failure_once(comma
     (line,) = bad.err.splitlines()
     assert bad.code == 1 and line.startswith("failed: ") and "9000 windows" in line
     assert "9000 windows" not in bad.out and "table:" not in bad.out
-    assert "9000 windows" in (folder / "out/a/bad/__main__.log").read_text()
+    assert "9000 windows" in (folder / "out/a/bad/pipeline.log").read_text()
 
 
 def test_a_failure_in_the_folder_of_an_earlier_result_leaves_no_result(command, folder):

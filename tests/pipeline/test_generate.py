@@ -1,4 +1,4 @@
-"""An export as a user makes it, and `python -m pipeline.generate` on it."""
+"""An export as a user makes it, and `python -m pipeline generate` on it."""
 
 import json
 import re

@@ -34,11 +34,10 @@ def test_every_table_names_an_experiment_and_the_options_of_its_layout(name):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["table=zzz"], f"got table=zzz; give table=NAME, one of {', '.join(TABLES)}"),
-        (["timesteps=6"], "got no table=; give table=NAME"),
+        (["table=zzz"], f"got table=zzz; choose among {', '.join(TABLES)}"),
+        (["timesteps=6"], "got no table; give one NAME out of codings"),
         (["table=main", "table.zzz=1"], "zzz"),
         (["table=main", "experiment=zzz"], "zzz"),
-        (["table=main", "-m"], "got -m"),
         (["table=main", "codin=las"], "codin"),
     ],
 )

@@ -22,6 +22,7 @@ import pytest
 from hydra.utils import instantiate
 
 from pipeline import inputs, layouts, lookup, paper, published, runner, sheet
+from pipeline.commands.cli import main
 from pipeline.jobs import jobs
 from pipeline.lookup import Row
 from stages.errors import InputError
@@ -42,7 +43,7 @@ class Swept:
     overrides: list[str]
 
     def table(self, *arguments: str) -> Finished:
-        """`python -m pipeline.tables` in this process."""
+        """`python -m pipeline table` in this process."""
         return made(self.folder, *arguments, *self.overrides)
 
     def read(self, name: str, kind: str = "csv") -> Any:
@@ -60,7 +61,7 @@ class Swept:
 def made(folder: Path, *arguments: str) -> Finished:
     out, err = io.StringIO(), io.StringIO()
     with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        code = paper.main(list(arguments))
+        code = main(["table", *arguments])
     return Finished(code, out.getvalue(), err.getvalue(), folder)
 
 
@@ -269,13 +270,13 @@ def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
     assert done.err.count("\n") == 3
     assert "las T=7 n=1 lacks fitting, patching, evaluation ppl_wikipedia," in done.err
     (line,) = re.findall(r"^ +(python -m pipeline .*)$", done.err, re.MULTILINE)
-    (fill,) = re.findall(r": (python -m pipeline.tables .*)$", done.err, re.MULTILINE)
+    (fill,) = re.findall(r": (python -m pipeline table .*)$", done.err, re.MULTILINE)
     tables = swept.folder.glob("outputs/tables/paper/main*.md")
     assert not [path for path in tables if "| 7 |" in path.read_text()]
     filled = main_in(swept.folder, shlex.split(line)[3:])
     assert filled.code == 0, filled.err
     monkeypatch.setattr(runner, "execute", forbidden)
-    again = made(swept.folder, *shlex.split(fill)[3:])  # nothing is left to fill
+    again = made(swept.folder, *shlex.split(fill)[4:])  # nothing is left to fill
     assert again.code == 0, again.err
     (row,) = [r for r in shown(swept.read("main", "md")) if r["T"] == "7"]
     (result,) = filled.results
@@ -312,7 +313,7 @@ def test_the_same_store_gives_the_same_bytes(swept, tmp_path):
     arguments = ["table=main", "experiment=codings", *AXES[:2], "variant=dense,las,gated3"]
     assert swept.table(*arguments, f"table.folder={tmp_path}/a").code == 0
     assert swept.table(*arguments, f"table.folder={tmp_path}/b").code == 0
-    command = [sys.executable, "-m", "pipeline.tables", *arguments, f"table.folder={tmp_path}/c"]
+    command = [sys.executable, "-m", "pipeline", "table", *arguments, f"table.folder={tmp_path}/c"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "1"}
     done = subprocess.run(
         [*command, *swept.overrides],

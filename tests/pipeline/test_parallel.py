@@ -22,7 +22,13 @@ from tests.pipeline.conftest import Finished, Tiny, fork_server, half_written
 
 REPOSITORY = Path(__file__).parents[2]
 PRELOADED = (
-    *("pipeline.runner", "pipeline.sweep", "pipeline.tracked", "pyarrow.parquet"),
+    *(
+        "pipeline.launch",
+        "pipeline.runner",
+        "pipeline.sweep",
+        "pipeline.tracked",
+        "pyarrow.parquet",
+    ),
     *("mlflow.store.tracking.sqlalchemy_store", "transformers.models.llama.modeling_llama"),
     "hydra_plugins.hydra_joblib_launcher._core",
 )
@@ -37,7 +43,8 @@ def main_of_its_own(cwd: Path, arguments: Sequence[str], log: Path) -> None:
     from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.backend.context import set_start_method
 
-    from pipeline.__main__ import RUN_ID, main
+    from pipeline.commands.cli import main
+    from pipeline.launch import RUN_ID
 
     def note(event: str, values: tuple[Any, ...]) -> None:
         if event in ("os.mkdir", "os.rename"):

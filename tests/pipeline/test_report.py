@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pipeline import inputs, lookup, paper, report
+from pipeline.commands.cli import main
 from pipeline.jobs import jobs
 from tests.pipeline.conftest import CONF, Finished, Tiny
 
@@ -68,7 +69,7 @@ class Page(HTMLParser):
 def made(folder: Path, *arguments: str) -> Finished:
     out, err = io.StringIO(), io.StringIO()
     with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        code = report.main(list(arguments))
+        code = main(["report", *arguments])
     return Finished(code, out.getvalue(), err.getvalue(), folder)
 
 
@@ -130,7 +131,7 @@ def test_the_tables_are_those_of_the_tables_command(text, folder, overrides):
     tables = Page(text).tables
     for name in ("main", "energy"):
         with chdir(folder), redirect_stdout(io.StringIO()):
-            assert paper.main([f"table={name}", *arguments]) == 0
+            assert main(["table", name, *arguments]) == 0
         (file,) = folder.glob(f"outputs/tables/paper/{name}_*.md")
         lines = file.read_text().splitlines()
         cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
@@ -186,7 +187,7 @@ def test_missing_rows_of_all_experiments_are_named(tmp_path, overrides):
     assert "dense lacks evaluation ppl_wikipedia, evaluation acc_piqa, energy;" in done.err
     assert done.err.count("\n") == 2 * len(("quickstart", "frontier")) + 1
     last = done.err.splitlines()[-1]
-    assert "python -m pipeline.report study=quickstart" in last and "study.fill=true" in last
+    assert "python -m pipeline report quickstart" in last and "study.fill=true" in last
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -202,8 +203,8 @@ def test_every_study_names_experiments_and_tables_that_there_are(name):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["study=zzz"], f"got study=zzz; give study=NAME, one of {', '.join(STUDIES)}"),
-        ([], "got no study=; give study=NAME"),
+        (["study=zzz"], f"got study=zzz; choose among {', '.join(STUDIES)}"),
+        ([], "got no study; give one NAME out of main"),
         (["study=main", "study.zzz=1"], "zzz"),
         (["study=main", "experiment=codings"], "the experiments of study=main are in its file"),
         (["study=quickstart", "study.experiments.quickstart=[zzz]"], "zzz"),

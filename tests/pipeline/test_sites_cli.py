@@ -1,4 +1,4 @@
-"""`python -m pipeline.sites`: sites and memory from a configuration alone; one line for bad input."""
+"""`python -m pipeline sites`: sites and memory from a configuration alone; one line for bad input."""
 
 import re
 import time
@@ -30,7 +30,7 @@ def test_a_model_of_70_billion_weights_is_told_in_seconds(capsys):
     assert sketches == pytest.approx(float(rows["total"][3]) / 1000, abs=1e-4)
     assert found["those of one layer, with runtime=offload"] < sketches / 50
     assert found["neurons of gated, n=2, at every site"] == pytest.approx(801 * 8 / 1e9, abs=1e-6)
-    assert "python -m pipeline.energy model=llama2-70b" in output
+    assert "python -m pipeline energy model=llama2-70b" in output
 
 
 def test_roles_precision_and_coding_are_those_of_the_configuration(capsys):

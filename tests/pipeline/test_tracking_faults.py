@@ -47,7 +47,7 @@ def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monk
         assert [log_run(spec, str(number)) for number in range(50)] == [None] * 50
         assert time.monotonic() - start < 0.5
     (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking")
-    assert "run first not logged to http" in line and "pipeline.tracking sync" in line
+    assert "run first not logged to http" in line and "python -m pipeline sync" in line
     assert "\n" not in line and tracking.lost(spec)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import orphans, sync, tracking
+from pipeline import orphans, tracking
+from pipeline.commands.cli import main
 from pipeline.tracking import TrackingSpec
 from tests.pipeline.databases import (
     cold,
@@ -126,13 +127,13 @@ def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
 def test_relocate_needs_no_run(logged, tmp_path, capsys):
     spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
     given = [f"tracking.uri={spec.uri}", f"tracking.artifacts={spec.artifacts}"]
-    assert sync.main(["relocate", *given]) == 0 == sync.main(["relocate", *given])
+    assert main(["relocate", *given]) == 0 == main(["relocate", *given])
     experiments = MlflowClient(tracking_uri=spec.uri).search_experiments()
     places = {e.name: e.artifact_location for e in experiments if e.name in ("test", "empty")}
     assert places == dict.fromkeys(["test", "empty"], spec.artifacts)
     assert artifacts(spec) == {"early": ["config.yaml"]}
     nowhere = f"tracking.uri=sqlite:///{tmp_path}/nowhere/mlflow.db"
-    assert sync.main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
+    assert main(["relocate", nowhere]) == 0 and not (tmp_path / "nowhere").exists()
 
 
 def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
@@ -156,11 +157,11 @@ def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
         runs = db.client.search_runs([db.experiment])
         return {run.info.run_name: run.info.status for run in runs}
 
-    assert sync.main(["sync", "--runs", str(tmp_path), *given]) == 0
+    assert main(["sync", "--runs", str(tmp_path), *given]) == 0
     assert status() == dict.fromkeys(opened, "RUNNING")
     assert orphans.close(db, local=False) == 2
     db.client.update_run(*(r.info.run_id for r in tracking.find(db, {"kind": "sweep"})), "RUNNING")
-    assert sync.main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
+    assert main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
     assert "2 runs closed whose process is gone" in capsys.readouterr().out
     killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")
     assert status() == killed | dict.fromkeys(["alive", "elsewhere", "foreign"], "RUNNING")

@@ -21,7 +21,8 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline import failures, runner, sync, tracked, tracking
+from pipeline import failures, runner, tracked, tracking
+from pipeline.commands.cli import main
 from tests.pipeline.conftest import REPOSITORY, Finished
 
 PATIENCE = 120  # seconds for the server to start
@@ -178,7 +179,7 @@ def test_data_sets_are_named_by_the_tokens_that_were_read(server, sweep):
 def synced(runs: Path, *arguments: str) -> int:
     tracking._lost.clear()  # as a new process
     with chdir(runs.parents[1]):
-        return sync.main(["sync", "--runs", str(runs), *arguments])
+        return main(["sync", "--runs", str(runs), *arguments])
 
 
 def test_a_server_killed_in_mid_sweep_costs_nothing(
@@ -200,7 +201,7 @@ def test_a_server_killed_in_mid_sweep_costs_nothing(
     assert done.code == 0 and len(done.results) == 4
     assert len(dying) == 2  # the others were not even tried
     (line,) = (line for line in done.out.splitlines() if "WARNING" in line)
-    assert f"run {done.runs.name}/1 not logged" in line and "pipeline.tracking sync" in line
+    assert f"run {done.runs.name}/1 not logged" in line and "python -m pipeline sync" in line
     assert [p.parent.name for p in done.runs.glob("*/tracked.json")] == ["0"]
 
     server.start()
@@ -219,7 +220,7 @@ def test_a_server_killed_in_mid_sweep_costs_nothing(
     for job, result in enumerate(done.results):
         assert children[str(job)].data.metrics["energy_J"] == result["energy_J"]
 
-    command_line = [sys.executable, "-m", "pipeline.tracking", "sync", "--runs", str(runs)]
+    command_line = [sys.executable, "-m", "pipeline", "sync", "--runs", str(runs)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     twice = subprocess.run(
         command_line, cwd=folder, env=environment, capture_output=True, text=True
@@ -273,7 +274,7 @@ def test_a_failed_job_is_a_failed_run(command, server, folder, sweep):
     assert known.items() <= failed.data.params.items()
     assert "computation" not in failed.data.tags
     files = {file.path for file in server.client.list_artifacts(failed.info.run_id)}
-    assert files == {"config.yaml", "__main__.log"}
+    assert files == {"config.yaml", "pipeline.log"}
 
 
 def test_a_sweep_of_failed_jobs_is_there_too(command, server, tmp_path, monkeypatch):
@@ -363,11 +364,11 @@ def test_a_server_that_hangs_delays_a_sweep_by_one_wait(command, folder, sweep, 
     "arguments", [["uri=http://x"], ["tracking.url=http://x"], ["tracking.uri=folder"]]
 )
 def test_a_wrong_option_is_one_line(arguments, tmp_path, capsys):
-    assert sync.main(["sync", "--runs", str(tmp_path), *arguments]) == 2
+    assert main(["sync", "--runs", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "tracking.uri=" in error
 
 
 def test_runs_that_are_not_there_are_one_line(tmp_path, capsys):
-    assert sync.main(["sync", "--runs", str(tmp_path / "nowhere")]) == 2
+    assert main(["sync", "--runs", str(tmp_path / "nowhere")]) == 2
     assert "give their folder with --runs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The commands of `python -m pipeline.store`, run as a user runs them."""
+"""The verbs of `python -m pipeline store`, run as a user runs them."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def whole(folder: Path) -> None:
 
 
 def cli(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipeline.store", *arguments, "--store", str(root)]
+    command = [sys.executable, "-m", "pipeline", "store", *arguments, "--store", str(root)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
@@ -54,7 +54,7 @@ def test_a_reader_that_has_seen_enough_ends_it_in_silence(store: Store) -> None:
     for x in range(400):  # more than a pipe holds
         folder = store.root / "demo" / f"{x:032x}"
         folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "pipeline.store", "ls", "--store", str(store.root)]
+    command = [sys.executable, "-m", "pipeline", "store", "ls", "--store", str(store.root)]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -1,0 +1,65 @@
+"""`generate`, `energy` and `sites`: one model, without a run."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.commands import verbs
+
+
+@click.command()
+@click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="FOLDER PROMPT [KEY=VALUE]..."
+)
+def generate(arguments: tuple[str, ...]) -> int:
+    """Continue a prompt, spiking and dense side by side.
+
+    FOLDER is an exported model (export.enabled=true). Both texts come from its weights; speed, spikes and
+    energy of a token stand beside them.
+
+    \b
+    model_path=FOLDER  the same as FOLDER
+    prompt=TEXT        the same as PROMPT, of a text that begins like an option
+    max_new_tokens=32  how many tokens more
+    temperature=0      above 0 tokens are drawn, with seed=0
+    dtype=float32      of the weights
+    device=cpu         or cuda, cuda:1, ...
+
+    \b
+    python -m pipeline generate outputs/spiking 'The first spike' max_new_tokens=64
+    """
+    from pipeline import generate
+
+    return generate.main(arguments)
+
+
+@click.command()
+@verbs.overrides
+def energy(overrides: tuple[str, ...]) -> int:
+    """Count a model's operations and energy from its dimensions.
+
+    Takes the overrides of `run`, of which model, transform and energy count. Only the model's config is
+    read: of the folder model.path, of model.hub, or the dimensions in its yaml.
+
+    \b
+    python -m pipeline energy model=llama3-8b energy.tokens=512
+    """
+    from pipeline import energy
+
+    return energy.main(overrides)
+
+
+@click.command()
+@verbs.overrides
+def sites(overrides: tuple[str, ...]) -> int:
+    """Count a model's sites and the memory they take.
+
+    Takes the overrides of `run`, of which model, sites, capture and coding count. Only the model's config
+    is read, as by `energy`.
+
+    \b
+    python -m pipeline sites model=qwen3-30b-a3b
+    """
+    from pipeline import sites
+
+    return sites.main(overrides)
