@@ -225,8 +225,9 @@ def _levels_panel(axes: Axes, site: SiteLevels, looks: Looks) -> None:
     axes.set_xlim(max(seen[0], seen[-1] * 10.0**-SHOWN_X) / 1.5, seen[-1] * 1.5)
     lowest = np.nanmin(_positive(site.optimal))
     axes.set_ylim(max(lowest / 10, peak * 10.0**-SHOWN_DECADES), peak * 3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=5))
+    # in a panel of a third of a page five labels touch
+    axes.xaxis.set_major_locator(LogLocator(numticks=4))
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
     axes.minorticks_off()
 
 
