@@ -88,6 +88,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
     """
     folder.mkdir(exist_ok=True)
     if not list(folder.glob("*.whl")):
+        log.info("downloading %s %s from the package index", package, version)
         terminal = sys.stderr.isatty()
         options = [
             "--no-deps",

@@ -233,6 +233,9 @@ def test_the_lines_of_the_readme_run(
     exec(lines, {"model": tiny_llama, "tokenizer": byte_tokenizer, "text": text})
     shown = capsys.readouterr().out
     assert "model.layers.0.mlp.down_proj:in" in shown and "The first spike" in shown
+    head, *rows = shown.splitlines()[: 1 + 21]  # on no line are columns or rows left out
+    assert head.split() == ["site", "role", "layer", "nmse", "spikes", "scale"]
+    assert [row.split()[0] for row in rows] == [str(i) for i in range(21)]
     assert torch.equal(logits(tiny_llama, torch.arange(40)[None]), dense)
     assert stages.conversion(stages.load(tmp_path / "spiking")).coding == stages.Gated()
 

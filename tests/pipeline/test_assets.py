@@ -49,9 +49,11 @@ def file(member, version="1.0", sha256=None):
     return PackageFile("tiny-asset", version, member, digest)
 
 
-def test_a_file_is_downloaded_once_and_the_wheel_is_gone(downloads, store):
-    first = fetch(file("tiny_asset/one.bin"), store)
-    again = fetch(file("tiny_asset/one.bin"), store)
+def test_a_file_is_downloaded_once_and_the_wheel_is_gone(downloads, store, caplog):
+    with caplog.at_level("INFO"):
+        first = fetch(file("tiny_asset/one.bin"), store)
+        again = fetch(file("tiny_asset/one.bin"), store)
+    assert caplog.messages == ["downloading tiny-asset 1.0 from the package index"]
     assert content(first).read_bytes() == FILES["tiny_asset/one.bin"]
     assert (first.hit, again.hit, first.key == again.key) == (False, True, True)
     assert len(downloads) == 1

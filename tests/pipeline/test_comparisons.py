@@ -7,6 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
@@ -282,3 +283,21 @@ def test_level_densities_have_a_column_a_site_and_a_curve_a_coding():
             np.testing.assert_allclose(line.get_ydata(), 0.1 * (row + place + 1))
             assert line.get_color() == COLOURS[place]
     assert png(figure).shape[1] == figures.WIDTH * figure.dpi
+
+
+@pytest.mark.parametrize("decades", [2, 5])
+def test_labels_of_magnitudes_keep_apart(decades):
+    """Three sites are as many as a page shows side by side; matplotlib draws labels over each other."""
+    x = np.geomspace(10.0**-decades, 5, 200)
+    curve = {"las": np.ones(200)}
+    sites = [levels.SiteLevels(n, x, np.exp(-x), np.exp(-x / 3), curve) for n in "abc"]
+    look = comparisons.looks(comparisons.comparison_frame([result("las", 6, 30, 0.3)]))
+    figure = levels.level_densities(sites, look, "T = 6")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes in figure.axes:
+        low, high = sorted(axes.get_xlim())
+        ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [tick.label1.get_window_extent(renderer) for tick in ticks]
+        assert len(boxes) >= 2
+        assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
