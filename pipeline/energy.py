@@ -80,3 +80,7 @@ def _print_table(rows: pd.DataFrame) -> None:
     align = ["left", "right", *["right" for _ in COSTS]]
     print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
     print()
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline energy`")

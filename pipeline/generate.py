@@ -215,3 +215,7 @@ def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> 
     dense = summary(account(untransformed(plan), energy, context))
     spiking = summary(account(plan, energy, context, counters, coding))
     return [each[CONVENTION][PHASE]["energy_J"] for each in (dense, spiking)]
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline generate`")

@@ -204,3 +204,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     for key, member in value.items():
         found |= _flat(member, f"{path}.{key}" if path else str(key))
     return found
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline report`")

@@ -94,3 +94,7 @@ def _print_roles(frame: pd.DataFrame) -> None:
     align = ["left", *["right"] * (len(cells.columns) - 1)]
     print(cells.to_markdown(index=False, tablefmt="simple", disable_numparse=True, colalign=align))
     print()
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline sites`")

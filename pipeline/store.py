@@ -187,3 +187,7 @@ def _discard(path: Path) -> None:
     aside = path.with_name(f".tmp-{_key(path)}-discarded-{os.getpid()}")
     os.rename(path, aside)
     shutil.rmtree(aside)
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline store`")

@@ -177,3 +177,7 @@ def _config(sweep_dir: Path) -> Mapping[str, Any]:
         return {}
     config: Any = OmegaConf.to_container(OmegaConf.load(file))
     return dict(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline table`")

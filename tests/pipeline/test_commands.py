@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -291,3 +292,12 @@ def test_the_commands_of_the_readme_are_read():
         words = shlex.split(line, comments=True)
         verb, rest = (words[0], words[1:]) if words[0] in VERBS else ("run", words)
         cli.commands[verb].make_context(verb, rest)  # raises UsageError
+
+
+@pytest.mark.parametrize(
+    "module", ["tables", "report", "store", "tracking", "generate", "energy", "sites"]
+)
+def test_a_module_that_is_no_command_says_so(module: str, recwarn: object) -> None:
+    """`python -m pipeline.tables` would import it, do nothing and end with status 0."""
+    with pytest.raises(SystemExit, match="nothing was done: the command is `python -m pipeline "):
+        runpy.run_module(f"pipeline.{module}", run_name="__main__")
