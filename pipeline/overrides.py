@@ -45,6 +45,11 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
     arguments = spelled(arguments, conf)
     given = {str(o.key_or_group): o for o in _read(arguments)}
     _check_choices(given, conf)
+    if (place := given.get("hydra.output_subdir")) is not None:
+        raise InputError(
+            f"{place.input_line}: a job's configuration is read from .hydra in its folder; choose the "
+            "folder by hydra.run.dir=FOLDER or hydra.sweep.dir=FOLDER"
+        )
     chosen = _choices(given.get("variant"))
     if chosen and "coding" in given:
         raise InputError(
