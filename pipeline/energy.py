@@ -31,8 +31,10 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
+    from pipeline.overrides import spelled
+
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        config = compose("config", overrides)
+        config = compose("config", spelled(overrides, conf))
     energy = instantiate(config.energy)
     if energy.tokens is None:
         raise InputError("energy.tokens=null: give the length of the prompt, energy.tokens=512")
@@ -64,7 +66,7 @@ def _report(energy: Any, transform: Any, spec: Any) -> None:
     print("paper convention, prefill")
     print(f"linear_G {macs['linear']:.3f}")
     print(f"attention_G {macs['qk'] + macs['pv']:.3f}")
-    print(f"elementwise_G {macs[list(ELEMENTWISE)].sum():.3f}")
+    print(f"elementwise_G {macs.reindex(ELEMENTWISE).sum():.3f}")
     if ROTATION[0] in macs:
         print(f"rotation_G {macs.reindex(ROTATION).sum():.3f}")
     for cost in COSTS:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from pipeline.additions import opened
@@ -42,11 +42,14 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
     asks for that, `default` is the experiment. Raises InputError where rows would lose or bend an
     override, and Hydra's OverrideParseException where one cannot be read.
     """
-    # Hydra has no null for a group: the empty choice is a file.
-    arguments = [re.sub(r"^(experiment|variant)=null$", r"\1=none", each) for each in arguments]
-    arguments = opened(arguments, conf)
+    arguments = spelled(arguments, conf)
     given = {str(o.key_or_group): o for o in _read(arguments)}
     _check_choices(given, conf)
+    if (place := given.get("hydra.output_subdir")) is not None:
+        raise InputError(
+            f"{place.input_line}: a job's configuration is read from .hydra in its folder; choose the "
+            "folder by hydra.run.dir=FOLDER or hydra.sweep.dir=FOLDER"
+        )
     chosen = _choices(given.get("variant"))
     if chosen and "coding" in given:
         raise InputError(
@@ -68,6 +71,12 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
     if experiment == "none" and swept and "hydra.mode" not in given and not {*FLAGS} & {*arguments}:
         added.append("hydra.mode=MULTIRUN")
     return [*arguments, *added]
+
+
+def spelled(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
+    """The arguments as Hydra reads them, which has no null for a group and adds a key by `++`."""
+    files = [re.sub(r"^(experiment|variant)=null$", r"\1=none", each) for each in arguments]
+    return opened(files, conf)
 
 
 def quoted(argument: str) -> str | None:
@@ -114,6 +123,8 @@ def _choices(override: Override | None) -> list[str]:
     """The values of an override of a group, one or those of its sweep; none for none."""
     if override is None:
         return []
+    if isinstance(override.value(), Glob):
+        raise InputError(f"{override.input_line}: give the names, as {override.key_or_group}=A,B")
     if override.is_sweep_override():
         return [str(each) for each in override.sweep_string_iterator()]
     return (
@@ -147,6 +158,10 @@ def _check_rows(
     names = list(chosen) or _rows(conf, experiment)
     rows = {name: row for name in names if (row := variant(conf, name)) is not None}
     of = f" of experiment={experiment}" if experiment != "none" else ""
+    alone = "experiment=null"
+    if chosen:  # without an experiment the variants would still be rows
+        first = next((row.coding for row in rows.values() if row.coding), "NAME")
+        alone = f"coding={first} in place of {given['variant'].input_line}"
     if rows and (coding := given.get("coding")) is not None:
         same = [name for name in rows if rows[name].coding == coding.value()] or [
             name
@@ -161,14 +176,14 @@ def _check_rows(
     if len(rows) > 1 and "label" in given:
         raise InputError(
             f"{given['label'].input_line} would give the {len(rows)} rows{of} one name; give "
-            "experiment=null for one conversion"
+            f"{alone} for one conversion"
         )
     for key, override in given.items():
-        _check_row(key, override, rows, of, conf)
+        _check_row(key, override, rows, of, alone, conf)
 
 
 def _check_row(
-    key: str, override: Override, rows: Mapping[str, Variant], of: str, conf: Path
+    key: str, override: Override, rows: Mapping[str, Variant], of: str, alone: str, conf: Path
 ) -> None:
     setting = [n for n, row in rows.items() if any(_within(key, own) for own in row.sets)]
     field = key.partition(".")[2].partition(".")[0] if key.startswith("coding.") else None
@@ -189,7 +204,7 @@ def _check_row(
     instead = f"variant={rest} beside it, or " if rest else ""
     raise InputError(
         f"{override.input_line} does not fit all rows{of}: {'; '.join(why)}. Give {instead}"
-        "experiment=null for one conversion"
+        f"{alone} for one conversion"
     )
 
 

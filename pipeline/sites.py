@@ -34,9 +34,14 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:
     configuration names."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from pipeline import options
+    from pipeline.overrides import spelled
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        config = compose("config", ["experiment=none", *overrides])
+        config = compose("config", ["experiment=none", *spelled(overrides, conf)])
+    options.check(OmegaConf.to_container(config.calibration, resolve=True), "calibration")
     capture, coding = instantiate(config.capture), instantiate(config.coding)
     tokens = config.calibration.windows * config.calibration.length
     return instantiate(config.model), instantiate(config.sites), capture, tokens, coding

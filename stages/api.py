@@ -18,8 +18,9 @@ from stages.errors import InputError
 from stages.fitting import Fitting
 from stages.llm import corpus, saved
 from stages.llm.attachment import Attachment, attachment, refuse_spiking
+from stages.llm.passes import prefix_ids
 from stages.llm.sites import SiteSelection, find_sites, select
-from stages.llm.transforms import Untouched
+from stages.llm.transforms import applied
 from stages.patching import Conversion, Patching
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def bind(model: PreTrainedModel, conversion: Conversion) -> PreTrainedModel:
 
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
-    saved.bind(model, conversion, saved.describe(conversion, Untouched()))
+    # A spiking model that was restored still rotates, and has its prefix.
+    spec = saved.describe(conversion, applied(model), prefix_ids(model))
+    saved.bind(model, conversion, spec)
     return model
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from stages.errors import InputError
+
 NAME = "ported"
 QUERY_BLOCK = 256
 _PORTS = "attention_ports"
@@ -167,11 +169,15 @@ def ported_attention(
 
 
 def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise InputError(
+            f"attention dropout of {dropout} would leave out spikes: call model.eval() before a pass"
+        )
     extras = [n for n in ("softcap", "s_aux") if kwargs.get(n) is not None]
-    if mask is None or mask.dtype != torch.bool or dropout or extras:
+    if mask is None or mask.dtype != torch.bool or extras:
         raise NotImplementedError(
-            "ported attention needs a boolean mask, no dropout and a plain softmax; got "
-            f"mask={None if mask is None else mask.dtype}, dropout={dropout}, extras={extras}"
+            "ported attention needs a boolean mask and a plain softmax; got "
+            f"mask={None if mask is None else mask.dtype}, extras={extras}"
         )
 
 

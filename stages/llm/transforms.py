@@ -12,6 +12,8 @@ from stages.llm.prefix import PrefixSearch, attach_prefix
 from stages.llm.rotation import declare, fuse, rotate, rotate_online
 from stages.registry import register
 
+_RECORD = "transform"
+
 
 @runtime_checkable
 class Transform(Protocol):
@@ -32,6 +34,16 @@ class Transform(Protocol):
         """What `apply` did beside changing weights, on a model whose saved weights are changed."""
 
 
+def applied(model: PreTrainedModel) -> Transform:
+    """The transform that a model has behind it, in this process or when it was saved."""
+    found: Transform = model.__dict__.get(_RECORD, Untouched())
+    return found
+
+
+def _record(model: PreTrainedModel, transform: Transform) -> None:
+    model.__dict__[_RECORD] = transform
+
+
 class _WithoutPrefix:
     """What a transform is that has no prefix and changes nothing but weights."""
 
@@ -43,7 +55,8 @@ class _WithoutPrefix:
         """Nothing: the operations stay what they are."""
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Nothing: it is all in the weights."""
+        """Nothing that works: it is all in the weights."""
+        _record(model, self)  # type: ignore[arg-type]
 
 
 @register("transform/none", was="stages.llm.transforms.Untouched")
@@ -66,6 +79,7 @@ class Fuse(_WithoutPrefix):
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
         fuse(model)
+        _record(model, self)
 
 
 @register("transform/rotate", was="stages.llm.transforms.Rotate")
@@ -78,12 +92,14 @@ class Rotate(_WithoutPrefix):
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
         rotate(model, self.seed)
+        _record(model, self)
 
     def declare(self, model: PreTrainedModel) -> None:
         declare(model)
 
     def restore(self, model: PreTrainedModel) -> None:
         rotate_online(model, self.seed)
+        _record(model, self)
 
 
 @register("transform/rotate_prefix", was="stages.llm.transforms.RotatePrefix")
@@ -98,6 +114,7 @@ class RotatePrefix:
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
         rotate(model, self.seed)
         attach_prefix(model, prefix)
+        _record(model, self)
 
     def declare(self, model: PreTrainedModel) -> None:
         raise InputError(
@@ -107,3 +124,4 @@ class RotatePrefix:
 
     def restore(self, model: PreTrainedModel) -> None:
         rotate_online(model, self.seed)  # the prefix is attached by whoever knows its ids
+        _record(model, self)

@@ -6,6 +6,7 @@ from transformers import AttentionMaskInterface
 
 from stages.codings.gated import Gated
 from stages.codings.las import Las
+from stages.errors import InputError
 from stages.llm import attention
 from stages.llm.ports import attached
 from stages.llm.sites import find_sites
@@ -132,12 +133,22 @@ def test_what_the_attention_does_not_compute_is_refused(model):
     for bad in (
         {"attention_mask": None},
         {"attention_mask": mask.float()},
-        {"attention_mask": mask, "dropout": 0.1},
         {"attention_mask": mask, "softcap": 30.0},
         {"attention_mask": mask, "s_aux": x},
     ):
         with pytest.raises(NotImplementedError, match="ported attention needs"):
             attention.ported_attention(module, x, x, x, scaling=1.0, **bad)
+
+
+def test_dropout_of_a_model_in_training_is_refused_in_one_line(tiny, tokens):
+    model = tiny(attention_dropout=0.1)
+    with ported(model):
+        dense = logits(model, tokens(1, 5))
+        model.train()
+        with pytest.raises(InputError, match=r"dropout of 0\.1 .*call model\.eval\(\)"):
+            logits(model, tokens(1, 5))
+        model.eval()
+        assert torch.equal(logits(model, tokens(1, 5)), dense)
 
 
 def causal(model, ids):

@@ -113,6 +113,20 @@ def test_the_attention_asked_of_from_pretrained_is_that_of_the_dense_model(folde
     assert model.config._attn_implementation == name
 
 
+# Neurons off, and others on
+
+
+def test_a_restored_model_keeps_its_transform_in_what_is_saved_of_it(loaded, tokens, tmp_path):
+    ids = tokens(2, 11)
+    stages.restore(loaded)
+    dense = logits(loaded, ids)
+    stages.convert(loaded, tokens(4, 16, seed=1), stages.SignedDigit(timesteps=5, grains=2))
+    spiking = logits(loaded, ids)
+    assert not torch.equal(spiking, dense)
+    stages.save(loaded, tmp_path / "again")
+    assert torch.equal(logits(stages.load(tmp_path / "again"), ids), spiking)
+
+
 # Copies
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from pipeline.energy import main
 
@@ -64,6 +65,21 @@ def test_a_rotation_adds_its_operations(conf, capsys):
     assert after["macs_G"] - before["macs_G"] == pytest.approx(after["rotation_G"], abs=0.01)
     added = 512 * 32 * 14336 * 11 / 1e9
     assert after["acs_G"] - before["acs_G"] == pytest.approx(added, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox"])  # one without RoPE, both without gates
+@pytest.mark.parametrize("group", ["experiment=null", "experiment=codings", "variant=null"])
+def test_families_without_gates_and_choices_of_rows(kind, group, tmp_path, capsys):
+    shape = {"hidden_size": 640, "num_hidden_layers": 3, "vocab_size": 5000}
+    shape |= {"num_attention_heads": 10, "ffn_dim" if kind == "opt" else "intermediate_size": 1280}
+    shape |= {"word_embed_proj_dim": 640} if kind == "opt" else {}
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    assert main([f"model.path={tmp_path}", "energy.tokens=512", group]) == 0
+    found = totals(capsys.readouterr().out)
+    weights = 3 * (4 * 640 * 640 + 2 * 640 * 1280) + 5000 * 640
+    assert found["linear_G"] == pytest.approx(512 * weights / 1e9, abs=1e-3)
+    assert found["attention_G"] == pytest.approx(3 * 2 * 512 * 512 * 640 / 1e9, abs=1e-3)
+    assert 0 < found["elementwise_G"] < found["attention_G"]
 
 
 def test_another_hardware_profile_changes_only_the_energy(conf, capsys):

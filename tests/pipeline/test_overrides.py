@@ -57,6 +57,13 @@ def test_an_override_of_the_coding_is_one_conversion_or_a_sweep_of_what_it_lists
             ["experiment=codings", "coding=gated"],
             "give variant=gated2,gated3,gated2_offset instead",
         ),
+        (
+            ["variant=gated2", "coding.grains=3"],
+            "Give coding=gated in place of variant=gated2 for",
+        ),
+        (["variant=gated2,gated3", "label=x"], "coding=gated in place of variant=gated2,gated3"),
+        (["variant=glob(gated*)"], "variant=glob(gated*): give the names, as variant=A,B"),
+        (["hydra.output_subdir=null"], "choose the folder by hydra.run.dir=FOLDER"),
         (["experiment=codings", "coding=gif_smoothed"], "give variant=gif_smoothed instead, or"),
         (["experiment=quickstart", "coding.timesteps=8"], "dense have no timesteps"),
         (["experiment=quickstart", "coding.grains=3"], "gated2, gated3 set it themselves; dense,"),

@@ -33,6 +33,14 @@ def test_a_model_of_70_billion_weights_is_told_in_seconds(capsys):
     assert "python -m pipeline energy model=llama2-70b" in output
 
 
+def test_no_experiment_and_a_text_of_ones_own_are_those_of_a_run(capsys):
+    small = ["model=smollm2-135m", "model.dims.num_hidden_layers=2"]
+    assert main([*small, "experiment=null"]) == 0
+    alone = capsys.readouterr().out
+    assert main([*small, "corpus.mine.path=x.txt", "evaluation.corpora=[mine]"]) == 0
+    assert sizes(capsys.readouterr().out) == sizes(alone)
+
+
 def test_roles_precision_and_coding_are_those_of_the_configuration(capsys):
     small = ["model=smollm2-135m", "model.dims.num_hidden_layers=2"]
     assert main([*small, "sites=paper", "coding=dense"]) == 0
@@ -53,6 +61,7 @@ def test_roles_precision_and_coding_are_those_of_the_configuration(capsys):
         ("sites.roles=[nix]", "attn.in"),
         ("capture.mantissa_bits=0", "capture.mantissa_bits=0"),
         ("coding.timestep=3", "coding.timestep"),
+        ("calibration.windows=many", "calibration.windows=many: give a whole number"),
     ],
 )
 def test_bad_input_is_one_line(capsys, override, says):
