@@ -22,6 +22,7 @@ SWEPT = ("multirun.yaml", "parent.json", "ended.json")  # what else a sweep leav
 RESULT = "result.json"
 RECORD = "failed.json"
 OUTCOMES = (RESULT, RECORD)
+LEFT = (*OUTCOMES, "per_site.parquet", "energy_by_kind.csv")  # by a job in its folder
 _started: list[Path] = []
 
 
@@ -59,7 +60,7 @@ def enter() -> Path:
     """The folder of the job that Hydra runs now, listed in its sweep and without what an earlier left."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    for name in (RESULT, RECORD):
+    for name in LEFT:
         (folder / name).unlink(missing_ok=True)
     if str(hydra.mode).endswith("MULTIRUN"):
         sweep = Path(hydra.sweep.dir)

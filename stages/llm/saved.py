@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,11 @@ from stages.llm.loading import readable
 from stages.llm.prefix import attach_prefix
 from stages.llm.quantizer import METHOD, SpikingConfig, SpikingQuantizer
 from stages.llm.sites import find_sites
-from stages.llm.transforms import Transform
+from stages.llm.transforms import Fuse, Transform, Untouched
 from stages.patching import Conversion, patched
 
 __all__ = ["Neurons", "attach", "attachment", "bind", "describe", "load", "make_room", "save"]
+_SAVE = "save_pretrained"
 _PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
@@ -110,6 +111,7 @@ def _marked(model: Any, spec: SpikingConfig, neurons: Neurons) -> Iterator[None]
 
 
 def _mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
+    model.__dict__.pop(_SAVE, None)
     model.add_module(NEURONS, neurons)
     model.config.quantization_config = spec
     model.hf_quantizer = SpikingQuantizer(spec)
@@ -117,10 +119,21 @@ def _mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
 
 
 def _unmark(model: Any) -> None:
+    transform = decoded_transform(model.config.quantization_config)
+    if not isinstance(transform, Untouched | Fuse):
+        model.__dict__[_SAVE] = _refuse_saving
     delattr(model, NEURONS)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
+
+
+def _refuse_saving(*arguments: Any, **options: Any) -> NoReturn:
+    """Stands for the save_pretrained of a model that is rotated, or has a prefix, and no neurons."""
+    raise InputError(
+        "a part of this model's transform works while it runs, and a folder would hold its weights "
+        "alone: stages.convert gives it neurons, with which it is saved whole"
+    )
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:

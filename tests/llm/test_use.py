@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import stages
 from stages.codings.gated import Gated
 from stages.errors import InputError
 from stages.llm.prefix import PrefixSearch
 from stages.llm.saved import attachment, save
-from stages.llm.transforms import RotatePrefix, Untouched
+from stages.llm.transforms import RotatePrefix, Untouched, applied
 from stages.patching import patched
 
 GATED = Gated("gated", 4, 2)
@@ -120,6 +120,14 @@ def test_a_restored_model_keeps_its_transform_in_what_is_saved_of_it(loaded, tok
     ids = tokens(2, 11)
     stages.restore(loaded)
     dense = logits(loaded, ids)
+    if isinstance(applied(loaded), RotatePrefix):  # weights alone would be another model
+        with pytest.raises(InputError, match=r"stages\.convert gives it neurons"):
+            loaded.save_pretrained(tmp_path / "dense")
+        assert not (tmp_path / "dense").exists()
+    else:
+        loaded.save_pretrained(tmp_path / "dense")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert torch.allclose(logits(again, ids), dense, atol=1e-4)
     stages.convert(loaded, tokens(4, 16, seed=1), stages.SignedDigit(timesteps=5, grains=2))
     spiking = logits(loaded, ids)
     assert not torch.equal(spiking, dense)
