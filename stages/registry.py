@@ -32,14 +32,14 @@ _identities: dict[type, Identity] = {}
 _classes: dict[str, type] = {}  # by name, and by the paths of classes in earlier exports
 
 
-def register(name: str, version: int = 1, *, was: str) -> Callable[[T], T]:
+def register(name: str, version: int = 1, *, was: str | None = None) -> Callable[[T], T]:
     """Give a class its name; `was` is its path in exports that were written before it had one.
 
     ValueError where a name is taken by another class.
     """
 
     def named(kind: T) -> T:
-        for each in (name, was):
+        for each in filter(None, (name, was)):
             taken = _classes.setdefault(each, kind)
             if taken.__qualname__ != kind.__qualname__:
                 raise ValueError(f"{each} is the name of {taken.__qualname__} already")
