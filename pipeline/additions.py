@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
-CONF = Path(__file__).parents[1] / "conf"
 # Where the entries of a group are chosen: options, and the folders of conf/ whose files may do so.
 _CHOSEN_BY = {
     "corpus": ("calibration.corpus", "evaluation.corpora"),

@@ -92,33 +92,34 @@ def _calibrated(chain: Chain) -> bool:
 def _texts(run: Run) -> None:
     """Windows enough in every text, of tokens that the model has, and no document in two of them."""
     s, spec = run.settings, run.settings.calibration
-    s.model.check_begin(limits.vocabulary(s.model.config()))
+    vocabulary = limits.vocabulary(s.model.config())
+    s.model.check_begin(vocabulary)
     calibration = None
     if _calibrated(run.chain):
         held_out = s.patching.windows if "patching" in run.chain.steps else 0
-        calibration = _text(run, spec.corpus, "calibration", (spec.windows, held_out), spec.length)
+        windows = (spec.windows, held_out)
+        calibration = _text(run, spec.corpus, "calibration", windows, spec.length, vocabulary)
     for name in s.evaluation.corpora:
         windows = (s.evaluation.windows, 0)
-        tokens = _text(run, name, "evaluation", windows, s.evaluation.length)
+        tokens = _text(run, name, "evaluation", windows, s.evaluation.length, vocabulary)
         if calibration is not None:
             inputs.refuse_overlap(calibration, tokens)
 
 
 def _text(
-    run: Run, corpus: str, purpose: Purpose, windows: tuple[int, int], length: int
+    run: Run, corpus: str, purpose: Purpose, windows: tuple[int, int], length: int, vocabulary: int
 ) -> Artifact:
-    """The tokens of a text, which has so many windows and then so many more."""
+    """The tokens of a text, which has so many windows and then so many more, of a vocabulary."""
     model, name = run.settings.model, f"{purpose} text {corpus}"
     tokens = inputs.tokens(run.settings.corpus[corpus], purpose, run.model, run.store)
     ids, (first, more) = inputs.load_tokens(tokens), windows
     read = [text.windows(ids, first, length, 0, name, model.begin)]
     if more:
         read.append(text.windows(ids, more, length, first * length, name, model.begin))
-    rows = limits.vocabulary(model.config())
-    if any(int(each.max()) >= rows for each in read):
+    if any(int(each.max()) >= vocabulary for each in read):
         tokenizer = run.model.tokenizer()
         for each in read:
-            limits.check_tokens(each, rows, f"the {name}", tokenizer)
+            limits.check_tokens(each, vocabulary, f"the {name}", tokenizer)
     return tokens
 
 

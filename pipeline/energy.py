@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONF = Path(__file__).parents[1] / "conf"
 COSTS = ("macs_G", "acs_G", "energy_J")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -13,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from pipeline import overrides
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
 REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def told(command: Callable[[], object]) -> int:

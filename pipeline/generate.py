@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONF = Path(__file__).parents[1] / "conf"
 CONVENTION, PHASE = "causal", "decode"
 PLACES = ("model_path", "prompt")  # arguments without a key
 

@@ -16,9 +16,8 @@ from omegaconf import DictConfig
 from pipeline.options import settings
 from pipeline.overrides import settled
 from pipeline.settings import Settings
+from pipeline.shipped import CONF
 from stages.errors import InputError
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline import failures, folders, options
 from pipeline.errors import REFUSED, one_line
 from pipeline.overrides import settled
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
 
 log = logging.getLogger("pipeline")
-CONF = Path(__file__).parents[1] / "conf"
 RUN_ID = "PIPELINE_RUN_ID"
 RUNS = Path("outputs/runs")
 TABLES = Path("outputs/tables")

@@ -20,9 +20,9 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from pipeline.additions import opened
+from pipeline.shipped import CONF
 from stages.errors import InputError
 
-CONF = Path(__file__).parents[1] / "conf"
 FLAGS = ("-m", "--multirun")
 
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.shipped import CONF
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from stages.llm.model import ModelSpec
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def main(overrides: Sequence[str], conf: Path = CONF) -> int:
