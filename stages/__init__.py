@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from stages.plugin import install
+from stages.checkpoint.plugin import install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,9 @@ def load(folder: str, **options: Any) -> PreTrainedModel:
     Raises InputError where the folder holds no spiking model, or one that does not fit its config.
     """
     # By name: what a stage imports enters its key, and every stage imports this package.
-    found: PreTrainedModel = importlib.import_module("stages.llm.saved").load(folder, **options)
+    found: PreTrainedModel = importlib.import_module("stages.checkpoint.saved").load(
+        folder, **options
+    )
     return found
 
 

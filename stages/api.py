@@ -12,19 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.capture import Capture
-from stages.codings.coding import Coding, Observing
+from stages.checkpoint import saved
+from stages.codings.base import Coding, Observing
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitting import Fitting
-from stages.llm import corpus, saved
-from stages.llm.attachment import Attachment, attachment, refuse_spiking
-from stages.llm.passes import prefix_ids
-from stages.llm.sites import SiteSelection, find_sites, select
-from stages.llm.transforms import applied
+from stages.model.sites import SiteSelection, find_sites, select
 from stages.patching import Conversion, Patching
+from stages.ports.attachment import Attachment, attachment, refuse_spiking
+from stages.ports.passes import prefix_ids
+from stages.text import corpus
+from stages.transforms.transforms import applied
 
 if TYPE_CHECKING:
-    from stages.llm.sites import Site
+    from stages.model.sites import Site
 
 JOIN = "\n\n"  # between the documents of a text
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-from stages.llm.attention import View
-from stages.llm.kernels import fused, masked_softmax
-from stages.llm.ports import stream
-from stages.llm.sites import Site
+from stages.model.sites import Site
+from stages.ports.attention import View
+from stages.ports.kernels import fused, masked_softmax
+from stages.ports.ports import stream
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from stages.analysis.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
 from stages.errors import InputError
-from stages.llm.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
-from stages.llm.sites import pooled
+from stages.model.sites import pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ class Energy:
 
 
 class CodingCosts(Protocol):
-    """What the energy needs to know of a coding, see `stages.codings.coding.Coding`."""
+    """What the energy needs to know of a coding, see `stages.codings.base.Coding`."""
 
     @property
     def neuron(self) -> bool: ...

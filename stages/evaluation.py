@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.codings.coding import Coding
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.llm.counters import Counters
-from stages.llm.forward import windows
-from stages.llm.harness import TaskSpec, zero_shot
-from stages.llm.offload import device_of, refuse_offloaded
-from stages.llm.sites import find_sites
+from stages.model.forward import windows
+from stages.model.offload import device_of, refuse_offloaded
+from stages.model.sites import find_sites
 from stages.patching import Conversion, patched
+from stages.ports.counters import Counters
+from stages.text.harness import TaskSpec, zero_shot
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.codings.coding import Coding, Fit, Partial, error_and_spikes
+from stages.codings.base import Coding, Fit, Partial, error_and_spikes
 from stages.distribution import Atoms, Densities
 from stages.errors import InputError
 

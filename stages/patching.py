@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.codings.coding import Coding, site_params
+from stages.codings.base import Coding, site_params
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.llm.attention import Port
-from stages.llm.counters import Counters, SiteCounter
-from stages.llm.offload import device_of
-from stages.llm.ports import DensePort, ErrorPort, SpikingPort, attached, stream
-from stages.llm.sites import Site, find_sites
-from stages.llm.stepped import stepped_ports
+from stages.model.offload import device_of
+from stages.model.sites import Site, find_sites
+from stages.ports.attention import Port
+from stages.ports.counters import Counters, SiteCounter
+from stages.ports.ports import DensePort, ErrorPort, SpikingPort, attached, stream
+from stages.ports.stepped import stepped_ports
 
 
 @dataclass(frozen=True)

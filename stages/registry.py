@@ -13,7 +13,11 @@ from typing import TypeVar
 
 from stages.errors import InputError
 
-PACKAGES = ("stages.codings", "stages.llm")  # whose modules register what they define
+PACKAGES = (
+    "stages.codings",
+    "stages.transforms",
+    "stages.statistics",
+)  # whose modules register what they define
 T = TypeVar("T", bound=type)
 
 

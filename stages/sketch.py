@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import InputError
-from stages.llm.kernels import fused
+from stages.ports.kernels import fused
 
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24

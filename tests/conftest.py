@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from stages.capture import Capture
-from stages.codings.coding import Coding
+from stages.codings.base import Coding
 from stages.distribution import Distribution
 from stages.fitting import Algorithm1, Fitting
-from stages.llm.kernels import use_compiler
-from stages.llm.sites import ROLES, SiteSelection, find_sites, select
+from stages.model.sites import ROLES, SiteSelection, find_sites, select
 from stages.patching import Conversion
+from stages.ports.kernels import use_compiler
 
 TINY = {
     "vocab_size": 50,

@@ -12,20 +12,20 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import stages
-from pipeline import inputs, runner
-from pipeline.settings import Settings
-from pipeline.store import Store
-from stages.codings.coding import Coding
+from pipeline.run import inputs, runner
+from pipeline.run.settings import Settings
+from pipeline.store.store import Store
+from stages.checkpoint.saved import save
+from stages.codings.base import Coding
 from stages.codings.dense import Dense
 from stages.distribution import Densities
 from stages.evaluation import perplexity
 from stages.fitting import FittedNeurons, Fitting
-from stages.llm import corpus
-from stages.llm.kernels import use_compiler
-from stages.llm.saved import save
-from stages.llm.transforms import Untouched
 from stages.patching import Conversion, patched
-from tests.llm.held import Kept, compare
+from stages.ports.kernels import use_compiler
+from stages.text import corpus
+from stages.transforms.transforms import Untouched
+from tests.transforms.held import Kept, compare
 
 pytestmark = pytest.mark.real
 Fitted = Callable[..., Conversion]

@@ -35,7 +35,7 @@ def sync(runs: Path, close: bool, overrides: tuple[str, ...]) -> int:
     python -m pipeline sync
     python -m pipeline sync --close tracking.uri=http://HOST:5000
     """
-    from pipeline import sync
+    from pipeline.tracking import sync
 
     return sync.log_missing(runs, overrides, close)
 
@@ -50,6 +50,6 @@ def relocate(overrides: tuple[str, ...]) -> int:
     \b
     python -m pipeline relocate
     """
-    from pipeline import sync
+    from pipeline.tracking import sync
 
     return sync.relocate_all(overrides)

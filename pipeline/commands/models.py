@@ -28,7 +28,7 @@ def generate(arguments: tuple[str, ...]) -> int:
     \b
     python -m pipeline generate outputs/spiking 'The first spike' max_new_tokens=64
     """
-    from pipeline import generate
+    from pipeline.commands import generate
 
     return generate.main(arguments)
 
@@ -44,7 +44,7 @@ def energy(overrides: tuple[str, ...]) -> int:
     \b
     python -m pipeline energy model=llama3-8b energy.tokens=512
     """
-    from pipeline import energy
+    from pipeline.commands import energy
 
     return energy.main(overrides)
 
@@ -60,6 +60,6 @@ def sites(overrides: tuple[str, ...]) -> int:
     \b
     python -m pipeline sites model=qwen3-30b-a3b
     """
-    from pipeline import sites
+    from pipeline.commands import sites
 
     return sites.main(overrides)

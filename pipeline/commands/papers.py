@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from pipeline.shipped import names
+from pipeline.run.shipped import names
 
 _named = click.argument(
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [KEY=VALUE]..."
@@ -27,7 +27,7 @@ def table(arguments: tuple[str, ...]) -> int:
     \b
     python -m pipeline table main experiment=quickstart
     """
-    from pipeline import paper
+    from pipeline.tables import paper
 
     return paper.main(_keyed("table", arguments))
 
@@ -45,7 +45,7 @@ def report(arguments: tuple[str, ...]) -> int:
     \b
     python -m pipeline report quickstart
     """
-    from pipeline import report
+    from pipeline.commands import report
 
     return report.main(_keyed("study", arguments))
 

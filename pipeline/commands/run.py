@@ -70,7 +70,7 @@ def run(ctx: click.Context, overrides: tuple[str, ...], **flags: Any) -> int:
     planned = [override for override in overrides if PLANNED.fullmatch(override)]
     if planned and typed in ([], [SWEPT.opts[-1]]):
         return _show_plan([override for override in overrides if override not in planned])
-    from pipeline import launch
+    from pipeline.commands import launch
 
     return launch.main([*typed, *overrides])
 
@@ -90,8 +90,8 @@ def plan(overrides: tuple[str, ...], multirun: bool) -> int:
 
 
 def _show_plan(overrides: Sequence[str]) -> int:
-    from pipeline.errors import told
-    from pipeline.plan import show
+    from pipeline.commands.plan import show
+    from pipeline.run.errors import told
 
     return told(lambda: show(overrides))
 

@@ -35,7 +35,7 @@ def store() -> None:
 @_folder
 def ls(folder: Path) -> int:
     """List all artifacts with key, size, age and seconds."""
-    from pipeline import upkeep
+    from pipeline.commands import upkeep
 
     return upkeep.status(folder, upkeep.ls)
 
@@ -48,7 +48,7 @@ def show(folder: Path, key: str) -> int:
 
     KEY is its key, or the first digits of that.
     """
-    from pipeline import upkeep
+    from pipeline.commands import upkeep
 
     return upkeep.status(folder, partial(upkeep.show, key=key))
 
@@ -57,7 +57,7 @@ def show(folder: Path, key: str) -> int:
 @_folder
 def verify(folder: Path) -> int:
     """Compare every file with the sha256 in its manifest."""
-    from pipeline import upkeep
+    from pipeline.commands import upkeep
 
     return upkeep.status(folder, upkeep.verify)
 
@@ -102,7 +102,7 @@ def gc(
             f"Got {overrides[0]}: overrides belong to one --keep; quote them with it, "
             f"--keep 'EXPERIMENT {overrides[0]}'."
         )
-    from pipeline import upkeep
+    from pipeline.commands import upkeep
 
     experiments = [[*_words(each), *overrides] for each in keep]
     collect = partial(

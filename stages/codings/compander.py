@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.codings.coding import Fit
+from stages.codings.base import Fit
 from stages.codings.lloyd_max import LloydMax, running, tensors
 from stages.errors import InputError
 from stages.registry import register

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.codings import ranges
-from stages.codings.allocation import ALLOCATIONS, BUDGETS, REACH, allocate
-from stages.codings.coding import MAX_TIMESTEPS, Fit, Statistic, check_timesteps
-from stages.codings.neurons import Params
-from stages.codings.range_search import (
+from stages.codings.base import MAX_TIMESTEPS, Fit, Statistic, check_timesteps
+from stages.errors import InputError
+from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, allocate
+from stages.fits.range_search import (
     SITES_AT_ONCE,
     adjacent_ranges,
     coordinate_search,
     nested_ranges,
 )
-from stages.errors import InputError
-from stages.llm.kernels import fused
-from stages.llm.sensitivity import Sensitivity, loss_weight
+from stages.neurons import ranges
+from stages.neurons.neurons import Params
+from stages.ports.kernels import fused
 from stages.registry import register
+from stages.statistics.sensitivity import Sensitivity, loss_weight
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms

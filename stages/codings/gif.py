@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.codings import neurons
-from stages.codings.coding import Fit, Statistic, check_timesteps
+from stages.codings.base import Fit, Statistic, check_timesteps
 from stages.errors import InputError
-from stages.llm.statistics import Saliency
+from stages.neurons import neurons
 from stages.registry import register
+from stages.statistics.statistics import Saliency
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms
     from stages.fitting import Algorithm1
-    from stages.llm.smoothing import Smoothing
+    from stages.statistics.smoothing import Smoothing
 
 CONVENTIONS = ("unary", "bit_plane")
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.algorithm1 import allocations, fit_bases
-from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.codings.base import Fit, check_timesteps, half_step
 from stages.errors import InputError
-from stages.llm.statistics import RunningMaximum
+from stages.fits.algorithm1 import allocations, fit_bases
+from stages.neurons import neurons
 from stages.registry import register
+from stages.statistics.statistics import RunningMaximum
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms

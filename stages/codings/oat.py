@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.codings.coding import Fit
+from stages.codings.base import Fit
 from stages.codings.las import Las
 from stages.errors import InputError
 from stages.registry import register

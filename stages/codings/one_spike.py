@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Fit
+from stages.codings.base import Fit
 from stages.codings.lloyd_max import running
 from stages.errors import InputError
+from stages.neurons import neurons
 from stages.registry import register
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.codings import neurons
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
+from stages.neurons import neurons
 from stages.registry import register
 
 

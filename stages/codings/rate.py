@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Fit, check_timesteps, half_step
+from stages.codings.base import Fit, check_timesteps, half_step
+from stages.neurons import neurons
 from stages.registry import register
 
 if TYPE_CHECKING:

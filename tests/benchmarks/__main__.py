@@ -20,15 +20,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from pipeline import inputs, runner
-from pipeline.settings import Settings
-from stages.codings import neurons
-from stages.codings.coding import site_params
+from pipeline.run import inputs, runner
+from pipeline.run.settings import Settings
+from stages.codings.base import site_params
 from stages.distribution import Densities, Distribution
-from stages.llm import corpus
-from stages.llm.kernels import compiled, row_kernel
-from stages.llm.sites import find_sites, select
+from stages.model.sites import find_sites, select
+from stages.neurons import neurons
 from stages.patching import Conversion, patched
+from stages.ports.kernels import compiled, row_kernel
+from stages.text import corpus
 from tests.benchmarks import timed
 
 CONF = Path(__file__).parents[2] / "conf"

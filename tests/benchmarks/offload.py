@@ -31,9 +31,9 @@ from stages.codings.gated import Gated
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
 from stages.fitting import Fitting
-from stages.llm.loading import load_offloaded, meta_model
-from stages.llm.offload import Offload, offloaded
-from stages.llm.sites import find_sites
+from stages.model.loading import load_offloaded, meta_model
+from stages.model.offload import Offload, offloaded
+from stages.model.sites import find_sites
 from stages.patching import Conversion
 from tests.benchmarks import timed
 

@@ -22,10 +22,10 @@ from stages.codings.gated import Gated
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
 from stages.fitting import Fitting
-from stages.llm.counters import Counters
-from stages.llm.kernels import compiled
-from stages.llm.sites import find_sites
+from stages.model.sites import find_sites
 from stages.patching import Conversion, patched
+from stages.ports.counters import Counters
+from stages.ports.kernels import compiled
 from tests.benchmarks import timed
 from tests.benchmarks.offload import LENGTH, WINDOWS, shape
 

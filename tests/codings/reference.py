@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scalar
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Coding, Tokenwise
+from stages.codings.base import Coding, Tokenwise
 from stages.codings.free_steps import FreeSteps
 from stages.codings.gated import Gated
 from stages.codings.las import Las
@@ -33,6 +31,8 @@ from stages.codings.two_spike import TwoSpike
 from stages.distribution import Atoms
 from stages.errors import InputError
 from stages.fitting import Algorithm1
+from stages.neurons import neurons
+from tests.codings import scalar
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed
 from scipy import stats
 
-from stages.codings.coding import squared_error
+from stages.analysis.quantiles import error_by_quantile
+from stages.codings.base import squared_error
 from stages.codings.compander import Compander, panter_dite
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
-from stages.codings.quantiles import error_by_quantile
 from stages.distribution import Atoms
 from stages.errors import InputError
+from tests.codings.reference import atoms_of, heavy_tailed
 
 THIRD = 1 / 3
 TOPS = {"gaussian": (stats.halfnorm, 8.0), "laplace": (stats.expon, 40.0)}

@@ -6,16 +6,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed
 from scipy import integrate
 from torch import Tensor
 
-from stages.codings import range_search
-from stages.codings.coding import error_and_spikes, squared_error
+from stages.codings.base import error_and_spikes, squared_error
 from stages.codings.gated import Gated
-from stages.codings.range_search import _costs, _search, nested_ranges, rounding_error
 from stages.distribution import Atoms
 from stages.errors import InputError
+from stages.fits import range_search
+from stages.fits.range_search import _costs, _search, nested_ranges, rounding_error
+from tests.codings.reference import atoms_of, heavy_tailed
 
 
 def test_rounding_error_is_the_integral() -> None:

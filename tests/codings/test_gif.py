@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from stages.capture import Capture
-from stages.codings.coding import Observing, Partial, Tokenwise
+from stages.codings.base import Observing, Partial, Tokenwise
 from stages.codings.gif import Gif
 from stages.distribution import Atoms, Distribution
 from stages.errors import InputError
 from stages.evaluation import perplexity
 from stages.fitting import Fitting
-from stages.llm.counters import Counters
-from stages.llm.sites import find_sites
-from stages.llm.statistics import Saliency
+from stages.model.sites import find_sites
 from stages.patching import Conversion, Patching, patched
+from stages.ports.counters import Counters
+from stages.statistics.statistics import Saliency
 
 GIF = Gif("gif", 4, 16, 0.25, "unary", None)
 

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import atoms_of
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Coding
+from stages.codings.base import Coding
 from stages.codings.compander import Compander
 from stages.codings.free_steps import FreeSteps
 from stages.codings.oat import Oat
@@ -19,6 +17,8 @@ from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.distribution import Atoms
 from stages.errors import InputError
+from stages.neurons import neurons
+from tests.codings.reference import atoms_of
 
 
 def check(coding: Coding, p: dict[str, Tensor], rows: list[tuple[float, float, int]]) -> None:

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed, shipped
 from scipy import stats
 
 from stages.codings import lloyd_max
-from stages.codings.coding import squared_error
+from stages.codings.base import squared_error
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax, companded_cells, lloyd, optimal_cells
@@ -16,6 +15,7 @@ from stages.codings.multigrain import Multigrain
 from stages.codings.phase import Phase
 from stages.distribution import Atoms
 from stages.fitting import Algorithm1
+from tests.codings.reference import atoms_of, heavy_tailed, shipped
 
 
 def distortion(x: torch.Tensor, weight: torch.Tensor, levels: torch.Tensor) -> float:

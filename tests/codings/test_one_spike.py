@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from reference import atoms_of, breakpoints, check_equal, heavy_tailed
 from torch import Tensor
 
 from stages import patching
-from stages.codings.coding import ReplacesSoftmax, squared_error
+from stages.codings.base import ReplacesSoftmax, squared_error
 from stages.codings.one_spike import OneSpike
 from stages.errors import InputError
-from stages.llm.kernels import softmax_kernel
-from stages.llm.ports import SpikingPort
 from stages.patching import patched
+from stages.ports.kernels import softmax_kernel
+from stages.ports.ports import SpikingPort
+from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
 
 
 def params(coding: OneSpike, x: Tensor) -> dict[str, Tensor]:

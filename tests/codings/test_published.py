@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed
 from torch import Tensor
 
-from stages.codings import neurons
-from stages.codings.coding import Coding
+from stages.codings.base import Coding
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
@@ -23,6 +21,8 @@ from stages.codings.rate import Rate
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
+from stages.neurons import neurons
+from tests.codings.reference import atoms_of, heavy_tailed
 
 STEPS = (6, 8, 10)
 # 100 000 samples, one scale = their maximum unless said: (SQNR in dB, spikes per value) at T = 6, 8, 10.

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed
 
-from stages.codings.coding import site_params
+from stages.codings.base import site_params
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
 from stages.fitting import Algorithm1
+from tests.codings.reference import atoms_of, heavy_tailed
 
 SHORT = Algorithm1(rounds=3, neuron_steps=4, base_steps=5, neuron_lr=3e-3, base_lr=2e-3, slope=100)
 

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from reference import atoms_of, heavy_tailed
 
-from stages.codings import neurons
-from stages.codings.coding import error_and_spikes
+from stages.codings.base import error_and_spikes
 from stages.codings.gated import Gated
 from stages.codings.signed_digit import SignedDigit
 from stages.errors import InputError
+from stages.neurons import neurons
+from tests.codings.reference import atoms_of, heavy_tailed
 
 
 def fewest_digits(number: int, places: int) -> int:

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import atoms_of, breakpoints, check_equal, heavy_tailed
 from torch import Tensor
 
-from stages.codings import neurons, ttfs
+from stages.codings import ttfs
 from stages.codings.ttfs import Ttfs
 from stages.distribution import Atoms
 from stages.errors import InputError
-from stages.llm.kernels import softmax_kernel
+from stages.neurons import neurons
+from stages.ports.kernels import softmax_kernel
+from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
 
 
 def site(coding: Ttfs, low: float, high: float, x: Tensor | None = None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.settings import Settings
+    from pipeline.run.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
@@ -167,8 +167,8 @@ def command(tiny_run: Tiny) -> Callable[..., Finished]:
 def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
     """`python -m pipeline` in a folder; leaves environment, logging and compiler as they were."""
     from pipeline.commands.cli import main
-    from pipeline.launch import RUN_ID
-    from stages.llm.kernels import compiled, use_compiler
+    from pipeline.commands.launch import RUN_ID
+    from stages.ports.kernels import compiled, use_compiler
 
     compiles, root = compiled(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -197,7 +197,7 @@ def fork_server(*preloaded: str) -> Iterator[ForkServerContext]:
 
 def half_written(store: Path) -> list[str]:
     """What an interrupted or failed build must not leave: temporary folders, no or bad manifests."""
-    from pipeline import manifest
+    from pipeline.store import manifest
 
     found = [str(path) for path in store.glob("*/.tmp-*")]
     for folder in store.glob("[!.]*/[!.]*"):

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import stages
-from pipeline import runner
+from pipeline.run import runner
 from stages.errors import InputError
 from stages.registry import registered
 from tests.pipeline.conftest import CONF, Tiny
 
 if TYPE_CHECKING:
-    from pipeline.settings import Settings
+    from pipeline.run.settings import Settings
 
 Draws = Callable[..., Tensor]
 

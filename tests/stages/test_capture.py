@@ -10,8 +10,8 @@ import torch
 
 from stages.capture import Capture
 from stages.errors import InputError
-from stages.llm import attention
-from stages.llm.sites import SiteSelection, find_sites, select
+from stages.model.sites import SiteSelection, find_sites, select
+from stages.ports import attention
 
 
 def values_of(model, ids, monkeypatch):

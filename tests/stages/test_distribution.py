@@ -10,7 +10,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from stages import distribution
-from stages.codings.coding import squared_error
+from stages.codings.base import squared_error
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.distribution import Atoms, Densities, Distribution, merge

@@ -12,16 +12,16 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.stage import Step
+from pipeline.store.step import Step
+from stages.analysis.operations import ELEMENTWISE, Amount, Operation, operations
 from stages.codings.las import Las
 from stages.energy import WEIGHED, Energy, account, by_kind, saving, summary
 from stages.errors import InputError
-from stages.llm.counters import Counters, SiteCounter
-from stages.llm.loading import meta_model
-from stages.llm.operations import ELEMENTWISE, Amount, Operation, operations
-from stages.llm.ports import DensePort, SpikingPort, attached
-from stages.llm.prefix import attach_prefix
-from stages.llm.sites import find_sites
+from stages.model.loading import meta_model
+from stages.model.sites import find_sites
+from stages.ports.counters import Counters, SiteCounter
+from stages.ports.ports import DensePort, SpikingPort, attached
+from stages.transforms.prefix import attach_prefix
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = {

@@ -8,8 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from stages.energy import Energy, account, by_kind
-from stages.llm.prefix import attach_prefix
-from stages.llm.rotation import rotate
+from stages.transforms.prefix import attach_prefix
+from stages.transforms.rotation import rotate
 from tests.stages.test_energy import CONF, TOKENS, part, plan_of, tiny
 
 

@@ -14,9 +14,9 @@ from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.errors import InputError
 from stages.evaluation import Evaluation, Perplexity, accuracy, negative_log_likelihood, perplexity
-from stages.llm.harness import TaskSpec
-from stages.llm.sites import find_sites
+from stages.model.sites import find_sites
 from stages.patching import patched
+from stages.text.harness import TaskSpec
 
 COARSE, FINE = Las("coarse", 2, "half_step"), Gated("fine", 12, 2)
 

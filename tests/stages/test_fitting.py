@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.codings.coding import Coding, site_params
+from stages.codings.base import Coding, site_params
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
@@ -72,7 +72,7 @@ def test_sites_at_once_change_no_report(
     coding: Coding, densities: Densities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ATOMS.run(densities, coding)
-    monkeypatch.setattr("stages.codings.coding.SITES_AT_ONCE", 1)
+    monkeypatch.setattr("stages.codings.base.SITES_AT_ONCE", 1)
     apart = ATOMS.run(densities, coding)
     exact = {"rtol": 0, "atol": 0, "equal_nan": True}  # a bound has no spikes
     torch.testing.assert_close(apart.nmse, whole.nmse, **exact)

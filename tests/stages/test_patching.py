@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from stages.codings import neurons
-from stages.codings.coding import site_params
+from stages.codings.base import site_params
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
 from stages.fitting import Fit
-from stages.llm import kernels
-from stages.llm.ports import attached
-from stages.llm.sites import ROLES, find_sites
+from stages.model.sites import ROLES, find_sites
+from stages.neurons import neurons
 from stages.patching import Conversion, Patching, patched
+from stages.ports import kernels
+from stages.ports.ports import attached
 
 CODINGS = [
     Las("las", 5, "zero"),

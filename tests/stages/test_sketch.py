@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages import sketch
 from stages.errors import InputError
-from stages.llm.kernels import use_compiler
+from stages.ports.kernels import use_compiler
 from stages.sketch import CHUNK, Accumulator, Grid, SketchSet
 
 CPU = torch.device("cpu")

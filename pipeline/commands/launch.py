@@ -1,0 +1,175 @@
+"""One conversion, or a Hydra multirun, and the table of what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.results import folders
+from pipeline.run import failures, options
+from pipeline.run.errors import REFUSED, one_line
+from pipeline.run.overrides import settled
+from pipeline.run.shipped import CONF
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.run.settings import Settings
+
+log = logging.getLogger("pipeline")
+RUN_ID = "PIPELINE_RUN_ID"
+RUNS = Path("outputs/runs")
+TABLES = Path("outputs/tables")
+SUFFIXES = ("md", "csv", "tex")  # of every table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs Hydra, then prints the table of the jobs that finished and lists those that failed.
+
+    `arguments` are Hydra's flags and overrides.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
+    os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+    folders.forget()
+    try:
+        sys.argv[1:] = settled(arguments)  # where Hydra reads them
+        stopped = _launch()
+        return _finish(_folder(), stopped)
+    except (*REFUSED, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        _interrupted(_folder())
+        return 130
+
+
+def _folder() -> Path:
+    """Where Hydra has put the run: a sweep's folder, or that of the one job or of its id."""
+    default = RUNS / os.environ[RUN_ID]
+    folder = folders.started() or default
+    return default if folder == default / "0" else folder
+
+
+def _launch() -> list[dict[str, Any]]:
+    """Runs Hydra; what ended its launcher early is one more failure beside those of the jobs."""
+    try:
+        with failures.interruptible():
+            _job()
+    except REFUSED:
+        raise
+    except Exception as error:
+        return [failures.stopped(error)]
+    return []
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def _job(cfg: DictConfig) -> None:
+    """One job. An error of the user is a line in failed.json and the log, never a lost sweep."""
+    folder = folders.enter()
+    from pipeline.run.devices import placed
+
+    try:
+        settings = options.settings(cfg)
+        settings.check_places()
+        with placed(settings) as settings:
+            _run(settings, folder)
+    except Exception as error:
+        swept = HydraConfig.get().mode == RunMode.MULTIRUN
+        failures.record(folder, _overrides(), failures.reason(error), swept)
+        failures.release(error)
+        _log_failure(folder)
+
+
+def _log_failure(folder: Path) -> None:
+    from pipeline.tracking import tracked
+
+    tracked.log_failure(folder)
+
+
+def _run(settings: Settings, folder: Path) -> None:
+    from pipeline.results import results
+    from pipeline.run import jobs, runner
+    from pipeline.tracking import tracked
+
+    started = time.time()
+    if settings.runtime.plan:  # nothing asked for a plan, but what is configured may not run either
+        raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
+    log.info("%s on %s", settings.name, settings.model.name)
+    result, sites, run = runner.execute(settings, jobs.command(_overrides()))
+    result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
+    result["run"] |= {"started": started, "ended": time.time()}
+    sites.to_parquet(folder / "per_site.parquet")
+    results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
+    # last: a folder with a result is one that is whole
+    (folder / folders.RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
+    tracked.log_job(settings.tracking, folder)
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    from pipeline.store import provenance
+
+    return {
+        "id": os.environ[RUN_ID],
+        "folder": str(folder),
+        "overrides": _overrides(),
+        "git": provenance.git_state(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+    }
+
+
+def _overrides() -> list[str]:
+    """The job's overrides as they were given: an interpolation in one has no value in Hydra's node."""
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
+
+
+def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
+    """Prints and writes the sweep's table and figures, ends its parent run, lists the failed jobs."""
+    from pipeline.figures import sweep
+    from pipeline.tables import tables
+    from pipeline.tracking import tracked
+
+    failed = [*failures.listed(folder), *stopped]
+    finished = folders.finished(folder)
+    if finished:
+        print()
+        name = sweep.name(folder)
+        tables.sweep_table(folder, name, TABLES)
+        print(f"\nresults: {folders.pattern(folder, finished)}")
+        print(f"table: {TABLES / name}.md, .csv, .tex")
+        files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
+        try:
+            if written := sweep.draw(folder, name, TABLES):
+                kinds = dict.fromkeys(path.stem.removeprefix(f"{name}_") for path in written)
+                print(f"and: {TABLES / name}_{{{','.join(kinds)}}}")
+                files += written
+        except Exception as error:  # the table stands; what a figure lacks is told as a failed job
+            log.exception("figures")
+            failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
+        tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)
+    elif failed:
+        tracked.end_sweep(folder, "FAILED", [])
+    for failure in failed:
+        print(f"failed: {' '.join(failure['overrides'])}: {failure['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _interrupted(folder: Path) -> None:
+    """Ends the sweep's parent run, whose finished jobs are logged; the table waits for the rest."""
+    from pipeline.tracking import tracked
+
+    tracked.end_sweep(folder, "KILLED", [])

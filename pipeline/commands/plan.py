@@ -1,0 +1,139 @@
+"""`python -m pipeline plan`: what a command would do, before hours are spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tabulate import tabulate
+
+from pipeline.run import checks
+from pipeline.run.chain import Chain, chain
+from pipeline.run.jobs import jobs
+from pipeline.run.settings import Settings
+from pipeline.store import manifest
+from pipeline.store.manifest import Damaged
+from pipeline.store.step import Step, plain
+from pipeline.store.store import Store
+
+# What a build's time grows with, where its fields say so: tokens or questions.
+SIZES = (("count", "length"), ("windows", "length"), ("items",))
+
+
+@dataclass
+class Planned:
+    """One job: how many of its artifacts are there, how many an earlier job of the plan builds, and
+    which it would build itself, with their seconds where they can be told."""
+
+    name: str
+    stored: int = 0
+    shared: int = 0
+    builds: dict[str, float | None] = field(default_factory=dict)
+
+
+def show(overrides: Sequence[str]) -> None:
+    """Prints the jobs of a command line, what each would build and about how long that takes."""
+    rows = plan(_checked(job.settings) for job in jobs(overrides))
+    table = [
+        (
+            number,
+            row.name,
+            row.stored,
+            row.shared,
+            ", ".join(row.builds),
+            _span(row.builds.values()),
+        )
+        for number, row in enumerate(rows)
+    ]
+    print(tabulate(table, ("job", "run", "stored", "shared", "builds", "about"), "simple"))
+    builds = [(label, s) for row in rows for label, s in row.builds.items()]
+    unknown = sorted({label for label, seconds in builds if seconds is None})
+    print(
+        f"\n{len(rows)} jobs, {len(builds)} artifacts to build: about "
+        f"{_span(seconds for _, seconds in builds)} one after the other, as past builds took"
+    )
+    if unknown:
+        print(f"no past build to estimate from: {', '.join(unknown)}")
+
+
+def _checked(settings: Settings) -> Chain:
+    """The steps of a job, which is refused where that needs no more than a look."""
+    steps = chain(settings, Store(Path(settings.store.path)))
+    checks.planned(steps)
+    return steps
+
+
+def plan(chains: Iterable[Chain]) -> list[Planned]:
+    """Every job's artifacts, in the order of the jobs; nothing is built or loaded."""
+    coming: set[str] = set()
+    past: dict[Path, History] = {}
+    rows = []
+    for steps in chains:
+        store = steps.model.store
+        if store.root not in past:
+            past[store.root] = History(store)
+        history = past[store.root]
+        model = steps.settings.model.name
+        rows.append(row := Planned(f"{steps.settings.name} on {model}"))
+        for label, step in (steps.sources | steps.steps).items():
+            key = step.key()
+            if (store.root / step.stage / key).is_dir():
+                row.stored += 1
+            elif key in coming:
+                row.shared += 1
+            else:
+                coming.add(key)
+                row.builds[label] = history.estimate(step)
+    return rows
+
+
+class History:
+    """Seconds that the builds of a store took, per token or question where that is what counts."""
+
+    def __init__(self, store: Store):
+        self.rates: dict[tuple[Any, ...], list[float]] = {}
+        for folder in store.folders():
+            try:
+                record = manifest.read(folder)
+            except Damaged:
+                continue
+            rate = record["seconds"] / _size(record["spec"])
+            for kind in _kinds(record["stage"], record["spec"], record["inputs"]):
+                self.rates.setdefault(kind, []).append(rate)
+
+    def estimate(self, step: Step) -> float | None:
+        """The median of the builds most like this one; None if there is none of its stage."""
+        spec: Any = plain(step.spec)
+        like = (self.rates.get(kind) for kind in _kinds(step.stage, spec, step.inputs))
+        rates = next((found for found in like if found), None)
+        return None if rates is None else median(rates) * _size(spec)
+
+
+def _kinds(stage: str, spec: Any, inputs: Mapping[str, str]) -> list[tuple[Any, ...]]:
+    """What builds of about one speed have in common, the closest kin first."""
+    coding = (spec.get("coding") or {}).get("class")
+    task = spec.get("task") or {}
+    part = (stage, spec.get("perplexity") or task.get("name"), "task" in spec)
+    model = inputs.get("model")
+    return [(*part, coding, model), (*part, None, model), (*part, coding), (stage, "task" in spec)]
+
+
+def _size(spec: Any) -> float:
+    for names in SIZES:
+        if all(name in spec for name in names):
+            product = 1
+            for name in names:
+                product *= spec[name]
+            return product
+    return 1
+
+
+def _span(seconds: Iterable[float | None]) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h; unknown parts are left out."""
+    total = sum(s for s in seconds if s is not None)
+    if total < 90:
+        return f"{total:.0f} s"
+    return f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"

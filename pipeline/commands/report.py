@@ -1,0 +1,211 @@
+"""`python -m pipeline report NAME`: one page with a study's tables, figures and their origins."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.results import naming
+from pipeline.tables import paper
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.results.lookup import Row
+    from pipeline.tables.sheet import Sheet
+
+FIGURES = {
+    "ppl_timesteps": "Perplexity against the number of steps.",
+    "ppl_bits": "Perplexity against T + log2 n.",
+    "ppl_energy": "Perplexity against energy.",
+    "levels": "Density of the activations, and of the levels of the codings.",
+    "error_per_layer": "Error by layer and role.",
+    "spike_rate_per_layer": "Spikes a value by layer and role.",
+    "convergence": "Convergence of Algorithm 1.",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the page of study=NAME; returns the exit status, 1 for missing cells and bad input."""
+    return paper.told(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    name, mine, rest = paper.own(arguments, "study")
+    study = paper.loaded("study", name, mine)
+    if any(a.startswith("experiment=") for a in rest):
+        raise InputError(f"got experiment=; the experiments of study={name} are in its file")
+    command = paper.command("report", "study", arguments)
+    if study.fill:
+        paper.log_to_terminal()
+    tables = {str(table) for chosen in study.experiments.values() for table in chosen}
+    if unknown := sorted(tables - set(paper.names("table"))):
+        raise InputError(f"got table {unknown[0]}; choose among {', '.join(paper.names('table'))}")
+    rows = looked_up(study, rest, command)
+    page = render(study, rows, command)
+    model = next(iter(rows.values()))[0].run.settings.axes["model"]
+    path = Path(study.folder) / f"{naming.stem(name, [*mine, *rest], model)}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8", newline="\n")
+    print(f"written: {path}, {len(page) / 1e6:.1f} MB")
+
+
+def looked_up(study: Any, overrides: Sequence[str], command: str) -> dict[str, list[Row]]:
+    """The rows of every experiment; raises Missing with all that is missing of any."""
+    from pipeline.results import lookup
+
+    rows, missing = {}, []
+    for experiment in study.experiments:
+        try:
+            chosen = [f"experiment={experiment}", *overrides]
+            rows[str(experiment)] = lookup.rows(chosen, study.fill)
+        except lookup.Missing as error:
+            missing.append(f"{experiment}: {error}")
+    if missing:
+        again = [] if study.fill else [f"all at once: {command} study.fill=true"]
+        raise lookup.Missing("\n".join([*missing, *again]))
+    return rows
+
+
+def render(study: Any, rows: Mapping[str, Sequence[Row]], command: str) -> str:
+    """The page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from pipeline.store import provenance
+
+    environment = Environment(
+        loader=PackageLoader("pipeline", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["revision"] = revision
+    artifacts, environments = paper.origins([row for own in rows.values() for row in own])
+    return environment.get_template("report.html.j2").render(
+        title=study.title,
+        about=study.about,
+        command=command,
+        tree=provenance.git_state(),
+        experiments=[experiment(name, study.experiments[name], own) for name, own in rows.items()],
+        artifacts=artifacts,
+        environments=environments,
+    )
+
+
+def revision(git: Mapping[str, Any]) -> str:
+    """A source revision for people."""
+    if git["revision"] is None:
+        return "unknown to git"
+    return str(git["revision"])[:12] + (" with changes" if git["dirty"] else "")
+
+
+def experiment(name: str, tables: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page shows of one experiment."""
+    sheets = [paper.lay_out(paper.loaded("table", table, []), rows) for table in tables]
+    common, different = configurations(rows)
+    return {
+        "name": name,
+        "tables": [cells(f"{name}-{t}", s) for t, s in zip(tables, sheets, strict=True)],
+        "figures": figures(rows),
+        "common": common,
+        "rows": [
+            {
+                "name": row.run.settings.name,
+                "command": row.job.command,
+                "different": own,
+                "keys": row.result["keys"],
+                "seconds": sum(row.result["seconds"].values()),
+            }
+            for row, own in zip(rows, different, strict=True)
+        ],
+    }
+
+
+def cells(name: str, sheet: Sheet) -> dict[str, Any]:
+    """A sheet as the template reads it: heads, groups with their widths, rows of cells."""
+    from itertools import groupby
+
+    by_group = groupby(column.group for column in sheet.columns)
+    groups = [(group, len(list(columns))) for group, columns in by_group]
+    words = [column.words for column in sheet.columns]
+    return {
+        "name": name,
+        "caption": sheet.caption,
+        "groups": groups if any(group for group, _ in groups) else [],
+        "heads": [(column.head, column.words) for column in sheet.columns],
+        "rows": [
+            {"start": start, "cells": list(zip(texts, bold, words, strict=True))}
+            for texts, bold, start in zip(sheet.texts(), sheet.bold(), sheet.starts(), strict=True)
+        ],
+    }
+
+
+def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """What a sweep over these rows draws, as data URIs with captions."""
+    from pipeline.figures import sweep
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, into = Path(place, "sweep"), Path(place, "figures")
+        for number, row in enumerate(rows):
+            _leave(row, folder / str(number))
+        into.mkdir()
+        drawn = [path for path in sweep.draw(folder, "figure", into) if path.suffix == ".png"]
+        return [
+            {
+                "caption": FIGURES.get(kind := path.stem.removeprefix("figure_"), kind),
+                "source": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
+            }
+            for path in drawn
+        ]
+
+
+def _leave(row: Row, folder: Path) -> None:
+    """The files that a job of a sweep leaves, which its figures are drawn from."""
+    from omegaconf import OmegaConf
+
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(row.job.config, folder / ".hydra/config.yaml")
+    (folder / "result.json").write_text(json.dumps(row.result))
+    row.sites.to_parquet(folder / "per_site.parquet")
+
+
+def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
+    """What all configurations share, as yaml, and of every row the rest by dotted key."""
+    from omegaconf import OmegaConf
+
+    whole: list[Any] = [OmegaConf.to_container(row.job.config, resolve=True) for row in rows]
+    common = _shared(whole)
+    known = _flat(common)
+    rest = [{k: v for k, v in _flat(config).items() if k not in known} for config in whole]
+    return OmegaConf.to_yaml(OmegaConf.create(common)), rest
+
+
+def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The part that nested mappings have in common."""
+    found: dict[str, Any] = {}
+    for key, value in configs[0].items():
+        members = [config[key] for config in configs if key in config]
+        if len(members) == len(configs):
+            if all(member == value for member in members):
+                found[key] = value
+            elif all(isinstance(m, Mapping) for m in members) and (inner := _shared(members)):
+                found[key] = inner
+    return found
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted key; lists and empty mappings are values."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, member in value.items():
+        found |= _flat(member, f"{path}.{key}" if path else str(key))
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline report`")

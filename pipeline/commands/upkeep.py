@@ -1,0 +1,174 @@
+"""See, check and clean an artifact store."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import manifest
+from pipeline.store.manifest import Damaged
+from pipeline.store.store import Store
+from stages.errors import InputError
+
+
+def status(folder: Path, work: Callable[[Store], int]) -> int:
+    """Do something with the store in a folder; returns its exit status, 2 for bad input."""
+    try:
+        if not folder.is_dir():
+            raise InputError(f"no store at {folder}; give its folder with --store")
+        done = work(Store(folder))
+        sys.stdout.flush()
+        return done
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `ls | head` has read enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def ls(store: Store) -> int:
+    """List all artifacts: stage, key, size, age and the seconds that the build took."""
+    print(f"{'stage':<16} {'key':<32} {'MB':>10} {'age':>18} {'seconds':>9}")
+    for path in store.folders():
+        print(_line(path))
+    return 0
+
+
+def show(store: Store, key: str) -> int:
+    """Print the manifest of the artifact whose key begins with `key`."""
+    found = [path for path in store.folders() if path.name.startswith(key)]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} artifacts in {store.root} have a key that starts with "
+            f"{key}; give one that `ls` prints"
+        )
+    try:
+        print(json.dumps(manifest.read(found[0]), indent=2))
+    except Damaged as fault:
+        raise InputError(f"artifact {found[0]} is damaged: {fault}") from None
+    return 0
+
+
+def verify(store: Store) -> int:
+    """Compare every file of every artifact with its manifest; returns 1 if one is damaged."""
+    damaged = 0
+    for path in store.folders():
+        try:
+            manifest.verified(path, full=True)
+        except Damaged as fault:
+            damaged += 1
+            print(f"damaged  {path.parent.name}/{path.name}: {fault}")
+        else:
+            print(f"whole    {path.parent.name}/{path.name}")
+    print(f"{len(store.folders())} artifacts, {damaged} damaged")
+    return 1 if damaged else 0
+
+
+def gc(
+    store: Store,
+    days: float | None,
+    keep_file: Path | None,
+    experiments: Sequence[Sequence[str]],
+    delete: bool,
+) -> int:
+    """Preview or delete what is neither young enough, nor named, nor an input of what is.
+
+    `experiments` are names with the overrides of each.
+    """
+    doomed = store.orphans()
+    if days is not None or keep_file is not None or experiments:
+        named = set() if keep_file is None else _named(keep_file)
+        for experiment in experiments:
+            named |= _reachable(store, experiment)
+        doomed += _unneeded(store, days, named, keep_file or experiments)
+    for path in doomed:
+        done = "would delete"
+        if delete:
+            done = "deleted" if store.remove(path) else "in use, kept"
+        print(f"{done:<13} {_line(path)}")
+    print(f"{len(doomed)} folders" + ("" if delete else "; --yes deletes them"))
+    return 0
+
+
+def _unneeded(store: Store, days: float | None, named: set[str], source: Any) -> list[Path]:
+    """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
+    known = {path: _read(path) for path in store.folders()}
+    if source and not named & {path.name for path in known}:
+        raise InputError(
+            f"nothing that {source} names is in {store.root}; this would delete everything"
+        )
+    roots = set(named)
+    if days is not None:
+        roots |= {path.name for path, record in known.items() if record and _age(record) < days}
+    inputs = {path.name: record["inputs"].values() for path, record in known.items() if record}
+    needed = _closure(roots, inputs)
+    return [path for path, record in known.items() if record is None or path.name not in needed]
+
+
+def _reachable(store: Store, experiment: Sequence[str]) -> set[str]:
+    """Keys of all that an experiment's jobs use, from the model's file to the energy."""
+    from pipeline.run.chain import chain
+    from pipeline.run.errors import REFUSED, one_line
+    from pipeline.run.jobs import jobs
+
+    name, *overrides = experiment
+    try:
+        chains = [chain(job.settings, store) for job in jobs([f"experiment={name}", *overrides])]
+    except REFUSED as error:
+        raise InputError(one_line(error)) from None
+    return {step.key() for each in chains for step in (each.sources | each.steps).values()}
+
+
+def _named(keep_file: Path) -> set[str]:
+    """The keys in a file, one a line; empty lines and what follows a # do not count."""
+    try:
+        lines = keep_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {keep_file}: {error}; give a text file of keys") from None
+    keys = {key for line in lines if (key := line.partition("#")[0].strip())}
+    for key in keys:
+        if len(key) != 32 or not set(key) <= set("0123456789abcdef"):
+            raise InputError(f"{keep_file} holds {key!r}; a key is 32 hexadecimal digits")
+    return keys
+
+
+def _closure(roots: Iterable[str], inputs: Mapping[str, Iterable[str]]) -> set[str]:
+    """Keys and, transitively, those of their inputs."""
+    reached: set[str] = set()
+    todo = list(roots)
+    while todo:
+        key = todo.pop()
+        if key not in reached:
+            reached.add(key)
+            todo.extend(inputs.get(key, ()))
+    return reached
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read(folder)
+    except Damaged:
+        return None
+
+
+def _age(record: Mapping[str, Any]) -> float:
+    """Days since the build."""
+    passed = datetime.now(UTC) - datetime.fromisoformat(record["created"])
+    return passed / timedelta(days=1)
+
+
+def _line(path: Path) -> str:
+    record = _read(path)
+    if record is None:
+        state = "leftover" if path.name.startswith(".") else "damaged"
+        return f"{path.parent.name:<16} {path.name:<32} {state:>10}"
+    size = sum(entry["bytes"] for entry in record["files"].values()) / 1e6
+    age = timedelta(seconds=round(86400 * _age(record)))
+    row = f"{path.parent.name:<16} {path.name:<32} {size:>10.3f} {age!s:>18}"
+    return f"{row} {record['seconds']:>9.2f}"

@@ -1,0 +1,101 @@
+"""What a user reads when something is refused: one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from pipeline.run import overrides
+from pipeline.run.shipped import CONF
+from stages.errors import InputError
+
+REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
+
+
+def told(command: Callable[[], object]) -> int:
+    """Runs a command; the exit status, 1 where it is refused or a file cannot be used, which is told."""
+    try:
+        command()
+    except (*REFUSED, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """What Hydra says, without its search path; what a stage said where it refused its fields."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, OverrideParseException):
+        typed = overrides.quoted(error.override)
+        why = f"; if its value is meant as it is, type {typed}" if typed else f": {_first(error)}"
+        return f"{error.override} cannot be read{why}"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: no such choice; {choose(name, error.options)}"
+    if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+        return _unknown(error.__cause__)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}"
+    return " ".join(str(error).partition("Config search path")[0].split())
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A question after the known names nearest to one that is not; empty where none is near."""
+    near = get_close_matches(name, list(dict.fromkeys(known)), n=2)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def choose(name: str, known: Sequence[str]) -> str:
+    """What to choose among instead of a name that is not known."""
+    near = meant(name, known)
+    return f"{near}{'Choose' if near else 'choose'} among {', '.join(known)}"
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What a user reads of a key that is none of the known ones beside it."""
+    return f"unknown config key {key}; {meant(key, known)}--cfg job shows all keys"
+
+
+def _unknown(cause: Any) -> str:
+    key, parent = str(cause.full_key), cause.parent_node
+    group, _, field = key.rpartition(".")
+    having = overrides.having(CONF, field) if group == "coding" else []
+    if having:
+        name = parent._get_node("name")._value()
+        return f"unknown config key {key}; {name} has no {field}, {', '.join(having)} have"
+    siblings = [
+        f"{group}.{name}" if group else str(name) for name in parent or () if name[0] != "_"
+    ]
+    root = parent._get_root() if isinstance(parent, DictConfig) else OmegaConf.create({})
+    below = [name for name in _keys(root) if name.rpartition(".")[2] == field and name != key]
+    if below and not group:  # the key of a group, without the group
+        return f"unknown config key {key}; did you mean {' or '.join(below)}?"
+    groups = [] if group else [path.name for path in CONF.iterdir() if path.is_dir()]
+    return unknown_key(key, [*siblings, *groups])
+
+
+def _keys(root: Any) -> list[str]:
+    """The dotted keys of a configuration."""
+    found: list[str] = []
+    todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(root, resolve=False))]
+    while todo:
+        prefix, values = todo.pop(0)
+        for key, value in values.items():
+            found.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", value))
+    return [key for key in found if key.rpartition(".")[2][0] != "_"]
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

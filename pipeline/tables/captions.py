@@ -1,0 +1,154 @@
+"""What stands over the paper's tables: what the numbers are over, and how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pipeline.results.columns import BEYOND, DIVERGED
+
+if TYPE_CHECKING:
+    from pipeline.results.lookup import Row
+    from pipeline.tables.sheet import Sheet
+
+BEST = "Bold: the best of its T among the spiking models that did not diverge."
+CONVENTIONS = (
+    "the paper's counts the full attention square and one spiking operand a product; the causal one "
+    "unmasked positions, both operands, gates and decode scaling. Saving: against the dense model in "
+    "the same convention."
+)
+GRAINS = (
+    "n: grains of steps in time for multigrain; for gated neurons an activation, which are log2 n "
+    "bits more."
+)
+
+MEANINGS = {
+    "bits": "bits: T, and log2 n where the n grains are neurons an activation",
+    "nmse": "nmse: geometric mean over the sites, on held-out activations",
+    "convention": "convention: how the spikes of a value are counted",
+    "spikes_per_value": "spikes / value: mean, weighted by the additions that each spike causes",
+    "fitting_s": "fitting: all sites, with the statistics that the coding asks for",
+    "conversion_s": "conversion: capture to patching, as measured when they were computed",
+}
+COSTS = {"macs_G": "MACs", "acs_G": "ACs", "energy_J": "energy", "saving": "saving"}
+
+PUBLISHED = ("wikitext2, c4, redpajama and pile", "winogrande, arc_challenge, arc_easy and piqa")
+
+
+def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> str:
+    """What stands over the table of a sweep: its models, T and texts, and what its columns mean."""
+    frame, shown = sheet.frame, [column.name for column in sheet.columns]
+    steps = ", ".join(str(step) for step in sorted(frame["timesteps"].dropna().unique()))
+    models = ", ".join(map(str, frame["model"].unique()))
+    subject = f"Spiking conversions of {models} at T = {steps}" if steps else f"Dense {models}"
+    corpora = [name for name in shown if name.startswith("ppl_")]
+    questions = [_questions(frame, name) for name in shown if name.startswith("acc_")]
+    texts = [f"{name[4:]}{_windows(results, name[4:])}" for name in corpora]
+    against = any(name.startswith("over_dense_") for name in shown)
+    dense = "; vs dense: against the dense model of the same transform" if against else ""
+    grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
+    costs = [told for name, told in COSTS.items() if name in shown]
+    counted = ", ".join(part for part in ("causal convention", profile) if part)
+    saving = ", saving against the dense model" if "saving" in shown else ""
+    return told(
+        f"{subject}.",
+        f"Perplexity: {', '.join(texts)}{dense}." if texts else "",
+        f"Accuracy ± standard error: {', '.join(questions)}." if questions else "",
+        GRAINS if grown else "",
+        *(f"{meaning[0].upper()}{meaning[1:]}." for n, meaning in MEANINGS.items() if n in shown),
+        f"{', '.join(costs).capitalize()}: a window, {counted}{saving}." if costs else "",
+    )
+
+
+def _windows(results: Sequence[Mapping[str, Any]], corpus: str) -> str:
+    """The part of a corpus that was read, where the results say it."""
+    read = [(result.get("evaluation") or {}).get(corpus) or {} for result in results]
+    texts = [f"{m['windows']} windows of {m['length']} tokens" for m in read if "windows" in m]
+    return f" ({' or '.join(dict.fromkeys(texts))})" if texts else ""
+
+
+def _questions(frame: pd.DataFrame, name: str) -> str:
+    counts = sorted(frame[f"{name}_n"].dropna().unique()) if f"{name}_n" in frame else []
+    number = "/".join(map(str, counts))
+    return f"{name[4:]} ({number} questions)" if number else name[4:]
+
+
+def model(frame: pd.DataFrame) -> str:
+    """The model and the transform, where all rows share them."""
+    told = [
+        f"{name} {frame[name].iloc[0]}"
+        for name in ("model", "transform")
+        if name in frame and frame[name].nunique() == 1
+    ]
+    text = ", ".join(told)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def perplexity(row: Row) -> str:
+    """Which texts the perplexities, or their means, are over."""
+    corpora = row.run.settings.evaluation.corpora
+    return f"Perplexity: {_mean(corpora)}{windows(row, corpora)}."
+
+
+def accuracy(row: Row) -> str:
+    """Which questions the accuracies, or their means, are over."""
+    settings = row.run.settings
+    names = [settings.tasks[name].name for name in settings.evaluation.tasks]
+    counts = [f"{name} ({row.result[f'acc_{name}_n']} questions)" for name in names]
+    return f"Accuracy: {_mean(names)}{', '.join(counts)}, ± standard error." if names else ""
+
+
+def windows(row: Row, corpora: Sequence[str]) -> str:
+    """The corpora with the part of them that is read."""
+    measured = {name: row.result["evaluation"][name] for name in corpora}
+    return ", ".join(
+        f"{name} ({m['windows']} windows of {m['length']} tokens)" for name, m in measured.items()
+    )
+
+
+def _mean(names: Sequence[str]) -> str:
+    return "mean over " if len(names) > 1 else ""
+
+
+def conversion(rows: Sequence[Row]) -> str:
+    """What the seconds are of, and on which machines they passed."""
+    machines = {
+        row.run.artifacts["fitting"].manifest["machine"]["device"]
+        for row in rows
+        if "fitting" in row.run.artifacts
+    }
+    told = f" on {', '.join(sorted(machines))}" if machines else ""
+    return f"Conversion: capture to patching, as measured when they were computed{told}."
+
+
+def energy(row: Row) -> str:
+    """What is counted, and the cost of an operation."""
+    spec = row.run.settings.energy
+    tokens = spec.tokens or row.run.settings.evaluation.length
+    return (
+        f"Prefill of {tokens} tokens, and one token decoded after them; {spec.profile.name}: "
+        f"{spec.profile.mac_pj:g} pJ a MAC, {spec.profile.ac_pj:g} pJ an AC. Of the "
+        f"conventions {CONVENTIONS}"
+    )
+
+
+def published(sources: Sequence[str]) -> str:
+    """Where published rows were found, by the number that marks them."""
+    told = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+    return (
+        f"Published rows were not measured here: mean perplexity over {PUBLISHED[0]}, mean accuracy "
+        f"over {PUBLISHED[1]}, conversion on their authors' machines; {told}."
+    )
+
+
+def diverged(frame: pd.DataFrame) -> str:
+    """The mark of diverged perplexities, where there are any."""
+    perplexities = frame[[name for name in frame if str(name).startswith("ppl_")]]
+    return f"{BEYOND}: diverged." if (perplexities > DIVERGED).any(axis=None) else ""
+
+
+def told(*parts: str) -> str:
+    """A caption of the parts that there are."""
+    return " ".join(part for part in parts if part)

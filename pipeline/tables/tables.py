@@ -1,0 +1,184 @@
+"""Turn the results of a sweep into its tables: on the terminal, and as Markdown, csv and LaTeX."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from pipeline.results import folders
+from pipeline.results.columns import Column, excess, percent, perplexity, scientific, small
+from pipeline.results.rows import (
+    OVER_DENSE,
+    TEXT,
+    column_names,
+    distinct,
+    energy_frame,
+    over_dense,
+    result_frame,
+    short_setting,
+    sweep_results,
+)
+from pipeline.run.errors import choose
+from pipeline.tables import captions, sheet
+from stages.errors import InputError
+
+LEFT = (*TEXT, "run", "phase", "role")  # columns of words
+UNSHOWN = ("_stderr", "_n")  # columns that others show beside their value, or the caption
+ALIASES = {"T": "timesteps", "n": "grains"}  # heads that are names of columns to choose as well
+# What is printed of a run's table, and stands in its Markdown and LaTeX; ppl and acc are all of them.
+PRINTED = (
+    *("model", "coding", "transform", "timesteps", "grains", "ppl", "acc"),
+    *("spikes_per_value", "energy_J", "saving"),
+)
+ENERGY_CAPTION = (
+    "Energy by convention (paper: full attention square, one spiking operand a product; causal: "
+    "unmasked positions, both operands, gates and decode scaling) and phase (prefill of a window; "
+    "one decoded token at its end); saving against the dense model in the same convention."
+)
+GROUPED = ("nmse_", "share_", "relative_")  # columns that have the first word in common
+COLUMNS = {
+    column.name: column
+    for column in (
+        Column("timesteps", "T"),
+        Column("grains", "n"),
+        Column("nmse", "nmse", lambda value: scientific(value, 1)),
+        Column("spikes_per_value", "spikes / value", "{:.3f}".format),
+        Column("macs_G", "MACs [G]", lambda value: small(value, 4)),
+        Column("acs_G", "ACs [G]", lambda value: small(value, 4)),
+        Column("energy_J", "energy [J]", lambda value: small(value, 3)),
+        Column("saving", "saving", lambda value: f"{100 * value:.1f} %"),
+        Column("fitting_s", "fitting [s]", "{:.1f}".format),
+        Column("conversion_s", "conversion [s]", "{:.1f}".format),
+        Column("bits", "bits", "{:.3g}".format),
+        Column("ppl", "ppl", perplexity),
+        Column("slope", "slope", "{:g}".format),
+        Column("rho", "rho", "{:.4f}".format),
+        Column("C", "C", lambda value: scientific(value, 2)),
+        Column("C_relative", "C / first loss", "{:.4f}".format),
+        Column("last_relative", "last / first loss", "{:.4f}".format),
+        Column("R2", "R2", "{:.3f}".format),
+    )
+}
+
+
+def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
+    """Write all of `frame` as stem.md, stem.csv and stem.tex; the same frame gives the same bytes."""
+    shown = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    columns = [column(name, frame) for name in shown]
+    return sheet.write(sheet.Sheet(frame, columns, caption), stem)
+
+
+def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
+    """Read every job's result.json below a sweep folder; print its table and write its two tables.
+
+    They are the comparison by `name` and the energy by `name`_energy.
+
+    Rows are in the order of the job numbers that begin the folders' names, repeated ones left
+    out. Raises InputError where no job has left a result.
+    """
+    results = distinct(sweep_results(sweep_dir).values())
+    write(energy_frame(results), tables_dir / f"{name}_energy", ENERGY_CAPTION)
+    frame, config = result_frame(results), _config(sweep_dir)
+    chosen = config.get("table") or {}
+    made = run_sheet(results, chosen.get("columns"), config.get("energy") or {})
+    sheet.write(made, tables_dir / name, bool(chosen.get("wide")))
+    print(sheet.printed(made))
+    print(f"energy, both conventions, also of a decoded token: {tables_dir / name}_energy.md")
+    return frame
+
+
+def run_sheet(
+    results: Sequence[Mapping[str, Any]],
+    names: Sequence[str] | None = None,
+    energy: Mapping[str, Any] | None = None,
+) -> sheet.Sheet:
+    """The rows of a sweep in the columns of those `names`; `energy` is what its configuration says."""
+    frame = result_frame(results)
+    made = choice(sheet.Sheet(frame, [], ""), names or PRINTED, column_names([], []))
+    if not names and (frame.get("transform", pd.Series("none")) == "none").all():
+        made = replace(made, columns=[c for c in made.columns if c.name != "transform"])
+    profile = (energy or {}).get("profile") or {}
+    return replace(made, caption=captions.sweep(results, made, str(profile.get("name", ""))))
+
+
+def choice(
+    made: sheet.Sheet, names: Sequence[str] | None, empty: Sequence[str] = ()
+) -> sheet.Sheet:
+    """The sheet with the columns of these names, each as the sheet has it where it does.
+
+    Raises InputError for a name that is no column of its csv, nor one of those that may be `empty`.
+    """
+    if not names:
+        return made
+    frame, own = made.frame, {column.name: column for column in made.columns}
+    known = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    check(names, [*known, *empty])
+    meant = [name for each in names for name in _meant(each, known)]
+    columns = [own.get(name) or column(name, frame, names) for name in meant]
+    return replace(made, columns=columns)
+
+
+def check(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises InputError for the first of the chosen columns that is not known."""
+    known = list(dict.fromkeys([*ALIASES, "ppl", "acc", *known]))
+    for name in names:
+        if name not in known:
+            raise InputError(f"table.columns: got {name}; {choose(name, known)}")
+
+
+def _meant(name: str, known: Sequence[str]) -> list[str]:
+    """The columns that a name stands for: `ppl` all perplexities, each with its excess."""
+    if name == "ppl":
+        return [each for each in known if each.startswith(("ppl_", OVER_DENSE))]
+    if name == "acc":
+        return [each for each in known if each.startswith("acc_")]
+    return [ALIASES.get(name, name)]
+
+
+def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Column:
+    """How the column of a frame reads among others of these `names`."""
+    several = sum(str(each).startswith("ppl_") for each in frame) > 1
+    if name == "coding":
+        beside = tuple(n for n in ("variant", "setting") if n in frame and n not in names)
+        return Column(name, name, partial(_told_apart, beside), beside=beside, words=True)
+    if name.startswith("ppl_"):
+        first = name == next(str(each) for each in frame if str(each).startswith("ppl_"))
+        corpus = name.removeprefix("ppl_")
+        head = ("ppl", corpus) if several and over_dense(name) in frame else (f"ppl {corpus}", "")
+        return Column(name, head[0], perplexity, group=head[1], spare=0 if first else 3)
+    if name.startswith(OVER_DENSE):
+        group = name.removeprefix(OVER_DENSE) if several else ""
+        return Column(name, "vs dense", excess, group=group, spare=2)
+    if name.startswith("acc_"):
+        error = (f"{name}_stderr",) if f"{name}_stderr" in frame else ()
+        return Column(name, f"{name.removeprefix('acc_')} [%]", percent, beside=error, spare=4)
+    if name.startswith(GROUPED):
+        group, _, rest = name.partition("_")
+        show = "{:.3f}".format if group == "share" else COLUMNS["nmse"].show
+        return Column(name, rest.replace("_", " to "), show, group=group)
+    return COLUMNS.get(name, Column(name, name.replace("_", " "), words=name in LEFT))
+
+
+def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:
+    """A coding with the variant and the setting that tell its rows apart."""
+    told = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
+    variant = told.get("variant", coding)
+    name = variant if variant.startswith(coding) else f"{coding} {variant}"
+    return " ".join(filter(None, [name, short_setting(told.get("setting", ""))]))
+
+
+def _config(sweep_dir: Path) -> Mapping[str, Any]:
+    """The configuration of the first job that has left a result; empty where it has left none."""
+    file = folders.finished(sweep_dir)[0] / ".hydra/config.yaml"
+    if not file.exists():
+        return {}
+    config: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return dict(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit("nothing was done: the command is `python -m pipeline table`")

@@ -1,0 +1,98 @@
+"""What a model's conversion takes in memory, from its dimensions: weights, sketches, neurons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from stages.analysis.operations import operations
+from stages.codings.base import Coding, Observing
+from stages.distribution import Atoms
+from stages.fitting import Algorithm1
+from stages.model.offload import OUTSIDE
+from stages.model.rules import architecture
+from stages.model.sites import Site, find_sites
+from stages.sketch import Accumulator, Grid
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes of all weights, of the largest decoder layer, and of what is in no layer."""
+
+    weights: int
+    layer: int
+    outside: int
+
+
+def resident(model: PreTrainedModel, dtype: torch.dtype) -> Resident:
+    """The sizes of a model, which may be on the meta device, with its weights in `dtype`."""
+    rules = architecture(model)
+    groups: Counter[int] = Counter()
+    for name, weight in model.named_parameters():  # tied ones once
+        groups[rules.layer_of(name)[0]] += weight.numel() * dtype.itemsize
+    outside = groups.pop(OUTSIDE, 0)
+    return Resident(outside + sum(groups.values()), max(groups.values()), outside)
+
+
+def site_plan(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    mantissa_bits: int,
+    dtype: torch.dtype,
+    tokens: int,
+) -> pd.DataFrame:
+    """One row a site: site, role, layer, values (a token), pairs (values a query-key pair) and
+    sketch, the bytes of its histogram while `tokens` are captured.
+
+    An expert has its even part of a layer's values. Its histogram keeps filled bins alone, as many as
+    normal values would fill.
+    """
+    grid = Grid(mantissa_bits)
+    exact = dtype == torch.bfloat16 and mantissa_bits >= 7
+    plan = operations(model, find_sites(model))
+    work = {o.name: o.work for o in plan if o.kind == "gate"}
+    shared = Counter(site.operand for site in sites)
+
+    @cache
+    def filled(values: float) -> int:
+        return _filled(Accumulator(grid, 0, exact, torch.device("meta")).fine, values)
+
+    rows = []
+    for site in sites:
+        values = work[site.operand].per_token / shared[site.operand]
+        if site.expert is None:
+            size = _bytes(grid, int(values), exact)
+        else:
+            size = 2 * torch.int32.itemsize * filled(values * tokens)
+        rows.append((site.name, site.role, site.layer, values, work[site.operand].per_pair, size))
+    return pd.DataFrame(rows, columns=["site", "role", "layer", "values", "pairs", "sketch"])
+
+
+def _filled(grid: Grid, values: float) -> int:
+    """Expected number of bins that hold any of so many standard normal values."""
+    edges = grid.edges().clamp(max=1e3)
+    mass = torch.special.ndtr(edges).diff()  # of either sign
+    return round(float(2 * -torch.expm1(values * torch.log1p(-mass)).sum()))
+
+
+def _bytes(grid: Grid, channels: int, exact: bool) -> int:
+    sketch = Accumulator(grid, channels, exact, torch.device("meta"))
+    return sum(t.nbytes for t in vars(sketch).values() if isinstance(t, torch.Tensor))
+
+
+def parameter_bytes(coding: Coding) -> int | None:
+    """Bytes of one site's neurons, as a fit to some values has them; None for a coding that asks
+    statistics of the model, whose sizes follow from those."""
+    if isinstance(coding, Observing) and coding.statistics:
+        return None
+    value = torch.linspace(0, 1, 128, dtype=torch.float64)[None]
+    atoms = Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / 128), value[:, -1])
+    untrained = Algorithm1(rounds=0, neuron_steps=0, base_steps=0)
+    params = coding.fit(atoms, untrained).params
+    return sum(t.float().nbytes for t in params.values())

@@ -1,0 +1,250 @@
+"""Operations: all arithmetic of a decoder, in amounts a token and amounts a query-key pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.model.rules import Architecture, architecture
+from stages.model.sites import Site, fused, matrix
+from stages.ports.passes import prefix_length
+from stages.transforms.rotation import OnlineRotation, online_rotation
+
+PRODUCTS = ("linear", "qk", "pv")
+ELEMENTWISE = ("norm", "rope", "softmax", "activation", "product", "residual")
+ROTATION = ("hadamard", "mixing")  # what a rotated model adds, see `OnlineRotation`
+
+
+@dataclass(frozen=True)
+class Amount:
+    """So many for every new token, and so many for every pair of a new query and a key."""
+
+    per_token: int = 0
+    per_pair: int = 0
+
+    def at(self, tokens: int, pairs: int) -> int:
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of the forward pass, e.g. `model.layers.0.self_attn:qk` of kind `qk` in layer 0.
+
+    `operands` are the sites it multiplies: one of a linear layer, two of an attention product.
+    `work` is multiplications of a product, elements of anything else and comparisons of a `gate`,
+    which is what one coded site needs if its coding chooses among neurons. `outputs` are the
+    accumulators of a product. `window` is the number of keys a query sees at most, `prefix` that of
+    the keys that a transform keeps in front of every context.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    work: Amount
+    operands: tuple[str, ...] = ()
+    outputs: Amount = Amount()
+    window: int | None = None
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
+    carry the position; `inner` is all that a token meets, in `routes` of so many `experts`."""
+
+    hidden: int
+    inner: int
+    heads: int
+    groups: int
+    width: int
+    rotated: int
+    window: int | None
+    prefix: int
+    experts: int
+    routes: int
+
+
+def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
+    """Every operation of a model, whose weights may be on the meta device.
+
+    `sites` are all that `find_sites` gives, selected for conversion or not. The embedding is a
+    look-up and costs nothing; what adds or scales a value once (biases, learned positions, the scale of an
+    embedding) is not counted.
+    """
+    modules = dict(model.named_modules())
+    rules = architecture(model)
+    sites = _pooled(sites)
+    plan = [_linear(name, s, modules[name], model.config) for s in sites for name in s.consumers]
+    layers: dict[int, dict[str, Site]] = {}
+    for site in sites:
+        if site.layer >= 0:
+            layers.setdefault(site.layer, {})[site.role] = site
+    prefix = prefix_length(model)
+    shapes = {i: _shape(model.config, modules, roles, prefix) for i, roles in layers.items()}
+    plan += _norms(modules, rules, shapes)
+    online = online_rotation(model)
+    if online is not None:
+        plan += _rotation(online, [site for site in sites if site.role == "mlp.down"])
+    for layer, roles in layers.items():
+        shape = shapes[layer]
+        plan += _attention(layer, roles, shape)
+        plan += _elementwise(
+            layer, rules.activation_of(layer, roles["mlp.down"].expert is not None), roles, shape
+        )
+        plan += _gates(roles, shape)
+    head = next(site for site in sites if site.role == "head.in")
+    return [
+        *plan,
+        _gate(head, Amount(matrix(modules[head.consumers[0]], head, model.config).inputs)),
+    ]
+
+
+def _shape(
+    config: Any, modules: Mapping[str, Any], roles: Mapping[str, Site], prefix: int
+) -> Shape:
+    """The dimensions of a layer, read off its modules where they tell them."""
+    attention = modules[roles["attn.q"].path]
+    out, down = (
+        matrix(modules[roles[role].consumers[0]], roles[role], config)
+        for role in ("attn.out", "mlp.down")
+    )
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = out.inputs // heads
+    layer = roles["attn.q"].layer
+    # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    rotated = _rotated(config, layer, width)
+    experts = modules[roles["mlp.down"].path]
+    number = experts.num_experts if fused(experts) else 0
+    routes = config.num_experts_per_tok if number else 0
+    hidden, inner = out.outputs, down.inputs
+    return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
+
+
+def _rotated(config: Any, layer: int, width: int) -> int:
+    """Dimensions of a head that carry its position: all, a part, or none where it is added."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return 0
+    if "rope_type" not in rope:  # one for every type of layer
+        rope = rope[config.layer_types[layer]]
+    return int(width * rope.get("partial_rotary_factor", 1.0))
+
+
+def _pooled(sites: Sequence[Site]) -> list[Site]:
+    """The sites with one for all experts of a layer: a token meets some of them, not all."""
+    return list({site.operand: site for site in reversed(sites)}.values())[::-1]
+
+
+def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
+    """A linear module, a router, or one of the two matrices that a token meets in its experts."""
+    shape = matrix(module, site, config)
+    work = Amount(shape.inputs * shape.outputs)
+    if fused(module):
+        name += ":gate_up" if site.expert is None else ":down"
+    outputs = Amount(shape.accumulators)
+    return Operation(name, "linear", site.layer, work, (site.operand,), outputs)
+
+
+def _norms(
+    modules: Mapping[str, Any], rules: Architecture, shapes: Mapping[int, Shape]
+) -> Iterator[Operation]:
+    """Every RMSNorm and LayerNorm; one inside attention scales all heads of its role."""
+    for name, module in modules.items():
+        if not (type(module).__name__.endswith("RMSNorm") or isinstance(module, nn.LayerNorm)):
+            continue
+        layer, rest = rules.layer_of(name)
+        if rest in rules.head_norms:
+            shape = shapes[layer]
+            heads = shape.heads if rules.head_norms[rest] == "attn.q" else shape.groups
+            yield Operation(name, "norm", layer, Amount(heads * shape.width))
+        else:
+            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
+
+
+def _normalised(norm: Any) -> Sequence[int]:
+    """The dimensions a norm works on; a LayerNorm may have no weight."""
+    shape: Sequence[int] = getattr(norm, "normalized_shape", None) or norm.weight.shape
+    return shape
+
+
+def untransformed(plan: Sequence[Operation]) -> list[Operation]:
+    """The same model before its transform: without rotations and without a prefix."""
+    return [replace(o, prefix=0) for o in plan if o.kind not in ROTATION]
+
+
+def _rotation(online: OnlineRotation, sites: Sequence[Site]) -> Iterator[Operation]:
+    """The rotation in front of every down_proj."""
+    for site in sites:
+        work = Amount(online.additions)
+        yield Operation(f"{site.path}:hadamard", "hadamard", site.layer, work)
+        if online.multiplications:
+            work = Amount(online.multiplications)
+            yield Operation(f"{site.path}:mixing", "mixing", site.layer, work)
+
+
+def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+    path, window, prefix = roles["attn.q"].path, shape.window, shape.prefix
+    q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
+    outputs = Amount(shape.heads * shape.width)
+    scores = Amount(per_pair=shape.heads)
+    if shape.rotated:
+        rotated = Amount((shape.heads + shape.groups) * shape.rotated)
+        yield Operation(f"{path}:rope", "rope", layer, rotated)
+    work = Amount(per_pair=shape.heads * shape.width)
+    yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window, prefix)
+    yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
+    yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window, prefix)
+
+
+def _elementwise(
+    layer: int, activation: str, roles: Mapping[str, Site], shape: Shape
+) -> Iterator[Operation]:
+    """The rest of a layer; the product stays a product where its operands are spikes.
+
+    A router's softmax is over all experts; the outputs of those chosen are weighted and summed.
+    """
+    attention, mlp = roles["attn.q"].path, roles["mlp.down"].path.rpartition(".")[0]
+    yield Operation(f"{attention}:residual", "residual", layer, Amount(shape.hidden))
+    yield Operation(activation, "activation", layer, Amount(shape.inner))
+    if "mlp.up" in roles:
+        yield Operation(f"{mlp}:product", "product", layer, Amount(shape.inner))
+    if shape.experts:
+        yield Operation(f"{mlp}:routing", "softmax", layer, Amount(shape.experts))
+        weighted = Amount(shape.routes * shape.hidden)
+        yield Operation(f"{mlp}:weighting", "product", layer, weighted)
+        summed = Amount((shape.routes - 1) * shape.hidden)
+        yield Operation(f"{mlp}:sum", "residual", layer, summed)
+    yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
+
+
+def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
+    queries, keys = Amount(shape.heads * shape.width), Amount(shape.groups * shape.width)
+    hidden, inner = Amount(shape.hidden), Amount(shape.inner)
+    values = {
+        "attn.in": hidden,
+        "attn.q": queries,
+        "attn.k": keys,  # of new tokens only: a cache holds spikes
+        "attn.v": keys,
+        "attn.probs": Amount(per_pair=shape.heads),
+        "attn.out": queries,
+        "mlp.in": hidden,
+        "mlp.act": inner,
+        "mlp.up": inner,
+        "mlp.down": inner,
+    }
+    for role, site in roles.items():
+        yield _gate(site, values[role], shape.window, shape.prefix)
+
+
+def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0) -> Operation:
+    operands = (site.operand,)
+    return Operation(
+        site.operand, "gate", site.layer, values, operands, window=window, prefix=prefix
+    )

@@ -1,0 +1,203 @@
+"""Algorithm 1 of the paper: alternating fits of {h, theta} and d, all sites and allocations at once.
+
+Step t of grain g weighs B_g^-(t+1) with t counting all steps (Distribution-Aware Multi-Granularity
+Phase Coding, ICLR 2026). Adam works element-wise, so one optimiser over the stacked problems is the
+same as one a problem.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.errors import InputError
+from stages.ports.kernels import fused
+
+if TYPE_CHECKING:
+    from stages.distribution import Atoms
+    from stages.fitting import Algorithm1
+
+SMALLEST_BASE = 1.05
+COMPILED_FROM = 2e9  # steps of values in all iterations
+PROBLEMS_AT_ONCE = 1 << 21  # values held by one batch of problems
+
+
+def allocations(timesteps: int, grains: int) -> Tensor:
+    """Every division of T steps into n consecutive grains, as the grain of each step [A, T].
+
+    Parts have two steps at least where T allows it, else one (the paper's search space).
+    """
+    smallest = 2 if timesteps >= 2 * grains else 1
+    free = timesteps - grains * (smallest - 1)
+    rows = []
+    for cuts in itertools.combinations(range(1, free), grains - 1):
+        parts = torch.tensor([0, *cuts, free]).diff() + smallest - 1
+        rows.append(torch.repeat_interleave(torch.arange(grains), parts))
+    if not rows:
+        raise InputError(
+            f"coding.grains={grains} with coding.timesteps={timesteps}: a grain needs a step of its "
+            "own; give at most as many grains as timesteps"
+        )
+    return torch.stack(rows)
+
+
+@dataclass
+class Bases:
+    """The learnable bases of P problems with n grains: output d, reset h, threshold theta [P, n].
+
+    Tied bases are one tensor. v0 is half of the last output weight, or zero.
+    """
+
+    d: Tensor
+    h: Tensor
+    theta: Tensor
+    half_step: bool
+    grain: Tensor = field(repr=False)  # [P, T]
+
+    @classmethod
+    def start(cls, grain: Tensor, initial: Tensor, tied: bool, half_step: bool) -> Bases:
+        """Output, reset and threshold base alike: initial [P, n]; 2 is plain binary phase coding."""
+        parts = [initial.clone() for _ in range(1 if tied else 3)]
+        d, h, theta = parts * 3 if tied else parts
+        return cls(d, h, theta, half_step, grain)
+
+    def steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """d(t), h(t), theta(t), each [P, T], and v0 [P]."""
+        exponent = -torch.arange(1.0, self.grain.shape[1] + 1)
+        d, h, theta = (
+            base.gather(-1, self.grain) ** exponent for base in (self.d, self.h, self.theta)
+        )
+        return d, h, theta, d[:, -1] / 2 if self.half_step else torch.zeros(len(d))
+
+
+def loss_and_slopes(
+    u: Tensor, weight: Tensor, d: Tensor, h: Tensor, theta: Tensor, v0: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Squared error of every problem on normalised magnitudes u [P, K] that weigh `weight`, [P], and
+    its derivatives by the steps d, h, theta [P, T] and by v0 [P], where a spike has the derivative of
+    sigmoid(slope x). One pass over the values where it is compiled."""
+    v, y = u + v0[:, None], torch.zeros_like(u)
+    above, spikes = [], []
+    for t in range(d.shape[1]):
+        above.append(v - theta[:, t, None])
+        spikes.append((above[t] >= 0).to(u.dtype))
+        v = v - spikes[t] * h[:, t, None]
+        y = y + spikes[t] * d[:, t, None]
+    error = y - u
+    by_y, by_v = 2 * error * weight, torch.zeros_like(u)
+    slopes: list[list[Tensor]] = [[], [], []]
+    for t in reversed(range(d.shape[1])):
+        soft = torch.sigmoid(slope * above[t])
+        slopes[0].append((by_y * spikes[t]).sum(-1))
+        slopes[1].append(-(by_v * spikes[t]).sum(-1))
+        fired = (by_y * d[:, t, None] - by_v * h[:, t, None]) * (slope * soft * (1 - soft))
+        slopes[2].append(-fired.sum(-1))
+        by_v = by_v + fired
+    by_d, by_h, by_theta = (torch.stack(each[::-1], -1) for each in slopes)
+    return (error * error * weight).sum(-1), by_d, by_h, by_theta, by_v.sum(-1)
+
+
+_compiled = fused(loss_and_slopes)
+
+
+def fit_bases(
+    atoms: Atoms,
+    grain: Tensor,
+    *,
+    scale: Tensor,
+    grains: int,
+    tied: bool,
+    half_step: bool,
+    algorithm: Algorithm1,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Fits every allocation grain [A, T] from every start to every site and keeps the best
+    parameters ever seen. Magnitudes are normalised by scale [sites]; those above it are clipped by
+    the neuron, and count in the loss.
+
+    Returns scale, v0 [sites], d, h, theta [sites, T] (what the neuron runs with), the bases
+    base_d, base_h, base_theta [sites, n], the chosen allocation grain [sites, T], and the loss curve
+    of that allocation [sites, iterations].
+    """
+    u = (atoms.value / scale[:, None]).float()
+    weight = atoms.weight.float()
+    starts = torch.tensor(list(itertools.product(algorithm.starts, repeat=grains)))  # [K, n]
+    sites, problems = len(u), len(u) * len(grain) * len(starts)
+    initial = starts.repeat(len(grain), 1).repeat_interleave(sites, 0)
+    grain = grain.repeat_interleave(len(starts) * sites, 0)  # [A * K * sites, T]
+    size = max(1, PROBLEMS_AT_ONCE // u.shape[1])
+    iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
+    # A short fit is over before a kernel is compiled.
+    long = problems * u.shape[1] * grain.shape[1] * iterations >= COMPILED_FROM
+    slopes = _compiled if long else loss_and_slopes
+    results = []
+    chunks = torch.arange(problems).split(size)
+    with tqdm(total=len(chunks) * iterations, desc="fitting", disable=None) as progress:
+        for chunk in chunks:
+            bases = Bases.start(grain[chunk], initial[chunk], tied, half_step)
+            site = chunk % sites
+            results.append(_descend(bases, u[site], weight[site], slopes, algorithm, progress))
+    losses, kept, curve = (torch.cat(parts) for parts in zip(*results, strict=True))
+    choice = losses.view(-1, sites).argmin(0) * sites + torch.arange(sites)
+    d, h, theta = kept[choice].unbind(1)
+    best = Bases(d, h, theta, half_step, grain[choice])
+    steps = dict(zip(("d", "h", "theta", "v0"), best.steps(), strict=True))
+    bases_kept = {"base_d": d, "base_h": h, "base_theta": theta, "grain": best.grain.float()}
+    return steps | bases_kept | {"scale": scale.float()}, curve[choice]
+
+
+def _descend(
+    bases: Bases,
+    u: Tensor,
+    weight: Tensor,
+    slopes: Callable[..., tuple[Tensor, ...]],
+    algorithm: Algorithm1,
+    progress: tqdm,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the alternation: best loss [P], its bases [P, 3, n], and the loss curve [P, iterations + 1]."""
+    groups: Sequence[tuple[list[Tensor], float, int]] = (
+        ([bases.h, bases.theta], algorithm.neuron_lr, algorithm.neuron_steps),
+        ([bases.d], algorithm.base_lr, algorithm.base_steps),
+    )
+    optimisers = [torch.optim.Adam(_unique(tensors), lr=rate) for tensors, rate, _ in groups]
+    best = torch.full((len(u),), torch.inf)
+    kept = torch.stack([bases.d, bases.h, bases.theta], 1)
+    curve = []
+
+    def note(value: Tensor) -> None:
+        nonlocal best, kept
+        curve.append(value)
+        better = value < best
+        best = torch.where(better, value, best)
+        now = torch.stack([bases.d, bases.h, bases.theta], 1).detach()
+        kept = torch.where(better[:, None, None], now, kept)
+
+    for _ in range(algorithm.rounds):
+        for optimiser, (tensors, _, steps) in zip(optimisers, groups, strict=True):
+            for tensor in (bases.d, bases.h, bases.theta):
+                tensor.requires_grad_(any(tensor is t for t in tensors))
+            for _ in range(steps):
+                weights = bases.steps()
+                with torch.no_grad():
+                    value, *found = slopes(u, weight, *weights, algorithm.slope)
+                note(value)
+                optimiser.zero_grad()
+                moved = [(w, g) for w, g in zip(weights, found, strict=True) if w.requires_grad]
+                torch.autograd.backward([w for w, _ in moved], [g for _, g in moved])
+                optimiser.step()
+                with torch.no_grad():
+                    for tensor in tensors:
+                        tensor.clamp_(min=SMALLEST_BASE)
+                progress.update()
+    with torch.no_grad():
+        note(slopes(u, weight, *bases.steps(), algorithm.slope)[0])
+    return best, kept, torch.stack(curve, -1)
+
+
+def _unique(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())

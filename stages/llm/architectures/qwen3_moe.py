@@ -1,7 +1,0 @@
-"""Qwen3-MoE: Qwen3's attention, experts in place of the MLP in all layers or in some."""
-
-from dataclasses import replace
-
-from stages.llm.architectures import mixtral, qwen3
-
-ARCHITECTURE = replace(qwen3.ARCHITECTURE, experts=mixtral.EXPERTS)

@@ -1,0 +1,5 @@
+"""Qwen2: Llama's modules."""
+
+from stages.model.architectures.llama import ARCHITECTURE
+
+__all__ = ["ARCHITECTURE"]

@@ -1,0 +1,143 @@
+"""The one way that windows pass through a model, in memory or layer by layer from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages.model.offload import OUTSIDE, Weights, device_of, offloaded
+
+Consume = Callable[[Tensor, Tensor], None]
+
+
+def windows(
+    model: PreTrainedModel,
+    ids: Tensor,
+    batch: int,
+    name: str,
+    *,
+    consume: Consume = lambda tokens, logits: None,
+    after: Callable[[], None] = lambda: None,
+    through: Callable[[int], None] = lambda layer: None,
+    logits: int = 0,
+) -> None:
+    """Runs full windows ids [W, S], `batch` at a time, without a cache.
+
+    `consume` gets the tokens and logits of every batch. `after` is called once a batch has passed,
+    where one layer at a time is in memory once it has passed each of them; `through` with a layer's
+    index (-1: what is in none) once every batch has. The head sees the last `logits` tokens of a
+    window, 0 for all.
+    """
+    batches = ids.to(device_of(model)).split(batch)
+    weights = offloaded(model)
+    if weights is not None:
+        _layered(model, weights, batches, name, consume, after, through, logits)
+        return
+    for tokens in tqdm(batches, desc=name, unit="batch", disable=None):
+        consume(tokens, model(tokens, use_cache=False, logits_to_keep=logits).logits)
+        after()
+    for layer in (*range(model.config.num_hidden_layers), OUTSIDE):
+        through(layer)
+
+
+def _layered(
+    model: PreTrainedModel,
+    weights: Weights,
+    batches: Sequence[Tensor],
+    name: str,
+    consume: Consume,
+    after: Callable[[], None],
+    through: Callable[[int], None],
+    logits: int,
+) -> None:
+    layers = weights.layers
+    shape = (sum(map(len, batches)), batches[0].shape[1], model.config.hidden_size)
+    with weights.spec.states(shape, model.dtype) as states:
+        boundary = states.split(len(batches[0]))
+        with weights.resident(OUTSIDE):
+            calls = _enter(model, layers, batches, boundary)
+        for index, layer in enumerate(tqdm(layers, desc=name, unit="layer", disable=None)):
+            with weights.resident(index):
+                for tokens, hidden in zip(batches, boundary, strict=True):
+                    args, kwargs = calls[len(tokens)][index]
+                    hidden.copy_(layer(hidden.to(weights.device), *args, **kwargs))
+                    after()
+            through(index)
+        with weights.resident(OUTSIDE):
+            for tokens, hidden in zip(batches, boundary, strict=True):
+                with _replaced(layers, _leaving(hidden.to(weights.device))):
+                    out = model(tokens, use_cache=False, logits_to_keep=logits)
+                consume(tokens, out.logits)
+                after()
+    through(OUTSIDE)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _enter(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    batches: Sequence[Tensor],
+    boundary: Sequence[Tensor],
+) -> dict[int, list[Call]]:
+    """Fills the boundary in front of the first layer; the further arguments of every layer, by the
+    number of windows of a batch: masks and positions of full windows are the same in all of them."""
+    calls: dict[int, list[Call]] = {}
+    for tokens, hidden in zip(batches, boundary, strict=True):
+        seen: list[Call] = []
+
+        def note(index: int, x: Tensor, *args: Any, seen: Any = seen, **kwargs: Any) -> Tensor:
+            seen.append((args, kwargs))
+            if index == len(layers) - 1:
+                raise _Entered(x)
+            return x
+
+        with _replaced(layers, note):
+            try:
+                model(tokens, use_cache=False, logits_to_keep=1)
+            except _Entered as entered:
+                hidden.copy_(entered.hidden)
+        calls.setdefault(len(tokens), seen)
+    return calls
+
+
+def _leaving(states: Tensor) -> Callable[..., Tensor]:
+    """Layers that together return `states`, whatever enters the first of them."""
+
+    def forward(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return states if index == 0 else hidden
+
+    return forward
+
+
+class _Entered(Exception):
+    """Ends a pass in front of the final norm, whose ports must not see what no layer has made."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets every layer compute forward(index, hidden, ...) while the context is open."""
+
+    def bound(index: int) -> Callable[..., Tensor]:
+        def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return forward(index, hidden_states, *args, **kwargs)
+
+        return call
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.__dict__["forward"] = bound(index)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,258 @@
+"""Models: from a folder, the hub, a GGUF file, or from their dimensions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.plugin import METHOD
+from stages.errors import InputError
+from stages.model.files import Checkpoint, check_fit, keep_apart, stored, unreported
+from stages.model.gguf_file import check_read, read_tokenizer
+from stages.model.quantised import check_method, check_plain, dequantise, scaled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.model.offload import Offload
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_DOWNLOADED: dict[str, Any] = {
+    "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"],
+    "ignore_patterns": ["*/*", "consolidated*.safetensors"],  # the same weights in another layout
+}
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Dequantises a GGUF file to float32 safetensors and its tokenizer, in the folder `out`.
+
+    Raises InputError where that would leave out a tensor, or split text otherwise than the file has it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    source = f"GGUF file {gguf.name}"
+    with readable(source), unreported():
+        metadata, names = read_gguf_metadata(str(gguf))
+        tokenizer = read_tokenizer(gguf, metadata, source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused by name
+        )
+    model, report = loaded
+    check_fit(model, Checkpoint(source, {}), report)
+    check_read(model, metadata["general.architecture"], names, source)
+    # The weights are dense by now, but transformers refuses to save what it takes for quantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def load(
+    source: str, *, dtype: str, device: str, revision: str | None, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model (in evaluation mode) and tokenizer of a local folder or hub id.
+
+    With `device_map` accelerate places the layers and `device` is not used. Raises InputError where
+    the files hold anything but the weights of that model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with readable(f"model {source}"):
+        folder, config, checkpoint = _opened(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        with unreported():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                **_LOCAL,
+                config=config,
+                dtype=getattr(torch, dtype),
+                device_map=device_map,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,  # the other format is a pickle
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by name
+            )
+    model, report = loaded
+    check_fit(model, checkpoint, report)
+    check_plain(model, source)
+    wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = model.all_tied_weights_keys
+    keep_apart(model, source, {one: wanted[one] for one in wanted if one not in tied})
+    return (model if device_map else model.to(device)).eval(), tokenizer
+
+
+def load_offloaded(
+    source: str, *, dtype: str, device: str, revision: str | None, offload: Offload
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load`, with the weights left in their files until the layer that needs them computes on
+    `device`; files on the hub are downloaded first."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from stages.model.offload import attach, skeleton
+
+    with readable(f"model {source}"):
+        folder, config, checkpoint = _opened(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        kind = getattr(torch, dtype)
+        model = skeleton(config, kind, ATTENTION)
+        attach(model, checkpoint, device, kind, offload)
+    return model, tokenizer
+
+
+def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id alone, refused where its model would be."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+    configuration(source, revision)
+    where = {**_LOCAL} if folder.is_dir() else {"revision": revision or "main"}
+    with readable(f"model {source}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else source, **{"trust_remote_code": False} | where
+        )
+    return tokenizer
+
+
+def configuration(source: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a dense model in a local folder, which may lack all other files, or on the hub."""
+    from transformers import AutoConfig
+
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"model folder {folder} has no config.json")
+    with readable(f"model {source}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder) if folder.is_dir() else source,
+            revision=revision or "main",
+            local_files_only=folder.is_dir(),
+            trust_remote_code=False,
+        )
+    _refuse_spiking(config, source)
+    return config
+
+
+def dims_config(dims: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a model from its dimensions and model_type."""
+    from transformers import AutoConfig
+
+    if "model_type" not in dims:
+        raise InputError(
+            "model.dims is empty or names no model_type; choose a model whose yaml has dims"
+        )
+    fields = {name: value for name, value in dims.items() if name != "model_type"}
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(dims["model_type"], **fields)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.dims describe no model: {_first_line(error)}") from error
+    return config
+
+
+def meta_model(described: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
+    """A model without weights, on the meta device, from its config or its dimensions."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = dims_config(described) if isinstance(described, Mapping) else described
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"the model's config describes no causal language model: {_first_line(error)}"
+        ) from error
+
+
+def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
+    """The folder of a model, its config and what its files hold; files on the hub are downloaded."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+    elif folder.is_absolute():
+        raise InputError(f"model folder {source} does not exist")
+    config: Any = configuration(source, revision)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, revision=revision or "main", **_DOWNLOADED))
+        check_folder(folder)
+    check_method(config, folder, source)
+    dequantise(config)
+    tensors = stored(folder, config)
+    return folder, config, Checkpoint(source, tensors, scaled(config, tensors, source))
+
+
+def check_folder(folder: Path) -> None:
+    """Names the file that is missing, before transformers looks for it elsewhere."""
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    for what, names in {
+        "config.json": ["config.json"],
+        "*.safetensors": ["*.safetensors"],
+        "tokenizer": tokenizers,
+    }.items():
+        if not any(True for name in names for _ in folder.glob(name)):
+            raise InputError(
+                f"model folder {folder} has no {what}; it needs config.json, *.safetensors and a"
+                " tokenizer, as save_pretrained writes them"
+            )
+
+
+def _refuse_spiking(config: Any, source: str) -> None:
+    """Raises InputError for the config of an exported model."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        raise InputError(
+            f"model {source} is a spiking model already: stages.load reads it, "
+            "python -m pipeline generate runs it; a conversion starts from a dense one"
+        )
+
+
+@contextmanager
+def readable(
+    what: str, instead: str = "a folder on this machine is used by model.path=FOLDER"
+) -> Iterator[None]:
+    """Turns what transformers raises for a missing, gated or damaged model into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    damaged = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+    )
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # tokenizers raises nothing more precise than Exception
+        known = isinstance(error, (*damaged, StrictDataclassError, SafetensorError))
+        if not known and type(error) is not Exception:
+            raise
+        raise InputError(f"{what} cannot be loaded: {_first_line(error)}; {instead}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what an error says; with the next where that tells what is wrong."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.rstrip().endswith(":") else first

@@ -1,0 +1,106 @@
+"""Architectures: where a family of decoders keeps the operands of its products."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+
+PACKAGE = "stages.model.architectures"
+FUSED = 3  # dimensions of a weight that holds one matrix an expert
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where one role lives in a decoder layer: `path:port`, and the modules that multiply it.
+
+    Ports: `out` of a module, `in` its first argument (of every consumer that is given the same
+    tensor), `out[i/n]` the i-th of n equal parts of the last dimension of its output, the four of an
+    attention module, and `act`, `up`, `down` of a module of experts, each expert a site.
+    """
+
+    port: str
+    consumers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The role rules of one family; `head` is relative to the model, all else to a layer.
+
+    `activation` is the module of the nonlinearity, `head_norms` the norms inside attention by the role
+    whose values they scale. `experts` replaces rules in layers whose MLP is a mixture of experts.
+    """
+
+    layers: str
+    rules: Mapping[str, Rule]
+    head: Rule
+    activation: str
+    head_norms: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, Rule] = field(default_factory=dict)
+
+    def layer_of(self, name: str) -> tuple[int, str]:
+        """The decoder layer of a module or weight and its name in there; -1 outside of all layers."""
+        prefix = f"{self.layers}."
+        if not name.startswith(prefix):
+            return -1, name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return int(number), rest
+
+    def activation_of(self, layer: int, routed: bool) -> str:
+        """The module of a layer's nonlinearity; experts have their own."""
+        experts = self.experts["mlp.act"].port.rpartition(":")[0] if routed else ""
+        inner = f"{experts}.act_fn" if routed else self.activation
+        return f"{self.layers}.{layer}.{inner}"
+
+
+def module_name(model_type: str) -> str | None:
+    """The module of a family's rules, None where there is none."""
+    name = f"{PACKAGE}.{model_type.replace('-', '_')}"
+    return name if importlib.util.find_spec(name) else None
+
+
+def known() -> list[str]:
+    """Every `model_type` that has rules."""
+    package = importlib.import_module(PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def architecture(model: PreTrainedModel) -> Architecture:
+    """The role rules of a model; raises InputError, with what has no place, where none is known."""
+    kind = model.config.model_type
+    name = module_name(kind)
+    if name is None:
+        raise InputError(
+            f"no role rules for model_type={kind!r} (known: {', '.join(known())}); modules that could "
+            f"not be placed: {_shortened(multiplying(model))}; rules are one file in "
+            f"{PACKAGE.replace('.', '/')}/"
+        )
+    found: Architecture = importlib.import_module(name).ARCHITECTURE
+    return found
+
+
+def multiplying(model: nn.Module) -> list[str]:
+    """Modules that hold the matrix of a product themselves: linear ones, routers, fused experts."""
+    return [name for name, module in model.named_modules() if _multiplies(module)]
+
+
+def _multiplies(module: nn.Module) -> bool:
+    own: Any = [p for _, p in module.named_parameters(recurse=False)]
+    matrices = any(p.dim() in (2, FUSED) for p in own)
+    return matrices and not isinstance(module, nn.Embedding)
+
+
+def _shortened(names: Iterable[str]) -> str:
+    """Names with one star for their layer numbers, each once."""
+    starred = dict.fromkeys(
+        ".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names
+    )
+    return ", ".join(starred)

@@ -1,0 +1,194 @@
+"""Sites: the operands of a transformer's matmuls, each with a role."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.model.rules import Architecture, Rule, architecture, multiplying
+from stages.ports.experts import EXPERT_PORTS, check_experts
+
+ROLES = (
+    "attn.in",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.probs",
+    "attn.out",
+    "mlp.in",
+    "mlp.act",
+    "mlp.up",
+    "mlp.down",
+    "head.in",
+)
+ATTENTION_PORTS = ("q", "k", "v", "probs")
+
+
+@dataclass(frozen=True)
+class SiteSelection:
+    """Which roles are converted, without the sites of `exclude`, which stay dense.
+
+    A name in `exclude` may hold `*`: `model.layers.3.*`. Raises InputError on an unknown, repeated or
+    missing role.
+    """
+
+    roles: tuple[str, ...] = ROLES
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(self.roles))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        unknown = [role for role in self.roles if role not in ROLES]
+        if unknown or not self.roles or len(set(self.roles)) != len(self.roles):
+            raise InputError(
+                f"sites.roles={list(self.roles)}: give distinct roles out of {', '.join(ROLES)}"
+            )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operand, e.g. `model.layers.3.mlp.down_proj:in` of role `mlp.down` in layer 3, or
+    `model.layers.3.mlp.experts:down[17]`, that of one expert.
+
+    `consumers` are the modules that multiply it; the head has layer -1.
+    """
+
+    name: str
+    role: str
+    layer: int
+    consumers: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return self.name.rsplit(":", 1)[0]
+
+    @property
+    def port(self) -> str:
+        return self.name.rsplit(":", 1)[1]
+
+    @property
+    def expert(self) -> tuple[str, int] | None:
+        """The port and the number of an expert's operand; None of any other."""
+        kind, _, number = self.port.partition("[")
+        return (kind, int(number[:-1])) if kind in EXPERT_PORTS else None
+
+    @property
+    def operand(self) -> str:
+        """The name of what is multiplied: the site, or `…experts:down[*]` for those of all experts."""
+        return self.name if self.expert is None else pooled(self.name)
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """Every site of the model in forward order, the head last.
+
+    Raises InputError if a rule names a module the model lacks, or if a module that multiplies is fed
+    by no site (it would silently stay dense).
+    """
+    rules = architecture(model)
+    modules = dict(model.named_modules())
+    layers = modules.get(rules.layers)
+    count = len(layers) if isinstance(layers, nn.ModuleList) else 0
+    sites = []
+    for index in range(count):
+        prefix = f"{rules.layers}.{index}."
+        for role, rule in _layer_rules(rules, prefix, modules).items():
+            sites += _sites(rule, role, index, prefix, modules)
+    sites += _sites(rules.head, "head.in", -1, "", modules)
+    missing = [s.name for s in sites if s.path not in modules]
+    missing += [c for s in sites for c in s.consumers if c not in modules]
+    fed = {consumer for site in sites for consumer in site.consumers}
+    unfed = [name for name in multiplying(model) if name not in fed]
+    if missing or unfed or not count:
+        raise InputError(
+            f"sites of {type(model).__name__} cannot be resolved: missing {missing[:4]}, "
+            f"linear modules fed by no site {unfed[:4]}, {count} decoder layers"
+        )
+    return sites
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What multiplies a site, for one token: `inputs` of its values, `outputs` products of each of
+    them, `accumulators` that take the products."""
+
+    inputs: int
+    outputs: int
+    accumulators: int
+
+
+def matrix(module: Any, site: Site, config: Any) -> Matrix:
+    """The matrix of a consumer, or of experts the matrices that a token is routed to."""
+    if isinstance(module, nn.Linear):
+        return Matrix(module.in_features, module.out_features, module.out_features)
+    if isinstance(getattr(module, "weight", None), nn.Parameter):  # a router
+        outputs, inputs = module.weight.shape
+        return Matrix(inputs, outputs, outputs)
+    routes = config.num_experts_per_tok
+    if site.expert is None:
+        _, outputs, inputs = module.gate_up_proj.shape
+        return Matrix(inputs, routes * outputs, routes * outputs)
+    _, outputs, inputs = module.down_proj.shape
+    return Matrix(routes * inputs, outputs, routes * outputs)
+
+
+def fused(module: Any) -> bool:
+    """Whether a module holds the matrices of all its experts."""
+    return isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def pooled(site: str) -> str:
+    """The name that all experts of a layer share for one operand; of any other site its own."""
+    head, _, port = site.rpartition(":")
+    kind, numbered, _ = port.partition("[")
+    return f"{head}:{kind}[*]" if numbered and kind in EXPERT_PORTS else site
+
+
+def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
+    """The sites whose role is selected, without those that are excluded.
+
+    Raises InputError where an excluded name is that of no site, or where nothing is left.
+    """
+    sites = list(sites)
+    excluded: set[str] = set()
+    for name in selection.exclude:
+        pattern = re.compile(".*".join(map(re.escape, name.split("*"))))
+        matching = {site.name for site in sites if pattern.fullmatch(site.name)}
+        if not matching:
+            near = get_close_matches(name, [site.name for site in sites], n=2)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"sites.exclude: the model has no site {name}{meant}")
+        excluded |= matching
+    chosen = [s for s in sites if s.role in selection.roles and s.name not in excluded]
+    if not chosen:
+        raise InputError("sites.roles and sites.exclude leave no site to convert")
+    return chosen
+
+
+def _layer_rules(
+    rules: Architecture, prefix: str, modules: Mapping[str, nn.Module]
+) -> dict[str, Rule]:
+    """The rules of one layer: those of experts where it has the module that they name."""
+    paths = {prefix + rule.port.rpartition(":")[0] for rule in rules.experts.values()}
+    routed = bool(paths) and paths <= set(modules)
+    return {**rules.rules, **(rules.experts if routed else {})}
+
+
+def _sites(
+    rule: Rule, role: str, layer: int, prefix: str, modules: Mapping[str, Any]
+) -> list[Site]:
+    """The site of a rule, or one an expert."""
+    name = prefix + rule.port
+    consumers = tuple(prefix + consumer for consumer in rule.consumers)
+    path, _, port = name.rpartition(":")
+    if port not in EXPERT_PORTS:
+        return [Site(name, role, layer, consumers)]
+    check_experts(path, modules[path])
+    number = range(modules[path].num_experts)
+    return [Site(f"{name}[{expert}]", role, layer, consumers) for expert in number]

@@ -1,0 +1,76 @@
+"""Counters per site, summed on the device in float64 without a synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from stages.model.sites import Site
+
+FIELDS = ("values", "spikes", "macs", "acs", "error", "power")
+
+
+class Counters:
+    """Sums over real tokens: values coded, spikes, multiplications (macs) and spike-driven
+    additions (acs) they enter, squared error and power of the code."""
+
+    def __init__(self, sites: Sequence[Site], device: torch.device | str) -> None:
+        self.sites = tuple(sites)
+        self.sums = torch.zeros(len(sites), len(FIELDS), dtype=torch.float64, device=device)
+
+    def frame(self, coded: set[str]) -> pd.DataFrame:
+        """One row a site; spikes and acs of sites that are not coded are missing, not zero."""
+        frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
+        frame.insert(0, "site", [site.name for site in self.sites])
+        frame.insert(1, "role", [site.role for site in self.sites])
+        frame.insert(2, "layer", [site.layer for site in self.sites])
+        silent = ~frame["site"].isin(coded)
+        frame.loc[silent, ["spikes", "acs", "error"]] = float("nan")
+        return frame
+
+
+class SiteCounter:
+    """The row of one site in the counters."""
+
+    def __init__(self, counters: Counters, index: int) -> None:
+        self._row = counters.sums[index]
+
+    def add(
+        self,
+        shape: torch.Size,
+        spikes: Tensor | None,
+        real: Tensor | None,
+        fanout: Tensor | int,
+        values: Tensor | None = None,
+    ) -> None:
+        """Counts rows of shape [..., C].
+
+        spikes [...]: spikes of every row, None where the site is dense; real [...] bool: rows that
+        are new, real tokens (None: all); fanout: multiplications each value of a row enters, zero
+        where it is read by no real query; values: number of values where it is not C a row.
+        """
+        rows, width = shape[:-1], shape[-1]
+        number = rows.numel() if real is None else real.expand(rows).sum()
+        self._row[0] += number * width if values is None else values
+        if isinstance(fanout, int):
+            self._row[2] += (number * width if values is None else values) * fanout
+        else:
+            self._row[2] += fanout.expand(rows).sum(dtype=torch.float64) * width
+        if spikes is None:
+            return
+        spikes = spikes.view(rows).double()
+        own = spikes if real is None else spikes * real
+        total = own.sum()
+        self._row[1] += total
+        if isinstance(fanout, int):
+            self._row[3] += total * fanout
+        else:
+            self._row[3] += (spikes * fanout).sum()
+
+    def add_error(self, error: Tensor, power: Tensor) -> None:
+        """Adds sums of squared error and of squared values."""
+        self._row[4] += error
+        self._row[5] += power

@@ -1,0 +1,107 @@
+"""Mixtures of experts whose operands pass through ports, one port an expert and role.
+
+transformers keeps the experts of a layer as fused weights, gate_up_proj [E, 2 I, H] and down_proj
+[E, H, I], so that no linear module could be hooked; this is an experts function of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from stages.errors import InputError
+from stages.ports.attention import ForwardState, Port
+
+NAME = "ported"
+EXPERT_PORTS = ("act", "up", "down")
+_PORTS = "expert_ports"
+
+
+@dataclass(frozen=True)
+class ExpertPorts:
+    """The ports of one layer's experts, by expert, and the state of the pass."""
+
+    act: Sequence[Port]
+    up: Sequence[Port]
+    down: Sequence[Port]
+    state: ForwardState
+
+
+def set_expert_ports(module: nn.Module, ports: ExpertPorts | None) -> None:
+    """Binds ports to a module of experts, or takes them off."""
+    if ports is None:
+        module.__dict__.pop(_PORTS, None)
+    else:
+        module.__dict__[_PORTS] = ports
+
+
+def ported_experts(
+    module: Any,
+    hidden: Tensor,  # [N, H], coded already
+    top_k_index: Tensor,  # [N, k]
+    top_k_weights: Tensor,  # [N, k]
+) -> Tensor:
+    """Every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
+    ports: ExpertPorts = module.__dict__[_PORTS]
+    expert, order = top_k_index.flatten().sort(stable=True)
+    token = order // top_k_index.shape[1]
+    weight = top_k_weights.flatten()[order, None]
+    state = ports.state.real
+    real = None if state is None else state.flatten()[token]
+    output = torch.zeros_like(hidden)
+    ends = torch.bincount(expert, minlength=module.num_experts).cumsum(0).tolist()
+    width = module.down_proj.shape[1]
+    for index, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start == stop:
+            continue
+        mine = slice(start, stop)
+        rows = None if real is None else real[mine]
+        gate, up = F.linear(hidden[token[mine]], module.gate_up_proj[index]).chunk(2, -1)
+        act = ports.act[index](module.act_fn(gate), rows, 0)
+        inner = act * ports.up[index](up.contiguous(), rows, 0)
+        value = F.linear(ports.down[index](inner, rows, width), module.down_proj[index])
+        output.index_add_(0, token[mine], (value * weight[mine]).to(output.dtype))
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, ported_experts)
+
+
+def switch_experts(model: PreTrainedModel, name: str) -> str:
+    """Makes `name` the function of all experts; the name of the one before."""
+    before: str = model.config._experts_implementation
+    model.set_experts_implementation(name)
+    return before
+
+
+def refuse_experts(sites: Sequence[Any], what: str, instead: str) -> None:
+    """Raises InputError where a site belongs to an expert, whose rows are tokens of any window."""
+    if any(site.expert is not None for site in sites):
+        raise InputError(f"{what} is not defined on experts, which see few tokens each: {instead}")
+
+
+def check_experts(name: str, module: Any) -> None:
+    """Raises InputError on experts of another layout than two concatenated, unbiased weights."""
+    odd = [
+        flag
+        for flag, usual in (
+            ("is_transposed", False),
+            ("has_bias", False),
+            ("has_gate", True),
+            ("is_concatenated", True),
+            ("has_post_expert_norm", False),
+        )
+        if getattr(module, flag, None) is not usual
+    ]
+    if odd:
+        raise InputError(
+            f"experts {name} of {type(module).__name__} have another layout ({', '.join(odd)}) than "
+            "gate_up_proj [E, 2 I, H] and down_proj [E, H, I] without biases, which is what is ported"
+        )

@@ -1,0 +1,142 @@
+"""What a forward pass through the decoder of a model begins with: its arguments, the positions of its
+tokens, and RoPE frequencies that no earlier pass has moved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.ports.attention import NAME, ForwardState
+from stages.ports.experts import NAME as EXPERTS
+
+PREFIX = "prefix_ids"  # the record of what stands in front of every text
+_GROWING = "dynamic"  # the RoPE type whose frequencies follow the longest text so far
+
+
+def prefix_length(model: PreTrainedModel) -> int:
+    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
+    return len(prefix_ids(model))
+
+
+def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens kept in front of every text."""
+    return tuple(model.__dict__.get(PREFIX, ()))
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The module that every pass goes through, also one that asks for hidden states alone."""
+    return model.get_decoder()
+
+
+def argument_names(module: Any) -> tuple[str, ...]:
+    """The names of forward's arguments, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a pass by name; a cache is `cache` under its former name, too."""
+    given = dict(zip(names, args, strict=False)) | kwargs
+    old = given.pop("past_key_values", None)
+    return given if old is None else given | {"cache": old}
+
+
+def new_tokens(given: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and new tokens of a pass."""
+    tokens = given.get("input_ids")
+    shape = (given["inputs_embeds"] if tokens is None else tokens).shape
+    return shape[0], shape[1]
+
+
+def cached_tokens(given: Mapping[str, Any]) -> int:
+    """Tokens that stand in the cache of a pass."""
+    cache = given.get("cache")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def positions(mask: Tensor, length: int) -> Tensor:
+    """Positions [B, length] of the last tokens of mask [B, S], which count no pad, as in `generate`.
+
+    A plain forward pass of transformers counts pads on the left. Neurons code queries and keys behind
+    RoPE, so the same text would spike otherwise in another batch.
+    """
+    counted: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return counted[:, -length:]
+
+
+def restart_rope(model: PreTrainedModel) -> None:
+    """Lets dynamic RoPE begin as in a fresh process, so that a pass depends on its length alone.
+
+    transformers keeps the frequencies of the longest text so far until a shorter one than the trained
+    length comes.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds == _GROWING:
+            _restart(module, "")
+        elif isinstance(kinds, dict):  # one for every type of layer
+            for layer_type, kind in kinds.items():
+                if kind == _GROWING:
+                    _restart(module, f"{layer_type}_")
+
+
+def _restart(module: Any, prefix: str) -> None:
+    longest = f"{prefix}max_seq_len_cached"
+    if int(getattr(module, longest, 0)) > module.original_max_seq_len:
+        original = getattr(module, f"{prefix}original_inv_freq")
+        module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+        setattr(module, longest, module.original_max_seq_len)
+
+
+class Pass(ForwardState):
+    """The state of a pass of `length` new tokens through a model whose ports are attached."""
+
+    length = 0
+
+    def __init__(self, model: PreTrainedModel, prefix: int, experts: bool, counted: bool) -> None:
+        """prefix: tokens that stand in the cache of a text's first pass; experts: whether some are
+        ported; counted: whether a port counts."""
+        super().__init__()
+        self._model, self._prefix, self._counted = model, prefix, counted
+        self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
+        self._names = argument_names(decoder(model))
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begins the pass; a hook in front of the decoder's forward."""
+        self._check_implementations()
+        given = named(self._names, args, kwargs)
+        mask, (_, length) = given.get("attention_mask"), new_tokens(given)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            self._check_uncounted()
+            mask = None  # prepared by `generate` for a cache of a fixed size
+        self.begin(mask, length)
+        if cached_tokens(given) <= self._prefix:
+            restart_rope(self._model)
+        if mask is None or given.get("position_ids") is not None:
+            return None
+        return (), given | {"position_ids": positions(mask, length)}
+
+    def begin(self, attention_mask: Tensor | None, length: int) -> None:
+        super().begin(attention_mask, length)
+        self.length = length
+
+    def _check_implementations(self) -> None:
+        for part, wanted in self._wanted.items():
+            got = getattr(self._model.config, f"_{part}_implementation")
+            if got != wanted:
+                raise InputError(
+                    f"{part}_implementation={got!r} would leave out neurons of this model: "
+                    f"model.set_{part}_implementation({wanted!r}) sets it back, "
+                    "stages.restore(model) makes it dense"
+                )
+
+    def _check_uncounted(self) -> None:
+        if self._counted:
+            raise InputError(
+                "counters need an attention_mask [batch, past + new tokens] or none, to tell pads "
+                "from tokens: use a cache that grows, cache_implementation='dynamic'"
+            )

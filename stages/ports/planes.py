@@ -1,0 +1,190 @@
+"""Spike planes: a coded value as ternary tensors, one a step, and the weight that each step carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from stages.codings.base import Coding
+from stages.errors import InputError
+from stages.neurons.neurons import Params, Spikes, SpikeTime
+from stages.neurons.ranges import Bank, RangeSpikes
+
+
+@runtime_checkable
+class SpikingSoftmax(Protocol):
+    """A coding that computes the attention probabilities as spikes."""
+
+    def softmax_spikes(
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
+    ) -> tuple[SpikeTime, Tensor, Tensor]:
+        """Spikes of scores [B, H, Q, K], the weight of every step [T], and what scales the sum of
+        each row [B, H, Q, 1]."""
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """The planes that one accumulator sums, in the order of their steps.
+
+    plane: int8 tensors in {-1, 0, 1} of the shape of the values; weight: what a spike of each is
+    worth; step: the timestep of each, from 0.
+    """
+
+    plane: tuple[Tensor, ...]
+    weight: tuple[float, ...]
+    step: tuple[int, ...]
+
+    @property
+    def shift(self) -> int | None:
+        """By how many bits the sum moves from step to step; None where every step is multiplied."""
+        pairs = list(zip(self.weight, self.weight[1:], strict=False))
+        return next((s for s in (0, 1) if all(a == b * 2**s for a, b in pairs)), None)
+
+    @property
+    def spikes(self) -> Iterator[tuple[Tensor, float, int]]:
+        """Plane, weight and timestep of every step."""
+        return zip(self.plane, self.weight, self.step, strict=True)
+
+
+class Sum:
+    """What an accumulator adds up, with as few multiplications as its weights allow: one at the end
+    where they halve from step to step or are the same, else one a step."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._shift, self._last = accumulator.shift, accumulator.weight[-1]
+        self._total: Tensor | None = None
+
+    def add(self, product: Tensor, weight: float) -> None:
+        """Adds what the spikes of the next plane, of that weight, have selected."""
+        own = product * weight if self._shift is None else product
+        if self._total is None:
+            self._total = own
+        else:
+            self._total = (self._total + self._total if self._shift else self._total) + own
+
+    def value(self) -> Tensor:
+        assert self._total is not None
+        return self._total if self._shift is None else self._total * self._last
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Values [*X] as the sums of `accumulators`, each row times `row` [*X] (constant along the last
+    dimension) where a softmax is computed as spikes."""
+
+    accumulators: tuple[Accumulator, ...]
+    row: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Timesteps until the last plane has arrived."""
+        return 1 + max(step for each in self.accumulators for step in each.step)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Planes:
+        """The planes laid out as `change` lays out the values."""
+        return Planes(
+            tuple(
+                replace(each, plane=tuple(change(plane) for plane in each.plane))
+                for each in self.accumulators
+            ),
+            None if self.row is None else change(self.row),
+        )
+
+    def first(self, steps: int) -> Planes:
+        """What has arrived after the first `steps` steps."""
+        kept = []
+        for each in self.accumulators:
+            number = sum(step < steps for step in each.step)
+            if number:
+                fields = (each.plane[:number], each.weight[:number], each.step[:number])
+                kept.append(Accumulator(*fields))
+        return replace(self, accumulators=tuple(kept))
+
+    def value(self) -> Tensor:
+        """The decoded values [*X] float32."""
+        total = self.none()
+        for step in range(self.steps):
+            self.arrive(total, step)
+        return total if self.row is None else total * self.row
+
+    def none(self) -> Tensor:
+        """The decoded values before the first step: zeros [*X] float32."""
+        plane = self.accumulators[0].plane[0]
+        return torch.zeros(plane.shape, device=plane.device)
+
+    def arrive(self, total: Tensor, step: int) -> None:
+        """Adds what the spikes of one step are worth, without the scale of the rows."""
+        for each in self.accumulators:
+            for plane, weight, at in each.spikes:
+                if at == step:
+                    total.add_(plane, alpha=weight)
+
+
+def check_ternary(coding: Coding) -> None:
+    """Raises InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
+    if not coding.neuron or getattr(coding, "tokenwise", False):
+        raise InputError(
+            f"coding={coding.name} has no steps in {{-1, 0, 1}}: a bound has no spikes, and gif emits "
+            "whole numbers on a range of each token; use runtime.execution=fast, or another coding"
+        )
+
+
+def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
+    """The planes of x [*X], and the spikes of every value [*X]."""
+    spikes = coding.encode(x, p)
+    if isinstance(spikes, SpikeTime):
+        return timed(spikes, coding.table(p)), spikes.count
+    if isinstance(spikes, RangeSpikes):
+        return _ranges(spikes, Bank.of(p, coding.timesteps)), spikes.count
+    return _trains(spikes, coding.table(p)), spikes.count
+
+
+def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
+    """One plane a step; silence, where it has a weight, is a spike of the last step.
+
+    weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1].
+    """
+    silent = len(weight) > spikes.timesteps and bool(weight[-1] != 0)
+    number = spikes.timesteps + silent
+    sign = spikes.sign.to(torch.int8)
+    plane = tuple(sign * (spikes.time == t) for t in range(number))
+    step = tuple(min(t, spikes.timesteps - 1) for t in range(number))
+    accumulator = Accumulator(plane, tuple(weight[:number].tolist()), step)
+    return Planes((accumulator,), None if row is None else row.expand(sign.shape).contiguous())
+
+
+def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
+    """One accumulator a neuron, and one for the spike of every floor above zero."""
+    widths, floors, steps = (t.tolist() for t in (bank.width, bank.floor, bank.steps))
+    found = []
+    for grain, (width, floor, count) in enumerate(zip(widths, floors, steps, strict=True)):
+        sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
+        own = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
+        if own:
+            found.append(_accumulator(sign, spikes.train[: len(own)], own))
+        if floor > 0:
+            found.append(_accumulator(sign, spikes.floor[None], [floor]))
+    return Planes(tuple(found))
+
+
+def _trains(spikes: Spikes, table: Tensor) -> Planes:
+    """One accumulator a neuron; what a spike is worth is read where the table codes it alone."""
+    steps = len(spikes.train)
+    grains = len(table) >> steps
+    places = [1 << shift for shift in range(steps - 1, -1, -1)]
+    found = []
+    for grain in range(grains):
+        sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
+        weight = table[[(grain << steps) + place for place in places]]
+        found.append(_accumulator(sign, spikes.train, weight.tolist()))
+    return Planes(tuple(found))
+
+
+def _accumulator(sign: Tensor, train: Tensor, weight: Sequence[float]) -> Accumulator:
+    """train [T, *X], of which the neuron with `sign` [*X] takes its own."""
+    plane = tuple(sign * spikes.to(torch.int8) for spikes in train)
+    return Accumulator(plane, tuple(weight), tuple(range(len(plane))))

@@ -1,0 +1,249 @@
+"""What passes a site: the dense value, its spike code, or an observer; and how it is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.codings.base import Coding
+from stages.errors import InputError
+from stages.model.forward import windows
+from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
+from stages.ports.attachment import pinned, refuse_spiking
+from stages.ports.attention import NAME, AttentionPorts, ForwardState, Port, View, set_ports
+from stages.ports.counters import SiteCounter
+from stages.ports.experts import NAME as EXPERTS
+from stages.ports.experts import ExpertPorts, set_expert_ports, switch_experts
+from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
+from stages.ports.passes import Pass, decoder, prefix_length
+
+
+class DensePort:
+    """Passes the value as it is and counts its multiplications."""
+
+    def __init__(self, counter: SiteCounter | None = None) -> None:
+        self.counter = counter
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        if self.counter is not None:
+            self.counter.add(x.shape, None, real, fanout)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            self.counter.add(scores.shape, None, real_rows(view), fanout, values)
+        return masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+
+
+class SpikingPort:
+    """Replaces the value by its spike code and counts the spikes."""
+
+    def __init__(
+        self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
+    ) -> None:
+        self.params = dict(params)
+        self.counter = counter
+        self._rows = row_kernel(coding, counter is not None and coding.neuron)
+        self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
+        self._neuron = coding.neuron
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value, spikes = self._rows(x, self._on(x.device))
+        if self.counter is not None:
+            self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
+        return value
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            counted = spikes if self._neuron else None
+            self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
+        return value
+
+    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
+        """The parameters where the values are: a model may move after it was patched."""
+        if any(value.device != device for value in self.params.values()):
+            self.params = {name: value.to(device) for name, value in self.params.items()}
+        return self.params
+
+
+class ErrorPort(SpikingPort):
+    """Passes the dense value, and adds up what its code would cost: error, power and spikes."""
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value = super().__call__(x, real, fanout)
+        self._add(x, value, real)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value = super().softmax(scores, scaling, view, fanout)
+        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        self._add(probs, value, real_rows(view))
+        return probs
+
+    def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
+        assert self.counter is not None
+        error = (value.float() - x.float()).square_().sum(-1, dtype=torch.float64)
+        power = x.float().square().sum(-1, dtype=torch.float64)
+        if real is not None:
+            error, power = error * real, power * real
+        self.counter.add_error(error.sum(), power.sum())
+
+
+def allowed(view: View, heads: int) -> Tensor:
+    """Number of probabilities that real queries of this block compute."""
+    seen = view.seen if view.real is None else view.seen * view.real
+    return seen.sum() * heads
+
+
+def real_rows(view: View) -> Tensor | None:
+    """Which query rows are real, [B, 1, Q], or None for all."""
+    return None if view.real is None else view.real[:, None]
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]
+) -> Iterator[ForwardState]:
+    """Lets every site's value pass through its port while the context is open.
+
+    `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
+    site is unknown, and for a loaded spiking model. Leaving the context restores the model exactly.
+    """
+    refuse_spiking(model)
+    unknown = set(ports) - {site.name for site in sites}
+    if unknown:
+        raise InputError(f"no such site in this model: {', '.join(sorted(unknown)[:4])}")
+    modules = dict(model.named_modules())
+    counted = any(getattr(port, "counter", None) is not None for port in ports.values())
+    mixture = any(site.expert is not None for site in sites)
+    state = Pass(model, prefix_length(model), mixture, counted)
+    handles = [decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)]
+    attention = _attention_ports(sites, ports)
+    experts = _expert_ports(sites, ports, state)
+    before, routed = model.config._attn_implementation, None
+    try:
+        for site in sites:
+            inside = site.port in ATTENTION_PORTS or site.expert is not None
+            if not inside and site.name in ports:
+                handles += _hooks(
+                    modules, site, ports[site.name], state, _fanout(site, modules, model.config)
+                )
+        for path, group in attention.items():
+            set_ports(modules[path], AttentionPorts(**group, state=state))
+        for path, bank in experts.items():
+            set_expert_ports(modules[path], bank)
+        model.set_attn_implementation(NAME)
+        if experts:
+            routed = switch_experts(model, EXPERTS)
+        with pinned(model):
+            yield state
+    finally:
+        model.set_attn_implementation(before)
+        if routed is not None:
+            switch_experts(model, routed)
+        for path in attention:
+            set_ports(modules[path], None)
+        for path in experts:
+            set_expert_ports(modules[path], None)
+        for handle in handles:
+            handle.remove()
+
+
+def stream(
+    model: PreTrainedModel,
+    ids: Tensor,
+    batch: int,
+    ports: Mapping[str, Port],
+    name: str,
+    after: Callable[[], None] = lambda: None,
+    through: Callable[[int], None] = lambda layer: None,
+    logits: int = 0,
+) -> None:
+    """Runs full windows ids [W, S] through the dense model with `ports` on its sites.
+
+    `after`, `through` and `logits` are those of `stages.model.forward.windows`.
+    """
+    with torch.inference_mode(), attached(model, find_sites(model), ports):
+        windows(model, ids, batch, name, after=after, through=through, logits=logits)
+
+
+def _attention_ports(
+    sites: Sequence[Site], ports: Mapping[str, Port]
+) -> dict[str, dict[str, Port]]:
+    groups: dict[str, dict[str, Port]] = {}
+    for site in sites:
+        if site.port in ATTENTION_PORTS:
+            group = groups.setdefault(site.path, {})
+            group[site.port] = ports.get(site.name, DensePort())
+    return groups
+
+
+def _expert_ports(
+    sites: Sequence[Site], ports: Mapping[str, Port], state: ForwardState
+) -> dict[str, ExpertPorts]:
+    """The ports of every module of experts; sites are in the order of the experts."""
+    groups: dict[str, dict[str, list[Port]]] = {}
+    for site in sites:
+        if site.expert is not None:
+            group = groups.setdefault(site.path, {})
+            group.setdefault(site.expert[0], []).append(ports.get(site.name, DensePort()))
+    return {path: ExpertPorts(**group, state=state) for path, group in groups.items()}
+
+
+def _fanout(site: Site, modules: Mapping[str, nn.Module], config: Any) -> int:
+    """Multiplications that each value of a site enters; 0 for an element-wise product."""
+    return sum(matrix(modules[name], site, config).outputs for name in site.consumers)
+
+
+def _hooks(
+    modules: Mapping[str, nn.Module], site: Site, port: Port, state: Pass, fanout: int
+) -> list[torch.utils.hooks.RemovableHandle]:
+    def passed(x: Tensor) -> Tensor:
+        rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
+        real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
+        return port(rows, real, fanout).view(x.shape)
+
+    module = modules[site.path]
+    if site.port == "in":
+        readers = [modules[name] for name in dict.fromkeys((site.path, *site.consumers))]
+        shared = _Shared(passed, readers)
+        return [reader.register_forward_pre_hook(shared.enter) for reader in readers]
+    if site.port == "out":
+        return [module.register_forward_hook(lambda _, args, x: passed(x))]
+    index, parts = map(int, site.port.removeprefix("out[").removesuffix("]").split("/"))
+
+    def replaced(_: nn.Module, args: Any, x: Tensor) -> Tensor:
+        own = list(x.chunk(parts, -1))
+        own[index] = passed(own[index].contiguous())
+        return torch.cat(own, -1)
+
+    return [module.register_forward_hook(replaced)]
+
+
+class _Shared:
+    """Gives all readers of one tensor the same coded value, which is coded and counted once and let
+    go with the last of them."""
+
+    def __init__(self, passed: Callable[[Tensor], Tensor], readers: Sequence[nn.Module]) -> None:
+        self._passed, self._readers = passed, readers
+        self._waiting: set[nn.Module] = set()
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if self._last is None or self._last[0] is not x or reader not in self._waiting:
+            self._waiting = set(self._readers)
+            self._last = (x, self._passed(x))
+        value = self._last[1]
+        self._waiting.discard(reader)
+        if not self._waiting:
+            self._last = None
+        return (value, *args[1:])

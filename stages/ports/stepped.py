@@ -1,0 +1,119 @@
+"""Time-stepped execution: the model as a spiking network, layer by layer, every layer T steps.
+
+At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
+select is added up, and the sums are multiplied by the weights of the phases. What stays real-valued
+tells `real_valued`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.analysis.operations import Operation, operations
+from stages.codings.base import Coding, ReplacesSoftmax
+from stages.errors import InputError
+from stages.model.sites import find_sites
+from stages.neurons.neurons import Params
+from stages.ports.attention import View
+from stages.ports.coded import coded
+from stages.ports.counters import SiteCounter
+from stages.ports.kernels import masked_softmax
+from stages.ports.planes import Planes, SpikingSoftmax, check_ternary, planes, timed
+from stages.ports.ports import allowed, real_rows
+
+EXECUTIONS = ("fast", "stepped")
+REAL = {
+    "norm": "normalisation",
+    "rope": "rotary position embedding",
+    "softmax": "softmax",
+    "activation": "activation function",
+    "residual": "residual and bias additions",
+    "hadamard": "online rotation before down_proj",
+    "mixing": "online rotation before down_proj",
+}
+
+
+def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a stepped run of the model computes on real values."""
+    plan = operations(model, find_sites(model))
+    told = dict(REAL)
+    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
+        told["norm"] += " and its scale (transform=fuse puts it into weights)"
+    kinds = {operation.kind for operation in plan}
+    found = [told[kind] for kind in REAL if kind in kinds]
+    if any(operation.name.endswith(":weighting") for operation in plan):
+        found.append("weights of the experts' outputs")
+    return tuple(dict.fromkeys(found))
+
+
+def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:
+    norms = [model.get_submodule(o.name) for o in plan if o.kind == "norm"]
+    return [norm for norm in norms if getattr(norm, "weight", None) is not None]
+
+
+class SteppedPort:
+    """Codes a value by its time-stepped neuron and passes its spikes on to whoever multiplies it.
+
+    With `steps` it passes, decoded, what has arrived after so many of them.
+    """
+
+    def __init__(
+        self,
+        coding: Coding,
+        params: Params,
+        counter: SiteCounter | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._coding, self._params, self._counter = coding, dict(params), counter
+        self._steps = steps
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        found, spikes = planes(self._coding, x.contiguous(), self._params)
+        if self._counter is not None:
+            self._counter.add(x.shape, spikes.sum(-1).float(), real, fanout)
+        return self._passed(found, x)
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        coding = self._coding
+        if isinstance(coding, ReplacesSoftmax):
+            assert isinstance(coding, SpikingSoftmax)  # see check_steps
+            fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
+            found, spikes = timed(fired, weight, row), fired.count
+        else:
+            probs = masked_softmax(scores, scaling, view.mask)
+            found, spikes = planes(coding, probs, self._params)
+        if self._counter is not None:
+            values = allowed(view, scores.shape[1])
+            counted = (spikes * view.mask).sum(-1).float()
+            self._counter.add(scores.shape, counted, real_rows(view), fanout, values)
+        return self._passed(found, scores)
+
+    def _passed(self, found: Planes, x: Tensor) -> Tensor:
+        if self._steps is None:
+            return coded(found, x.dtype)
+        return found.first(self._steps).value().to(x.dtype)
+
+
+def check_steps(coding: Coding) -> None:
+    """Raises InputError for a coding that has no step-by-step form."""
+    check_ternary(coding)
+    if isinstance(coding, ReplacesSoftmax) and not isinstance(coding, SpikingSoftmax):
+        raise InputError(f"coding={coding.name} has no softmax in steps: use execution=fast")
+
+
+def stepped_ports(
+    coding: Coding,
+    parameters: Mapping[str, Params],
+    counters: Mapping[str, SiteCounter],
+    steps: int | None = None,
+) -> dict[str, SteppedPort]:
+    """A stepped port for every site that has parameters."""
+    check_steps(coding)
+    return {
+        name: SteppedPort(coding, own, counters.get(name), steps)
+        for name, own in parameters.items()
+    }

@@ -1,0 +1,268 @@
+"""Zero-shot accuracy by lm-eval on a model in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import InputError
+from stages.model.limits import check_tokens
+from stages.model.sources import PackageFile
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = ("acc", "acc_norm")
+SPLITS = ("validation", "test")
+_BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One column of accuracies: lm-eval's `task`, scored by `metric` on `split` of its data.
+
+    The data are the file `path`, or else the one in `package`, which then stands for that
+    split; without either, the data set that lm-eval names, from the hub.
+    """
+
+    name: str
+    task: str
+    metric: str = "acc_norm"
+    split: str = "validation"
+    path: str | None = None
+    package: PackageFile | None = None
+
+    def __post_init__(self) -> None:
+        for field, got, allowed in (
+            ("metric", self.metric, METRICS),
+            ("split", self.split, SPLITS),
+        ):
+            if got not in allowed:
+                raise InputError(
+                    f"tasks.{self.name}.{field}: got {got!r}, needs one of {', '.join(allowed)}"
+                )
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[tuple[TaskSpec, Path | None]],
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy of each task on the first `limit` items of its file (None in its place: the hub).
+
+    Returns {name: {value, stderr, n, metric, split, version}}; stderr is that of a mean, null
+    for one item. lm-eval pads batches on the right without a mask, so counters that run
+    meanwhile see the pads.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"items per zero-shot task: got {limit}, needs 1 or more, or null for all")
+    if not tasks:
+        return {}
+    from lm_eval.evaluator import evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory(prefix="tasks-") as folder,
+        _in_memory(model, tokenizer, batch_size) as lm,
+    ):
+        loaded = _load(tasks, Path(folder))
+        # 0 would drop every standard error; for any other number that of a mean is closed form.
+        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=1, log_samples=False)
+    return {spec.name: _row(spec, results) for spec, _ in tasks}
+
+
+def check(spec: TaskSpec, data: Path | None, items: int) -> None:
+    """Raises InputError where `zero_shot` would, an hour later: a task that lm-eval lacks, a metric
+    that it lacks, a file in other columns, a right answer that is none of the choices."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="tasks-") as folder:
+        task = _load([(spec, data)], Path(folder))["tasks"][spec.name]
+        _check_metric(spec, task.aggregation())
+        with _readable(spec, data):
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+            for number, question in zip(range(items), task.eval_docs, strict=False):
+                _check_answer(task, question, number)
+
+
+def _check_metric(spec: TaskSpec, scored: Collection[str]) -> None:
+    if spec.metric not in scored:
+        raise InputError(
+            f"tasks.{spec.name}.metric={spec.metric}: lm-eval's {spec.task} is scored by "
+            f"{', '.join(scored)}"
+        )
+
+
+def _check_answer(task: Any, question: Any, number: int) -> None:
+    """Raises ValueError where lm-eval would count every answer of a question as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    choices = list(task.doc_to_choice(question))
+    right = task.doc_to_text(question) if task.multiple_input else task.doc_to_target(question)
+    for each in right if isinstance(right, list) else [right]:
+        allowed = range(len(choices)) if isinstance(each, int) else choices
+        if each not in allowed:
+            raise ValueError(
+                f"question {number + 1} has {each!r} as its right answer, out of {len(choices)} choices"
+            )
+
+
+@contextmanager
+def _readable(spec: TaskSpec, data: Path | None) -> Iterator[None]:
+    """Turns what lm-eval and datasets raise for questions that they cannot read into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a bad file or no network shows as one of a dozen types
+        reason = (str(error).strip().splitlines() or ["it is empty"])[0]
+        raise InputError(
+            f"questions of {spec.name} cannot be read from {data or 'the hub'}: {reason}{_head(data)};"
+            f" give tasks.{spec.name}.path=FILE in the columns of that data set"
+        ) from error
+
+
+def _head(data: Path | None) -> str:
+    """What a file has instead of the columns that a task reads; nothing where it has no rows."""
+    import datasets
+
+    if data is None:
+        return ""
+    try:
+        file: Any = datasets.load_dataset(
+            _BUILDERS[data.suffix], data_files=str(data), split="train", streaming=True
+        )
+        return f"; its first row has {', '.join(next(iter(file)))}"
+    except Exception:  # it is what is being reported
+        return ""
+
+
+def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
+    """lm-eval's own tasks, each by a file that includes its yaml and says where the data lie."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    manager = TaskManager(include_defaults=False)
+    loaded: dict[str, Any] = {}
+    for spec, data in tasks:
+        file = folder / f"{spec.name}.yaml"
+        file.write_text(json.dumps(_config(spec, data, folder)))  # json is yaml
+        with _readable(spec, data):
+            loaded |= manager.load([str(file)])["tasks"]
+    return {"tasks": loaded}
+
+
+def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "include": _yaml_of(spec.task),
+        "task": spec.name,
+        "num_fewshot": 0,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+        f"{spec.split}_split": spec.split,
+    }
+    if data is None:
+        return config
+    if data.suffix not in _BUILDERS or not data.is_file():
+        raise InputError(
+            f"tasks.{spec.name}: {data} is no file with one of the suffixes {', '.join(_BUILDERS)}"
+        )
+    kwargs = {"data_files": {spec.split: str(data)}, "cache_dir": str(folder)}
+    return config | {
+        "dataset_path": _BUILDERS[data.suffix],
+        "dataset_name": None,
+        "dataset_kwargs": kwargs,
+    }
+
+
+@cache
+def _index() -> dict[str, Any]:
+    """lm-eval's tasks by name; it reads thousands of files to find them, so once per process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _yaml_of(task: str) -> str:
+    entry = _index().get(task)
+    if entry is None or entry.yaml_path is None:
+        close = get_close_matches(task, _index(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+        raise InputError(f"lm-eval has no task {task!r}; {hint}")
+    if entry.kind.name != "TASK":
+        raise InputError(
+            f"lm-eval's {task} is a {entry.kind.name.lower()} of tasks; give one of them"
+        )
+    return str(entry.yaml_path)
+
+
+@contextmanager
+def _in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[HFLM]:
+    """The model as lm-eval wants it, with log-likelihoods in float32 whatever the model's dtype is.
+
+    HFLM calls `tie_weights`, which would undo a transform that has untied the embedding and the
+    head, so that does nothing meanwhile.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    if not sys.stderr.isatty():  # its progress bar is for people, and knows no terminal
+        quiet = partial(lm.loglikelihood, disable_tqdm=True)
+        lm.loglikelihood = quiet
+    _check_requests(lm, model, tokenizer)
+    try:
+        yield lm
+    finally:
+        del model.tie_weights
+
+
+def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets the scoring raise InputError for a question that the model cannot read: with a token that
+    its embedding lacks, or longer than it has positions, which lm-eval would cut from the left."""
+    from stages.transforms.prefix import prefix_length
+
+    embedding: Any = model.get_input_embeddings()
+    most, score = lm.max_length - prefix_length(model), lm._loglikelihood_tokens
+
+    def checked(requests: Any, *args: Any, **options: Any) -> Any:
+        for _, context, continuation in requests:
+            ids = [*context, *continuation]
+            check_tokens(ids, embedding.num_embeddings, "a question", tokenizer)
+            if len(ids) - 1 > most:  # the last token is not read
+                raise InputError(
+                    f"a question has {len(ids)} tokens, and the model {most} positions for it: leave "
+                    "its task out of evaluation.tasks"
+                )
+        return score(requests, *args, **options)
+
+    lm._loglikelihood_tokens = checked
+
+
+def _row(spec: TaskSpec, results: Any) -> dict[str, Any]:
+    scores = results["results"][spec.name]
+    _check_metric(spec, [name.partition(",")[0] for name in scores if name.endswith(",none")])
+    stderr = scores[f"{spec.metric}_stderr,none"]
+    return {
+        "value": float(scores[f"{spec.metric},none"]),
+        "stderr": None if isinstance(stderr, str) else float(stderr),
+        "n": int(results["n-samples"][spec.name]["effective"]),
+        "metric": spec.metric,
+        "split": spec.split,
+        "version": results["versions"][spec.name],
+    }

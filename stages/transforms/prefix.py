@@ -1,0 +1,250 @@
+"""A prefix of attention sinks in front of every text, kept as a cache of keys and values.
+
+Source: PrefixQuant (Chen et al. 2024): the tokens that become outliers, once in front of a text,
+keep every later token from becoming one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from stages.errors import InputError
+from stages.model.rules import architecture
+from stages.model.sites import find_sites
+from stages.ports.attention import View
+from stages.ports.experts import refuse_experts
+from stages.ports.passes import (
+    PREFIX,
+    argument_names,
+    decoder,
+    named,
+    new_tokens,
+    positions,
+    prefix_length,
+)
+from stages.ports.ports import DensePort, stream
+from stages.registry import register
+
+KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
+
+
+@register("search/prefix", was="stages.llm.prefix.PrefixSearch")
+@dataclass(frozen=True)
+class PrefixSearch:
+    """A token is an outlier where max|x| exceeds `outlier` times the median over its window."""
+
+    outlier: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.outlier) and self.outlier > 1):
+            raise InputError(f"transform.search.outlier={self.outlier!r}: give a number above 1")
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, batch: int
+    ) -> dict[str, Any]:
+        """The prefix for a dense model, from windows ids [W, S], and the counts that led to it.
+
+        Its length is the mean number of outlier tokens of a window at the down_proj that has most
+        of them, rounded up, at least 1. The last token is the tokenizer's BOS; the others are the
+        ids that are outliers there most often, a window's first position left out, which is one
+        whatever token it holds. Without a BOS they take all places; without either, InputError.
+        """
+        sites = [site for site in find_sites(model) if site.role == "mlp.down"]
+        refuse_experts(sites, "the search for a prefix", "use transform=none")
+        ports = {site.name: PeakPort() for site in sites}
+        stream(model, ids, batch, ports, "prefix", logits=1)
+        found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
+        means = found.sum(-1).double().mean(-1)  # [sites]
+        most = int(means.argmax())
+        hits = found[most].clone()
+        hits[:, 0] = False
+        counts = Counter(ids.cpu()[hits].tolist())
+        return {
+            "ids": _choose(math.ceil(float(means[most])), counts, tokenizer.bos_token_id),
+            "site": sites[most].name,
+            "outliers_per_window": dict(
+                zip([site.name for site in sites], means.tolist(), strict=True)
+            ),
+            "first_position": float(found[most][:, 0].double().mean()),
+            "counts": {str(token): count for token, count in _ranked(counts)},
+        }
+
+    def _outliers(self, peaks: Tensor) -> Tensor:
+        """Which tokens of peaks [W, S] stand out of their window."""
+        return peaks > self.outlier * peaks.median(-1, keepdim=True).values
+
+
+class PeakPort(DensePort):
+    """Keeps max|x| of every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._peaks: list[Tensor] = []
+
+    @property
+    def peaks(self) -> Tensor:
+        """[windows, length], on the CPU."""
+        return torch.cat(self._peaks)
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        self._peaks.append(x.abs().amax(-1).float().cpu())
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        raise NotImplementedError("peaks are those of a token, not of a pair")
+
+
+def _ranked(counts: Counter[int]) -> list[tuple[int, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
+    """`length` ids, at least one, fewer where there are no more candidates."""
+    ranked = [token for token, _ in _ranked(counts) if token != bos]
+    if bos is not None:
+        return [*ranked[: max(length, 1) - 1], int(bos)]
+    if not ranked:
+        raise InputError(
+            "transform=rotate_prefix found no outlier token behind the first position, and the "
+            "tokenizer has no BOS to keep in front; use transform=rotate"
+        )
+    return ranked[: max(length, 1)]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most keys, prefix among them, that a text may have, and what comes behind them."""
+
+    keys: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixCache:
+    """The decoder layers with the prefix' keys and values [1, G, P, D], the names of forward's
+    arguments, and how long a text may be."""
+
+    ids: tuple[int, ...]
+    layers: nn.ModuleList
+    names: tuple[str, ...]
+    limits: tuple[Limit, ...]
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward pass behind the prefix: a cache that holds it, mask and positions to match.
+
+        An empty cache is filled; one that is not holds the prefix since the pass that filled it.
+        Positions count from the end of the prefix, and no pad. Raises InputError on masks and caches
+        that leave no place for the prefix, and on texts that it would not reach.
+        """
+        given = named(self.names, args, kwargs)
+        batch, length = new_tokens(given)
+        cache: Cache | None = given.get("cache")
+        if cache is None:
+            cache = DynamicCache(config=module.config)
+        past = int(cache.get_seq_length())
+        mask, at = given.get("attention_mask"), given.get("position_ids")
+        keys = (past or len(self.ids)) + length
+        self._check(mask, keys)
+        if past and mask is None and at is not None:
+            self._check_start(int(at[..., 0].max()) + len(self.ids), past)
+        if past == 0:
+            for index, layer in enumerate(self.layers):
+                own: Any = layer
+                cache.update(
+                    _expand(own.prefix_keys, batch), _expand(own.prefix_values, batch), index
+                )
+        given["cache"] = cache
+        if mask is not None:
+            at = positions(mask, length) if at is None else at
+            ones = mask.new_ones(mask.shape[0], len(self.ids))
+            given["attention_mask"] = torch.cat([ones, mask], dim=1)
+        if at is not None:
+            given["position_ids"] = at + len(self.ids)
+        return (), given
+
+    def _check_start(self, start: int, past: int) -> None:
+        """`generate` with the cache of an earlier text takes the prefix in it for the text's."""
+        if start != past:
+            raise InputError(
+                f"tokens from position {start} on behind a cache of {past}, {len(self.ids)} of them "
+                "the prefix of this model: a cache of an earlier text, or of an assistant model, "
+                "cannot be continued, give the whole text without a cache"
+            )
+
+    def _check(self, mask: Any, keys: int) -> None:
+        size = len(self.ids)
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        if mask is not None and not (flat and mask.shape[1] + size == keys):
+            got = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"of {[*mask]}"
+            raise InputError(
+                f"attention_mask {got} for {keys} keys, {size} of them the prefix of this model: "
+                "give a mask [batch, past + new tokens] without the prefix, and no cache of a fixed "
+                "size or of an earlier text"
+            )
+        for limit in self.limits:
+            if keys > limit.keys:
+                raise InputError(
+                    f"a text of {keys - size} tokens, pads among them, behind a prefix of {size}: "
+                    f"{limit.reason}; give at most {limit.keys - size} tokens, or convert with "
+                    "transform=rotate, which has no prefix"
+                )
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Takes from the output a cache that nobody asked for: `generate` would go on with it."""
+        used = kwargs.get("use_cache")
+        wanted = module.config.use_cache if used is None else used
+        if wanted or not hasattr(output, "items"):
+            return output
+        return type(output)(**{k: v for k, v in output.items() if k != "cache"})
+
+
+def _expand(states: Tensor, batch: int) -> Tensor:
+    return states.expand(batch, -1, -1, -1)
+
+
+def _limits(config: Any) -> tuple[Limit, ...]:
+    """A prefix that a sliding window leaves behind shields no token, and one that was rotated with
+    other frequencies than the text stands elsewhere."""
+    windows = [
+        int(layer.sliding_window)
+        for layer in DynamicCache(config=config).layers
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    ]
+    found = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, trained = rope.get("rope_type"), config.max_position_embeddings
+    if kind in ("dynamic", "longrope"):
+        trained = rope.get("original_max_position_embeddings") or trained
+        found.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
+    return tuple(found)
+
+
+def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Keeps the prefix in front of every later pass of the model; its logits are not returned.
+
+    Call it on the dense model, once, and before any port is attached: hooks run in order.
+    """
+    if not ids or prefix_length(model):
+        raise ValueError(f"prefix {list(ids)} on a model with a prefix of {prefix_length(model)}")
+    cache = DynamicCache()  # not the model's own kind, which forgets what leaves a window
+    with torch.no_grad():
+        model(torch.tensor([list(ids)], device=model.device), cache=cache, use_cache=True)
+    filled: Any = cache.layers
+    layers: Any = model.get_submodule(architecture(model).layers)
+    for layer, states in zip(layers, filled, strict=True):  # as buffers they go where a model goes
+        layer.register_buffer(KEYS, states.keys, persistent=False)
+        layer.register_buffer(VALUES, states.values, persistent=False)
+    inner = decoder(model)
+    kept = PrefixCache(tuple(ids), layers, argument_names(inner), _limits(model.config))
+    inner.register_forward_pre_hook(kept.enter, with_kwargs=True)
+    inner.register_forward_hook(kept.leave, with_kwargs=True)
+    model.__dict__[PREFIX] = kept.ids

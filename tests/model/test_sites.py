@@ -1,0 +1,115 @@
+"""Sites: the exact list for a small model, and every way in which it cannot be resolved."""
+
+import pytest
+from torch import nn
+
+from stages.errors import InputError
+from stages.model.sites import ROLES, Site, SiteSelection, find_sites, select
+
+LAYER = [  # role, name in the layer, linear modules it feeds
+    (
+        "attn.in",
+        "input_layernorm:out",
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ),
+    ("attn.q", "self_attn:q", []),
+    ("attn.k", "self_attn:k", []),
+    ("attn.v", "self_attn:v", []),
+    ("attn.probs", "self_attn:probs", []),
+    ("attn.out", "self_attn.o_proj:in", ["self_attn.o_proj"]),
+    ("mlp.in", "post_attention_layernorm:out", ["mlp.gate_proj", "mlp.up_proj"]),
+    ("mlp.act", "mlp.act_fn:out", []),
+    ("mlp.up", "mlp.up_proj:out", []),
+    ("mlp.down", "mlp.down_proj:in", ["mlp.down_proj"]),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_sites_of_two_layers_and_the_head_in_forward_order(tiny, kind):
+    expected = [
+        Site(f"model.layers.{i}.{name}", role, i, tuple(f"model.layers.{i}.{c}" for c in feeds))
+        for i in range(2)
+        for role, name, feeds in LAYER
+    ]
+    assert find_sites(tiny(kind)) == [*expected, Site("lm_head:in", "head.in", -1, ("lm_head",))]
+
+
+def test_every_linear_module_is_fed_by_exactly_one_site(model):
+    fed = [consumer for site in find_sites(model) for consumer in site.consumers]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(fed) == sorted(linears)
+
+
+def test_a_name_is_a_path_and_a_port():
+    site = Site("model.layers.1.mlp.down_proj:in", "mlp.down", 1)
+    assert (site.path, site.port) == ("model.layers.1.mlp.down_proj", "in")
+
+
+def test_a_linear_module_that_no_site_feeds_is_refused(model):
+    model.model.layers[1].mlp.adapter = nn.Linear(4, 4)
+    with pytest.raises(InputError, match=r"fed by no site \['model.layers.1.mlp.adapter'\]"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize(
+    ("remove", "named"),
+    [
+        (lambda model: delattr(model.model.layers[1].mlp, "act_fn"), "layers.1.mlp.act_fn:out"),
+        (lambda model: delattr(model.model.layers[0].self_attn, "k_proj"), "self_attn.k_proj"),
+        (lambda model: delattr(model, "lm_head"), "lm_head:in"),
+    ],
+)
+def test_a_missing_module_is_named(model, remove, named):
+    remove(model)
+    with pytest.raises(InputError, match=named):
+        find_sites(model)
+
+
+def test_a_model_without_layers_is_refused(model):
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(InputError, match="0 decoder layers"):
+        find_sites(model)
+
+
+def test_an_unknown_model_type_is_refused_with_what_is_known(model):
+    model.config.model_type = "mamba"
+    with pytest.raises(InputError, match=r"'mamba'.*known: .*llama.*layers.\*.self_attn.q_proj"):
+        find_sites(model)
+
+
+def test_a_selection_keeps_its_roles_in_forward_order(model):
+    sites = find_sites(model)
+    chosen = select(sites, SiteSelection(["head.in", "attn.q"]))
+    names = ["model.layers.0.self_attn:q", "model.layers.1.self_attn:q", "lm_head:in"]
+    assert [site.name for site in chosen] == names
+    assert select(sites, SiteSelection()) == sites
+    assert {site.role for site in sites} == set(ROLES)
+
+
+@pytest.mark.parametrize("roles", [[], ["attn.q", "attn.q"], ["attn.q", "mlp"]])
+def test_a_selection_needs_distinct_known_roles(roles):
+    with pytest.raises(InputError, match="give distinct roles out of attn.in, attn.q"):
+        SiteSelection(roles)
+
+
+def test_excluded_sites_are_left_out_by_name_or_pattern(model):
+    sites = find_sites(model)
+    up, head = "model.layers.1.mlp.up_proj:out", "lm_head:in"
+    names = [site.name for site in sites]
+    kept = [s.name for s in select(sites, SiteSelection(exclude=[up, head]))]
+    assert kept == [name for name in names if name not in (up, head)]
+    kept = [s.name for s in select(sites, SiteSelection(exclude=["model.layers.0.*"]))]
+    assert kept == [name for name in names if ".layers.0." not in name]
+    with pytest.raises(
+        InputError, match=r"no site model.layer.1.mlp.up_proj:out; did you mean mod"
+    ):
+        select(sites, SiteSelection(exclude=["model.layer.1.mlp.up_proj:out"]))
+    with pytest.raises(InputError, match="leave no site"):
+        select(sites, SiteSelection(["head.in"], [head]))
+
+
+def test_the_number_of_an_expert_is_no_pattern():
+    sites = [Site(f"mlp.experts:down[{i}]", "mlp.down", 0) for i in (1, 17)]
+    assert select(sites, SiteSelection(exclude=["mlp.experts:down[1]"])) == sites[1:]
+    with pytest.raises(InputError, match="leave no site"):
+        select(sites, SiteSelection(exclude=["mlp.experts:down[*]"]))

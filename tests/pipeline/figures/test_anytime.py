@@ -1,0 +1,92 @@
+"""Stepped execution and the anytime curve as a user asks for them."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from pipeline.figures import anytime
+
+ONE = ("experiment=null", "coding=gated", "coding.timesteps=4")
+
+
+@pytest.fixture(scope="module")
+def fast(command, tmp_path_factory):
+    """A run with the anytime curve, in a store of its own."""
+    done = command(tmp_path_factory.mktemp("stepped"), *ONE, "evaluation.anytime=true")
+    assert done.code == 0, done.err
+    return done
+
+
+def test_after_all_steps_the_curve_is_at_the_perplexity(fast) -> None:
+    (result,) = fast.results
+    curve = result["anytime"]
+    assert list(curve) == ["1", "2", "3", "4"]
+    assert curve["4"] == result["ppl_wikipedia"]
+    assert abs(curve["1"] - curve["4"]) > 0.01
+
+
+def test_it_is_a_table_and_a_figure(fast) -> None:
+    (result,) = fast.results
+    (file,) = fast.cwd.glob("outputs/tables/*_anytime.csv")
+    table = pd.read_csv(file)
+    assert table["ppl"].tolist() == pytest.approx(list(result["anytime"].values()))
+    assert table["steps"].tolist() == [1, 2, 3, 4]
+
+
+def test_figures_of_single_runs_are_drawn(fast, command) -> None:
+    done = command(fast.cwd, *ONE, "evaluation.anytime=true", "runtime.figures=true")
+    assert done.code == 0, done.err
+    assert {p.suffix for p in fast.cwd.glob("outputs/tables/*_anytime.p*")} == {".pdf", ".png"}
+
+
+def test_what_diverged_is_in_the_note_and_not_in_the_legend() -> None:
+    names = {"run": "las", "timesteps": 4, "transform": "none"}
+    rows = [names | {"steps": step, "ppl": ppl} for step, ppl in enumerate((2e9, 300, 40, 30), 1)]
+    rows += [row | {"run": "lost", "ppl": 1e9} for row in rows]
+    figure = anytime.perplexity_by_steps(pd.DataFrame(rows))
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_xydata().tolist() == [[2, 300], [3, 40], [4, 30]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["las, T=4"]
+    label, *note = figure.axes[0].get_xlabel().split("\n")
+    assert "las, T=4 at t = 1; lost, T=4 at t = 1, 2, 3, 4" in " ".join(note) and "T=4" not in label
+    assert anytime.drawable(pd.DataFrame(rows)) and not anytime.drawable(pd.DataFrame(rows[4:]))
+
+
+def test_thirty_runs_have_a_legend_that_fits_the_figure() -> None:
+    rows = [
+        {"run": f"r{i}", "timesteps": 2, "transform": "none", "steps": s, "ppl": 20.0 + i}
+        for i in range(30)
+        for s in (1, 2)
+    ]
+    figure = anytime.perplexity_by_steps(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= figure.bbox.y1
+    looks = {(x.get_color(), x.get_linestyle()) for x in figure.axes[0].get_lines()}
+    assert len(looks) == 24  # of 30, as many as differ in colour or dashes
+
+
+def test_stepped_execution_has_the_keys_and_the_results_of_the_fast_one(
+    fast, command, tmp_path
+) -> None:
+    done = command(tmp_path, *ONE, "runtime.execution=stepped")
+    assert done.code == 0, done.err
+    ((mine,), (other,)) = done.results, fast.results
+    assert {k: v for k, v in other["keys"].items() if "anytime" not in k} == mine["keys"]
+    assert mine["ppl_wikipedia"] == pytest.approx(other["ppl_wikipedia"], rel=1e-3)
+    assert mine["acs_G"] == pytest.approx(other["acs_G"], rel=1e-3)
+    assert json.dumps(mine["axes"]) == json.dumps(other["axes"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("runtime.execution=slow", "choose fast or stepped"),
+        ("coding=lloyd_max", "has no steps in {-1, 0, 1}"),
+    ],
+)
+def test_what_cannot_be_stepped_is_one_line(command, tmp_path, override: str, says: str) -> None:
+    given = ["runtime.execution=stepped"] if "coding" in override else []
+    done = command(tmp_path, "experiment=null", *given, override)
+    assert done.code == 1 and says in done.err

@@ -1,0 +1,67 @@
+"""Names of tables: a person can read them, and no two configurations share one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipeline.results.naming import run_stem
+from tests.pipeline.conftest import Finished
+
+GATED = {
+    "model": "smollm2-135m",
+    "coding": "gated",
+    "timesteps": 6,
+    "grains": 2,
+    "transform": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "swept", "name"),
+    [
+        (["coding=gated", "timesteps=6"], False, "smollm2-135m_gated_T6_n2"),
+        (["coding=gated", "store.path=elsewhere"], False, "smollm2-135m_gated_T6_n2"),
+        (["coding.mu=0.1"], False, "smollm2-135m_gated_T6_n2_coding.mu=0.1"),
+        (["label=mine", "coding=gated"], False, "mine_coding=gated"),
+        (["label='my own'", "table.columns=[T,n]"], False, "my-own"),
+        (
+            ["coding=gated,las", "timesteps=4,6"],
+            True,
+            "smollm2-135m_coding=gated+las_timesteps=4+6",
+        ),
+        (["model=a,b", "coding=las"], True, "smollm2-135m_coding=las_model=a+b"),
+    ],
+)
+def test_a_run_without_an_experiment_is_called_after_what_was_asked(overrides, swept, name):
+    assert run_stem(GATED, overrides, swept) == name
+
+
+def test_what_no_name_has_room_for_still_tells_runs_apart():
+    one, other = (
+        run_stem(GATED, [f"calibration.corpus={name}", "fitting.algorithm1.lr_bases=1e-3"], False)
+        for name in ("wikipedia", "wikitext2")
+    )
+    assert one != other and re.fullmatch("smollm2-135m_gated_T6_n2_[0-9a-f]{8}", one)
+    paths = [run_stem(GATED, [f"model.path=/{p}/net"], False) for p in "ab"]
+    assert len(set(paths)) == 2
+    assert run_stem(GATED | {"transform": "rotate"}, [], False) == "smollm2-135m_gated_T6_n2_rotate"
+    dense = {"model": "m", "coding": "dense", "timesteps": None, "grains": None}
+    assert run_stem(dense, [], False) == "m_dense"
+
+
+def test_single_runs_leave_tables_of_their_own(command, tmp_path):
+    done: list[Finished] = [
+        command(tmp_path, "coding=las", "timesteps=4"),
+        command(tmp_path, "coding=las", "timesteps=6", "table.columns=[coding,T,ppl]"),
+        command(tmp_path, "coding=las", "timesteps=4", "label=mine"),
+    ]
+    assert [run.code for run in done] == [0, 0, 0]
+    names = [run.table.stem for run in done]
+    assert len(set(names)) == 3 and names[0].startswith("tiny_las_T4_n1_")
+    assert names[2].startswith("mine_")
+    assert all(run.table.exists() for run in done)
+    heads = re.findall(r"^(.*)\n-+ ", done[1].out, re.MULTILINE)
+    assert [head.split() for head in heads] == [["coding", "T", "ppl", "wikipedia"]]
+    assert "vs dense" not in done[1].out and "energy" in done[1].table.read_text().splitlines()[0]

@@ -1,0 +1,148 @@
+"""The jobs of a command line, their steps before anything is built, and the plan of what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands import plan
+from pipeline.run import inputs, runner
+from pipeline.run.chain import chain
+from pipeline.run.jobs import jobs
+from pipeline.store.store import Store
+from tests.pipeline.conftest import Finished, main_in
+
+SWEEP = ("experiment=none", "coding=las,gated", "timesteps=4,5", "evaluation.tasks=[piqa]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def swept(command, folder: Path) -> Finished:
+    """A sweep over two axes, with questions."""
+    return command(folder, "-m", *SWEEP)
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("a plan loads and builds nothing")
+
+
+def test_jobs_are_those_that_hydra_launches(swept, tiny_run):
+    found = jobs([*tiny_run.overrides, *SWEEP])
+    assert [sorted(job.overrides) for job in found] == [
+        sorted(result["run"]["overrides"]) for result in swept.results
+    ]
+    assert [job.settings.name for job in found] == [r["label"] for r in swept.results]
+
+
+def test_an_override_wins_over_the_axis_of_the_experiment():
+    assert len(jobs(["experiment=frontier"])) == 18
+    found = jobs(["experiment=frontier", "timesteps=9", "transform=rotate,none", "hydra.mode=RUN"])
+    assert len(found) == 6
+    assert {job.settings.timesteps for job in found} == {9}
+    assert [job.settings.transform.name for job in found] == ["rotate"] * 3 + ["none"] * 3
+    assert not any(override.startswith("hydra") for override in found[0].overrides)
+
+
+def test_the_command_of_a_job_runs_that_job(swept, tiny_run, folder):
+    job = jobs([*tiny_run.overrides, *SWEEP])[2]
+    program, dash, module, *arguments = shlex.split(job.command)
+    assert (program, dash, module) == ("python", "-m", "pipeline")
+    (alone,) = main_in(folder, arguments).results
+    assert alone["keys"] == swept.results[2]["keys"] and all(alone["hits"].values())
+    odd = jobs(["experiment=frontier", "variant=dense", "label=some words"])[0]
+    again = jobs([a for a in shlex.split(odd.command)[3:] if not a.startswith("hydra")])
+    assert [job.config for job in again] == [odd.config] and odd.config.label == "some words"
+
+
+def test_steps_have_the_keys_that_a_run_builds(swept, tiny_run, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for job, result in zip(jobs([*tiny_run.overrides, *SWEEP]), swept.results, strict=True):
+        steps = chain(job.settings, Store(Path("elsewhere"))).steps
+        assert {label: step.key() for label, step in steps.items()} == result["keys"]
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize("transform", ["rotate", "rotate_prefix"])
+def test_the_keys_behind_a_prefix_are_known_before_it_is_found(transform, settings, tmp_path):
+    chosen = settings(tmp_path, f"transform={transform}", "coding=gated_budget", "timesteps=4")
+    steps = chain(chosen, Store(tmp_path)).steps
+    expected = {label: step.key() for label, step in steps.items()}
+    assert ("prefix" in expected) == (transform == "rotate_prefix")
+    assert {"statistics sensitivity", "fitting", "energy"} <= set(expected)
+    assert runner.execute(chosen)[0]["keys"] == expected
+
+
+def test_a_stored_run_gives_its_row_without_loading_a_model(swept, tiny_run, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(inputs, "load", forbidden)
+    job = jobs([*tiny_run.overrides, *SWEEP])[3]
+    run, missing = runner.stored(job.settings)
+    row, sites = runner.collect(run)
+    assert missing == [] and len(sites) == 21
+    kept = {k: v for k, v in swept.results[3].items() if k not in ("run", "compiled", "hits")}
+    assert json.loads(json.dumps({k: v for k, v in row.items() if k != "hits"})) == kept
+
+
+def test_what_the_store_lacks_is_named(swept, tiny_run, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (job,) = jobs([*tiny_run.overrides, "experiment=none", "coding=gated", "timesteps=7"])
+    run, missing = runner.stored(job.settings)
+    assert missing == ["fitting", "patching", "evaluation ppl_wikipedia", "energy"]
+    assert list(run.artifacts) == ["capture", "distribution"]
+
+
+def test_a_plan_counts_what_is_stored_and_shared(swept, tiny_run, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(inputs, "load", forbidden)
+    overrides = [*tiny_run.overrides, "experiment=none", "coding=gated"]
+    # T=4 is there but for other windows; T=7 is new; the third repeats the second
+    chosen = [jobs([*overrides, t])[0] for t in ("timesteps=4", "timesteps=7", "timesteps=7")]
+    store = Store(Path(chosen[0].settings.store.path))
+    before = sorted(store.root.rglob("*"))
+    first, second, third = plan.plan(chain(job.settings, store) for job in chosen)
+    assert not first.builds and first.stored == 8  # six steps, two texts
+    assert list(second.builds) == ["fitting", "patching", "evaluation ppl_wikipedia", "energy"]
+    assert not third.builds and third.shared == 4 and second.stored == third.stored == 4
+    assert all(seconds is not None and seconds >= 0 for seconds in second.builds.values())
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_an_estimate_is_the_median_of_like_builds_by_their_tokens(settings, tmp_path):
+    store = Store(tmp_path)
+    steps = {}
+    for windows, seconds in ((1, 1.0), (2, 6.0), (3, 6.0)):
+        chosen = settings(tmp_path, "coding=las", f"evaluation.windows={windows}")
+        step = steps[windows] = chain(chosen, store).steps["evaluation ppl_wikipedia"]
+        artifact = store.build(step, lambda out: (out / "x").write_text("x"))
+        record = artifact.manifest | {"seconds": seconds}
+        plan.manifest.write(artifact.path, record)
+    history = plan.History(store)  # 1, 3 and 2 seconds a window
+    assert history.estimate(steps[3]) == pytest.approx(6.0)
+    other = chain(settings(tmp_path, "coding=gated"), store).steps  # of another coding
+    assert history.estimate(other["evaluation ppl_wikipedia"]) == pytest.approx(6.0)
+    assert history.estimate(other["capture"]) is None
+
+
+def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
+    done = main_in(tmp_path, [*tiny_run.overrides, "runtime.plan=true"])
+    assert done.code == 0, done.err
+    assert len(re.findall(r"^ +\d+ ", done.out, re.MULTILINE)) == 6  # the quickstart's jobs
+    assert "dense on tiny " in done.out and "gated3 T=6 n=3 on tiny " in done.out
+    assert "no past build to estimate from: capture" in done.out
+    assert not (tmp_path / "outputs/store").exists() and not (tmp_path / "outputs/runs").exists()
+    bad = main_in(tmp_path, ["runtime.plan=true", "coding=nonsense"])
+    assert bad.code == 1 and bad.err.count("\n") == 1 and "nonsense" in bad.err
+
+
+def test_a_plan_that_no_command_line_asks_for_runs_nothing_either(tiny_run, tmp_path):
+    done = main_in(tmp_path, [*tiny_run.overrides, "experiment=none", "++runtime.plan=true"])
+    assert done.code == 1 and "runtime.plan=true on the command line" in done.err
+    assert not list(tmp_path.glob("outputs/store/*/*"))

