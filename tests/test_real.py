@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 import stages
 from pipeline.run import inputs, runner
 from pipeline.run.settings import Settings
+from pipeline.run.texts import load_tokens
 from pipeline.store.store import Store
 from stages.checkpoint.saved import save
 from stages.codings.base import Coding
@@ -98,8 +99,8 @@ def test_no_ungated_code_beats_the_optimal_quantiser(fitted: Fitted, timesteps: 
 
 def test_perplexity_of_gated_neurons_is_near_the_dense_one(run: runner.Run, fitted: Fitted) -> None:
     use_compiler(True)
-    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(found), 2, 512)
+    found = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(found), 2, 512)
     model, _ = run.model.load()
 
     def measured(conversion: Conversion | None) -> float:
@@ -122,8 +123,8 @@ def test_signed_digits_spare_spikes_at_the_same_levels(
 ) -> None:
     """Weighted by fan-out, behind the same gate of two ranges."""
     use_compiler(True)
-    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(found), 1, 512)
+    found = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(found), 1, 512)
     model, _ = run.model.load()
     rates, errors = [], []
     for coding in ("gated", "signed_digit"):
@@ -138,8 +139,8 @@ def test_signed_digits_spare_spikes_at_the_same_levels(
 
 def test_a_rotation_leaves_the_model_what_it_was(run: runner.Run) -> None:
     """Norm scales fused, embedding and head untied, 1536 = 512 * 3 inputs rotated online."""
-    found = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(found), 1, 512)
+    found = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(found), 1, 512)
     values = []
     for transform in ("none", "rotate"):
         model, _ = runner.start(configured("coding=dense", f"transform={transform}")).model.load()
@@ -160,8 +161,8 @@ def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
     """Layer by layer, to the bit: loss and counters of a window of real text."""
     lazy = runner.start(configured("runtime=offload", "evaluation.tasks=[]")).model
     assert lazy.key == run.model.key
-    step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(step), 1, 256)
+    step = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(step), 1, 256)
     found = [perplexity(model.load()[0], ids, None, 1, "wikipedia") for model in (run.model, lazy)]
     assert found[0].metrics == found[1].metrics
     assert found[0].counters.equals(found[1].counters)
@@ -174,8 +175,8 @@ def test_the_stepped_model_is_the_fast_one(run: runner.Run, fitted: Fitted, codi
     """What reaches every site, the logits and the spikes: a value in the last bit on the other side of
     a threshold is another code, so that each site goes on from what it has in the fast path."""
     conversion = fitted(f"coding={coding}", "timesteps=6")
-    step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(step), 1, 32)
+    step = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(step), 1, 32)
     found = compare(run.model.load()[0], conversion, ids)
     assert len(found.far) == 301
     assert max(found.far.values()) < 1e-5, max(found.far, key=found.far.__getitem__)
@@ -191,8 +192,8 @@ def test_an_export_is_the_model_that_was_converted(
 ) -> None:
     """What reaches every site and the logits, to the bit."""
     conversion = fitted("coding=gated", "coding.timesteps=6", "coding.grains=2")
-    step = inputs.tokens(run.settings.corpus["wikipedia"], "evaluation", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(step), 1, 32)
+    step = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(step), 1, 32)
     model, _ = run.model.load()
     made: list[Kept] = []
 

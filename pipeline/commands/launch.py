@@ -101,8 +101,8 @@ def _log_failure(folder: Path) -> None:
 
 
 def _run(settings: Settings, folder: Path) -> None:
-    from pipeline.results import results
     from pipeline.run import jobs, runner
+    from pipeline.run.measured import energy_by_kind
     from pipeline.tracking import tracked
 
     started = time.time()
@@ -113,7 +113,7 @@ def _run(settings: Settings, folder: Path) -> None:
     result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
     sites.to_parquet(folder / "per_site.parquet")
-    results.energy_by_kind(run).to_csv(folder / "energy_by_kind.csv", index=False)
+    energy_by_kind(run.measured).to_csv(folder / "energy_by_kind.csv", index=False)
     # last: a folder with a result is one that is whole
     (folder / folders.RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
     tracked.log_job(settings.tracking, folder)

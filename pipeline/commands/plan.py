@@ -80,13 +80,13 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
         rows.append(row := Planned(f"{steps.settings.name} on {model}"))
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
-            if (store.root / step.stage / key).is_dir():
+            if (store.root / step.name / key).is_dir():
                 row.stored += 1
             elif key in coming:
                 row.shared += 1
             else:
                 coming.add(key)
-                row.builds[label] = history.estimate(step)
+                row.builds[label] = history.estimate(step.step)
     return rows
 
 

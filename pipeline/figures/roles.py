@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.figures.figures import ROLES
-from pipeline.results.results import geometric_mean
 from pipeline.results.rows import NAMES, result_frame
+from pipeline.run.measured import geometric_mean
 
 CAPTION = "nmse by role: geometric mean over its sites, on held-out activations of the dense model."
 

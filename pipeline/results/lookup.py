@@ -62,7 +62,7 @@ def _again(job: Job) -> Run:
 
 
 def _row(job: Job, run: Run) -> Row:
-    result, sites = runner.collect(run)
+    result, sites = run.collect()
     return Row(job, run, result | {"run": {"overrides": list(job.overrides)}}, sites)
 
 

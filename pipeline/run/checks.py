@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.run import inputs
+from pipeline.run.chain import Chain
+from pipeline.run.inputs import prefix_ids
+from pipeline.run.settings import Settings
+from pipeline.run.stage import Running
+from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap
+from pipeline.store.store import Artifact, Store
 from stages.codings.base import Observing
 from stages.codings.dense import Dense
 from stages.errors import InputError
@@ -15,13 +19,6 @@ from stages.model import limits
 from stages.ports.stepped import check_steps
 from stages.text import corpus as text
 from stages.text.documents import check_head
-
-if TYPE_CHECKING:
-    from pipeline.run.chain import Chain
-    from pipeline.run.runner import Run
-    from pipeline.run.settings import Settings
-    from pipeline.store.store import Artifact, Store
-    from stages.text.corpus import Purpose
 
 
 def configured(settings: Settings) -> None:
@@ -57,70 +54,70 @@ def positions(settings: Settings, prefix: int = 0) -> None:
     limits.check_positions(model.config(), lengths, model.name, model.positions, prefix)
 
 
-def behind_prefix(run: Run) -> None:
+def behind_prefix(settings: Settings, prefix: Artifact) -> None:
     """The same once the prefix is known."""
-    file = run.artifacts["prefix"].path / inputs.PREFIX
-    positions(run.settings, len(json.loads(file.read_text())["ids"]))
+    positions(settings, len(prefix_ids(prefix)))
 
 
 def planned(chain: Chain) -> None:
     """Raises InputError for what the heads of local files and the settings tell; builds nothing."""
     settings = chain.settings
     configured(settings)
-    parts = {"calibration": [settings.calibration.corpus] if _calibrated(chain) else []}
-    parts["evaluation"] = list(settings.evaluation.corpora)
-    for purpose, names in parts.items():
-        for corpus in (settings.corpus[name] for name in names):
-            origin = corpus.origin(purpose)  # type: ignore[arg-type]
-            if isinstance(origin, Path):
-                _head(origin, corpus.field, corpus.rows)
-    own = [name for name in settings.evaluation.tasks if settings.tasks[name].path is not None]
-    _questions(chain, chain.model.store, own)
+    for name, purpose in chain.tokens:
+        corpus = settings.corpus[name]
+        origin = corpus.origin(purpose)
+        if isinstance(origin, Path):
+            _head(origin, corpus.field, corpus.rows)
+    local = [name for name in settings.evaluation.tasks if settings.tasks[name].path is not None]
+    _questions(chain, chain.model.store, local)
 
 
-def complete(run: Run) -> None:
+def complete(steps: Chain, store: Store, runtime: Running) -> None:
     """Raises InputError unless texts and questions suffice for all stages. Their tokens are made for
     it, which needs the tokenizer alone; questions are read where their accuracy is not stored."""
-    _texts(run)
-    _questions(run.chain, run.store, run.settings.evaluation.tasks)
+    _texts(steps, store, runtime)
+    _questions(steps, store, steps.settings.evaluation.tasks)
 
 
-def _calibrated(chain: Chain) -> bool:
-    return "capture" in chain.steps or "prefix" in chain.steps
-
-
-def _texts(run: Run) -> None:
+def _texts(steps: Chain, store: Store, runtime: Running) -> None:
     """Windows enough in every text, of tokens that the model has, and no document in two of them."""
-    s, spec = run.settings, run.settings.calibration
+    s, spec = steps.settings, steps.settings.calibration
     vocabulary = limits.vocabulary(s.model.config())
     s.model.check_begin(vocabulary)
-    calibration = None
-    if _calibrated(run.chain):
-        held_out = s.patching.windows if "patching" in run.chain.steps else 0
-        windows = (spec.windows, held_out)
-        calibration = _text(run, spec.corpus, "calibration", windows, spec.length, vocabulary)
+    tokens = {part: stage.build(store, runtime) for part, stage in steps.tokens.items()}
+    calibration = tokens.get((spec.corpus, "calibration"))
+    if calibration is not None:
+        held_out = s.patching.windows if steps.patching is not None else 0
+        name = f"calibration text {spec.corpus}"
+        _windows(steps, calibration, name, (spec.windows, held_out), spec.length, vocabulary)
     for name in s.evaluation.corpora:
+        evaluated = tokens[name, "evaluation"]
         windows = (s.evaluation.windows, 0)
-        tokens = _text(run, name, "evaluation", windows, s.evaluation.length, vocabulary)
+        _windows(
+            steps, evaluated, f"evaluation text {name}", windows, s.evaluation.length, vocabulary
+        )
         if calibration is not None:
-            inputs.refuse_overlap(calibration, tokens)
+            refuse_overlap(calibration, evaluated)
 
 
-def _text(
-    run: Run, corpus: str, purpose: Purpose, windows: tuple[int, int], length: int, vocabulary: int
-) -> Artifact:
-    """The tokens of a text, which has so many windows and then so many more, of a vocabulary."""
-    model, name = run.settings.model, f"{purpose} text {corpus}"
-    tokens = inputs.tokens(run.settings.corpus[corpus], purpose, run.model, run.store)
-    ids, (first, more) = inputs.load_tokens(tokens), windows
-    read = [text.windows(ids, first, length, 0, name, model.begin)]
+def _windows(
+    steps: Chain,
+    tokens: Artifact,
+    name: str,
+    windows: tuple[int, int],
+    length: int,
+    vocabulary: int,
+) -> None:
+    """Refuses a text that has not so many windows and then so many more, or not of the vocabulary."""
+    ids, (first, more) = load_tokens(tokens), windows
+    begin = steps.settings.model.begin
+    read = [text.windows(ids, first, length, 0, name, begin)]
     if more:
-        read.append(text.windows(ids, more, length, first * length, name, model.begin))
+        read.append(text.windows(ids, more, length, first * length, name, begin))
     if any(int(each.max()) >= vocabulary for each in read):
-        tokenizer = run.model.tokenizer()
+        tokenizer = steps.model.tokenizer()
         for each in read:
             limits.check_tokens(each, vocabulary, f"the {name}", tokenizer)
-    return tokens
 
 
 @functools.cache  # the jobs of a sweep share their texts
@@ -129,10 +126,11 @@ def _head(path: Path, field: str, rows: str) -> None:
 
 
 def _questions(chain: Chain, store: Store, names: Any) -> None:
-    s = chain.settings
-    missing = [n for n in names if store.find(chain.steps[f"evaluation acc_{n}"]) is None]
-    specs = [s.tasks[name] for name in missing]
-    for spec in specs:
+    accuracies = {name: chain.measured.accuracies[name] for name in names}
+    missing = {n: stage for n, stage in accuracies.items() if store.find(stage.step) is None}
+    fetch_questions([chain.settings.tasks[name] for name in missing], store)
+    for name, stage in missing.items():
         from stages.text import harness  # takes seconds to import what it needs
 
-        harness.check(spec, inputs.question_file(spec, specs, store), s.evaluation.items)
+        file = stage.inputs["data"].open(store, None)
+        harness.check(chain.settings.tasks[name], file, chain.settings.evaluation.items)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -25,19 +26,22 @@ class Step:
     `spec` is a frozen dataclass, a mapping or a list of plain values, `inputs` maps a name to the
     key of another artifact, `modules` names the modules whose code computes this one, for example
     ("stages.capture",). It is empty where no code matters: a file pinned by its sha256 in `spec`.
+    `made_by` is the hash of what calls them.
     """
 
     stage: str
     spec: Any
     inputs: Mapping[str, str]
     modules: tuple[str, ...]
+    made_by: str = ""
 
     def code(self) -> str:
-        """The hash of the code: of `modules`, and of those that define the classes in `spec`."""
+        """The hash of the code: of `modules`, of those that define the classes in `spec`, and of what
+        calls them."""
         if not self.modules:
             return code_hash(())
         classes = {m for m in _class_modules(self.spec) if m.partition(".")[0] == "stages"}
-        return code_hash(tuple(sorted({*self.modules, *classes})))
+        return code_hash(tuple(sorted({*self.modules, *classes})), self.made_by)
 
     def key(self) -> str:
         """The name of the artifact, 32 hexadecimal digits; TypeError if `spec` is not plain."""
@@ -92,8 +96,10 @@ def _class_modules(value: Any) -> Iterator[str]:
 
 
 @functools.cache
-def code_hash(modules: tuple[str, ...], package: str = "stages", root: Path = ROOT) -> str:
-    """sha256 over the syntax trees of modules and of all of `package` that they import.
+def code_hash(
+    modules: tuple[str, ...], more: str = "", package: str = "stages", root: Path = ROOT
+) -> str:
+    """sha256 over the syntax trees of modules and of all of `package` that they import, and of `more`.
 
     Docstrings, comments and formatting do not count. A module that cannot be found is a
     ModuleNotFoundError: leaving it out could make a stale artifact look fresh.
@@ -105,8 +111,15 @@ def code_hash(modules: tuple[str, ...], package: str = "stages", root: Path = RO
         if name not in trees:
             trees[name], imported = _parse(name, package, root)
             todo.extend(imported)
-    text = "\n".join(f"{name} {trees[name]}" for name in sorted(trees))
+    text = "\n".join([*(f"{name} {trees[name]}" for name in sorted(trees)), *filter(None, [more])])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def source_hash(source: str) -> str:
+    """sha256 over the syntax tree of a function's source; docstrings and formatting do not count."""
+    tree = _Effective().visit(ast.parse(textwrap.dedent(source)))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 class _Effective(ast.NodeTransformer):

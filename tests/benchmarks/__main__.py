@@ -20,8 +20,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from pipeline.run import inputs, runner
+from pipeline.run import runner
 from pipeline.run.settings import Settings
+from pipeline.run.texts import load_tokens
 from stages.codings.base import site_params
 from stages.distribution import Densities, Distribution
 from stages.model.sites import find_sites, select
@@ -43,14 +44,14 @@ def main() -> None:
     run = runner.start(settings)
     model, _ = run.model.load()
     spec = settings.calibration
-    tokens = inputs.tokens(settings.corpus[spec.corpus], "calibration", run.model, run.store)
-    ids = corpus.windows(inputs.load_tokens(tokens), spec.windows, spec.length)
+    tokens = run.chain.tokens[spec.corpus, "calibration"].build(run.store, run.runtime)
+    ids = corpus.windows(load_tokens(tokens), spec.windows, spec.length)
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}
     with torch.inference_mode():
         densities = capture(figures, settings, model, ids)
     fitted = fitting(figures, densities)
     with torch.inference_mode():
-        forward(figures, model, inputs.load_tokens(tokens), fitted["gated"])
+        forward(figures, model, load_tokens(tokens), fitted["gated"])
         fast_path(figures, densities, fitted["gated"], model.device)
     print(json.dumps(figures, indent=1))
 

@@ -85,7 +85,7 @@ def test_a_stored_run_gives_its_row_without_loading_a_model(swept, tiny_run, fol
     monkeypatch.setattr(inputs, "load", forbidden)
     job = jobs([*tiny_run.overrides, *SWEEP])[3]
     run, missing = runner.stored(job.settings)
-    row, sites = runner.collect(run)
+    row, sites = run.collect()
     assert missing == [] and len(sites) == 21
     kept = {k: v for k, v in swept.results[3].items() if k not in ("run", "compiled", "hits")}
     assert json.loads(json.dumps({k: v for k, v in row.items() if k != "hits"})) == kept
@@ -120,15 +120,15 @@ def test_an_estimate_is_the_median_of_like_builds_by_their_tokens(settings, tmp_
     steps = {}
     for windows, seconds in ((1, 1.0), (2, 6.0), (3, 6.0)):
         chosen = settings(tmp_path, "coding=las", f"evaluation.windows={windows}")
-        step = steps[windows] = chain(chosen, store).steps["evaluation ppl_wikipedia"]
+        step = steps[windows] = chain(chosen, store).steps["evaluation ppl_wikipedia"].step
         artifact = store.build(step, lambda out: (out / "x").write_text("x"))
         record = artifact.manifest | {"seconds": seconds}
         plan.manifest.write(artifact.path, record)
     history = plan.History(store)  # 1, 3 and 2 seconds a window
     assert history.estimate(steps[3]) == pytest.approx(6.0)
     other = chain(settings(tmp_path, "coding=gated"), store).steps  # of another coding
-    assert history.estimate(other["evaluation ppl_wikipedia"]) == pytest.approx(6.0)
-    assert history.estimate(other["capture"]) is None
+    assert history.estimate(other["evaluation ppl_wikipedia"].step) == pytest.approx(6.0)
+    assert history.estimate(other["capture"].step) is None
 
 
 def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):

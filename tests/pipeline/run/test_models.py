@@ -91,7 +91,7 @@ def test_a_changed_tokenizer_is_another_model(settings: Make, two, tmp_path):
     before = runner.stored(chosen)[0].model
     (two[0] / "merges.txt").write_text("#version: 0.2\na b\n")
     after = runner.stored(chosen)[0].model
-    assert before.key != after.key and before.fingerprint != after.fingerprint
+    assert before.key() != after.key() and before.fingerprint != after.fingerprint
 
 
 def test_precision_is_in_the_key_and_not_in_the_fingerprint(settings: Make, tmp_path):
@@ -99,7 +99,7 @@ def test_precision_is_in_the_key_and_not_in_the_fingerprint(settings: Make, tmp_
         runner.stored(settings(tmp_path, f"model.dtype={dtype}"))[0].model
         for dtype in ("float32", "bfloat16")
     )
-    assert one.key != half.key and one.fingerprint == half.fingerprint
+    assert one.key() != half.key() and one.fingerprint == half.fingerprint
 
 
 def test_an_id_that_is_given_wins_over_the_packaged_file(settings: Make, tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_an_id_that_is_given_wins_over_the_packaged_file(settings: Make, tmp_pat
     assert inputs._rules(chosen.model) == code_hash(("stages.model.architectures.opt",))
     packaged = settings(tmp_path, "model.path=null", UNNAMED)
     assert packaged.model.name == "smollm2-135m"
-    assert inputs.model_source(packaged.model, Store(tmp_path), "cpu").key != source.key
+    assert inputs.model_source(packaged.model, Store(tmp_path), "cpu").key() != source.key()
     assert "asset model" in runner.stored(packaged)[0].chain.sources
     assert "asset model" not in runner.stored(chosen)[0].chain.sources
 

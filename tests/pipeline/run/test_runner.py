@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.run import inputs, runner
+from pipeline.run import inputs, runner, stages, texts
 from pipeline.run.settings import Settings
 from stages.errors import InputError
 from stages.statistics.statistics import RunningMaximum
@@ -65,14 +65,14 @@ def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkey
     chosen = settings(built)
     for module, name in (
         (inputs, "load"),
-        (inputs, "read_documents"),
-        (inputs, "tokenise"),
+        (texts, "read_documents"),
+        (texts, "tokenise"),
         (type(chosen.capture), "run"),
         (type(chosen.distribution), "run"),
         (type(chosen.fitting), "run"),
         (type(chosen.patching), "run"),
-        (runner.evaluating, "perplexity"),
-        (runner, "account"),
+        (stages.evaluation, "perplexity"),
+        (stages, "account"),
     ):
         monkeypatch.setattr(module, name, forbidden)
     inputs._loaded.cache_clear()
@@ -119,9 +119,11 @@ def test_a_field_changes_its_stage_and_what_is_made_of_it(change, kept, settings
 def test_another_release_of_lm_eval_asks_other_questions(settings, built, monkeypatch):
     made = settings(built, "evaluation.tasks=[piqa]")
     before = runner.stored(made)[0].chain
-    monkeypatch.setattr("pipeline.run.chain.version", lambda package: f"{package} of tomorrow")
+    monkeypatch.setattr("pipeline.run.stages.version", lambda package: f"{package} of tomorrow")
     after = runner.stored(made)[0].chain
-    changed = {label for label in before.steps if before.key(label) != after.key(label)}
+    changed = {
+        label for label in before.steps if before.steps[label].key() != after.steps[label].key()
+    }
     assert changed == {"evaluation acc_piqa"}
 
 
@@ -153,7 +155,7 @@ def test_every_window_begins_with_the_token_of_the_model(settings, built, monkey
         (type(chosen.capture), "run"),
         (type(chosen.patching), "run"),
         (RunningMaximum, "run"),
-        (runner.evaluating, "perplexity"),
+        (stages.evaluation, "perplexity"),
     ):
         monkeypatch.setattr(place, name, noted(getattr(place, name), f"{place.__name__}"))
     runner.execute(chosen)
@@ -231,7 +233,7 @@ def test_the_numbers_of_a_row_are_those_of_its_artifacts(settings, built):
 
 def test_a_failed_stage_keeps_what_was_built_before_it(settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(runner.evaluating, "perplexity", forbidden)
+        patch.setattr(stages.evaluation, "perplexity", forbidden)
         runner.execute(settings(tmp_path))
     result, *_ = runner.execute(settings(tmp_path))
     assert {stage for stage, hit in result["hits"].items() if hit} == set(FOUR)
@@ -286,7 +288,7 @@ def test_the_scales_of_norms_are_fused_where_that_is_asked(settings, tmp_path, m
     fused: list[object] = []
     monkeypatch.setattr("stages.transforms.transforms.fuse", fused.append)
     plain, asked = (runner.start(settings(tmp_path, *t)).model for t in ((), ("transform=fuse",)))
-    assert asked.key != plain.key
+    assert asked.key() != plain.key()
     plain.load()
     assert fused == []
     model, _ = asked.load()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from pipeline.results import rows
-from pipeline.results.results import environments
+from pipeline.run.measured import environments
 from pipeline.store.store import Artifact
 from pipeline.tables import sheet, tables
 from stages.errors import InputError

@@ -1,0 +1,175 @@
+"""What a run measured: its row in every table, its per-site table, and where each number lies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from pipeline.run.settings import Settings
+from pipeline.store.store import Artifact
+from stages.codings.base import Coding
+from stages.codings.dense import Dense
+from stages.energy import by_kind
+from stages.evaluation import Perplexity
+
+LIBRARIES = ("torch", "transformers")
+# The stages that run a model; the others compute on the processor with what these have left.
+RUNNING = ("prefix", "capture", "statistics", "patching", "evaluation")
+CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Measured(Generic[T]):
+    """What a run measures, by corpus and by task: the stages, or the artifacts that they have left.
+
+    The counters of the first corpus are those that tables and the energy use.
+    """
+
+    perplexities: Mapping[str, T]
+    accuracies: Mapping[str, T]
+    energy: T
+    patching: T | None = None  # None for the dense model
+    anytime: T | None = None
+
+    def map(self, change: Callable[[T], U]) -> Measured[U]:
+        """The same with every stage replaced by what is made of it."""
+        return Measured(
+            {name: change(each) for name, each in self.perplexities.items()},
+            {name: change(each) for name, each in self.accuracies.items()},
+            change(self.energy),
+            None if self.patching is None else change(self.patching),
+            None if self.anytime is None else change(self.anytime),
+        )
+
+
+def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
+    """Counters of the first corpus and the error on held-out values, one row a site."""
+    first = next(iter(measured.perplexities.values()))
+    frame = Perplexity.load(first.path).counters.drop(columns=["error", "power"])
+    frame["spikes_per_value"] = frame["spikes"] / frame["values"]
+    frame["nmse"] = np.nan
+    if measured.patching is not None:
+        held_out = pd.read_parquet(measured.patching.path / "sites.parquet")
+        frame["nmse"] = frame["site"].map(held_out.set_index("site")["nmse"])
+    return frame
+
+
+def energy_by_kind(measured: Measured[Artifact]) -> pd.DataFrame:
+    """Cost of every kind of operation by convention and phase: what became additions, what stays."""
+    return by_kind(pd.read_parquet(measured.energy.path / "operations.parquet"))
+
+
+def numbers(measured: Measured[Artifact], sites: pd.DataFrame) -> dict[str, Any]:
+    """The measured columns of a table: perplexity, accuracy, error, spikes, energy of a prefill."""
+    row = {f"ppl_{n}": _metrics(each)["perplexity"] for n, each in measured.perplexities.items()}
+    for name, each in measured.accuracies.items():
+        score = _metrics(each)
+        row[f"acc_{name}"] = score["value"]
+        row |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
+    coded = sites.dropna(subset=["acs"])
+    fanout = float(coded["macs"].sum())
+    row["nmse"] = geometric_mean(sites["nmse"])
+    row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
+    return row | _energy(measured)["causal"]["prefill"]
+
+
+def row(
+    settings: Settings,
+    fingerprint: str,
+    measured: Measured[Artifact],
+    sites: pd.DataFrame,
+    artifacts: Mapping[str, Artifact],
+) -> dict[str, Any]:
+    """Everything measured, as result.json keeps it: the columns of tables first.
+
+    `artifacts` are all of the run by label, `fingerprint` that of its model.
+    """
+    columns = ("model", "transform", "coding", "grains", "timesteps")
+    result = {name: settings.axes[name] for name in columns} | _kind(settings.coding)
+    result |= numbers(measured, sites)
+    converted = [each.seconds for each in artifacts.values() if each.stage in CONVERSION]
+    result["conversion_s"] = round(sum(converted), 3) if converted else None
+    if measured.anytime is not None:
+        result["anytime"] = _json(measured.anytime, "anytime.json")
+    energy = _energy(measured)
+    return result | {
+        "label": settings.name,
+        "fingerprint": fingerprint[:8],
+        "axes": settings.axes,
+        "paper": energy["paper"]["prefill"],
+        "decode": energy["causal"]["decode"],
+        "paper_decode": energy["paper"]["decode"],
+        "evaluation": {name: _metrics(each) for name, each in measured.perplexities.items()},
+        "seconds": {label: artifact.seconds for label, artifact in artifacts.items()},
+        "hits": {label: artifact.hit for label, artifact in artifacts.items()},
+        "keys": {label: artifact.key for label, artifact in artifacts.items()},
+        "environments": environments(artifacts.values()),
+    }
+
+
+def _energy(measured: Measured[Artifact]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Cost and saving by convention and phase."""
+    both = _json(measured.energy, "summary.json")
+    return {
+        convention: {
+            phase: {**cost, "saving": both["saving"][convention][phase]}
+            for phase, cost in phases.items()
+        }
+        for convention, phases in both["total"].items()
+    }
+
+
+def _metrics(artifact: Artifact) -> dict[str, Any]:
+    return _json(artifact, "metrics.json")
+
+
+def _json(artifact: Artifact, name: str) -> dict[str, Any]:
+    return dict(json.loads((artifact.path / name).read_text()))
+
+
+def environments(artifacts: Iterable[Artifact]) -> list[dict[str, str | None]]:
+    """The distinct minor versions and devices that have computed these artifacts.
+
+    Stages that run no model have no device, and count where their versions are like no other's.
+    """
+    found: list[dict[str, str | None]] = []
+    for artifact in sorted(artifacts, key=lambda each: (each.stage not in RUNNING, each.stage)):
+        built = artifact.manifest
+        place = {name: _minor(built["versions"].get(name)) for name in LIBRARIES}
+        if artifact.stage in RUNNING:
+            place["device"] = built["machine"]["device"]
+        if not any(place.items() <= other.items() for other in found):
+            found.append(place)
+    return found
+
+
+def _minor(version: str | None) -> str | None:
+    return None if version is None else ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _kind(coding: Coding | Dense) -> dict[str, Any]:
+    """T + log2 of the neurons an activation chooses from, how spikes are counted, whether trained."""
+    if isinstance(coding, Dense):
+        return {"bits": None, "convention": None, "trained": None}
+    choice = math.log2(coding.grains) if coding.gate_comparisons else 0.0
+    return {
+        "bits": coding.timesteps + choice,
+        "convention": coding.convention,
+        "trained": coding.trained,
+    }
+
+
+def geometric_mean(values: pd.Series) -> float | None:
+    """Of the values that are known; None without any."""
+    known = values.dropna()
+    if known.empty:
+        return None
+    return float(np.exp(np.log(known.clip(lower=1e-30)).mean()))

@@ -1,0 +1,323 @@
+"""The stages of a run, each declared once: its spec, its inputs, the code that computes it, its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.run.inputs import PREFIX, ModelSource
+from pipeline.run.measured import Measured, numbers, per_site
+from pipeline.run.stage import Source, Stage
+from pipeline.run.texts import Questions, load_tokens
+from pipeline.store.provenance import versions
+from stages import evaluation, export
+from stages.analysis.operations import operations, untransformed
+from stages.codings.base import Statistic
+from stages.codings.dense import Dense
+from stages.distribution import Densities
+from stages.energy import account, saving, summary
+from stages.fitting import FittedNeurons
+from stages.model.sites import find_sites, select
+from stages.patching import Conversion
+from stages.ports.kernels import compiled
+from stages.ports.stepped import real_valued
+from stages.sketch import SketchSet
+from stages.text import corpus
+from stages.text.harness import TaskSpec
+
+if TYPE_CHECKING:
+    from pipeline.run.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Spec = Mapping[str, Any]
+Inputs = Mapping[str, Any]
+MODEL = ("stages.model.loading", "stages.text.corpus")  # what loads it, and its windows of a text
+
+
+class Calibrated(Stage):
+    """A stage that runs the model on windows of the calibration text."""
+
+    @classmethod
+    def on(cls, s: Settings, spec: Spec, made_from: Mapping[str, Source], part: str = "") -> Self:
+        """The stage on the settings' windows, whose inputs have a `model` and its `tokens`."""
+        calibration = s.calibration
+        windows = {"windows": calibration.windows, "length": calibration.length}
+        return cls({**spec, **windows, "begin": s.model.begin}, made_from, part)
+
+
+def windows(spec: Spec, inputs: Inputs) -> torch.Tensor:
+    """The ids [windows, length] of calibration, as the model wants them to begin."""
+    ids = load_tokens(inputs["tokens"])
+    name = "the calibration text"
+    return corpus.windows(ids, spec["windows"], spec["length"], 0, name, spec["begin"])
+
+
+# --- the conversion ----------------------------------------------------------------------------------
+
+
+class Prefix(Calibrated):
+    """The tokens that a transform keeps in front of every text, found on the untouched model."""
+
+    name = "prefix"
+    code = MODEL  # and the module of the search
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        model, tokenizer = inputs["model"].load()
+        result = spec["search"].run(model, tokenizer, windows(spec, inputs), runtime.batch)
+        (out / PREFIX).write_text(json.dumps(result, indent=1))
+
+
+class Statistics(Calibrated):
+    """What a coding needs to know beyond the distribution."""
+
+    name = "statistics"
+
+    def modules(self) -> tuple[str, ...]:
+        return MODEL
+
+    @classmethod
+    def of(cls, s: Settings, statistic: Statistic, made_from: Mapping[str, Source]) -> Self:
+        return cls.on(s, {"statistic": statistic, "sites": s.sites}, made_from, statistic.name)
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = windows(spec, inputs)
+        model, _ = inputs["model"].load()
+        sites = select(find_sites(model), spec["sites"])
+        tensors = spec["statistic"].run(model, ids, sites, runtime.batch)
+        save_file(tensors, out / "statistic.safetensors")
+
+
+class Captured(Calibrated):
+    """A sketch of the values at every site."""
+
+    name = "capture"
+    code = ("stages.capture", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, made_from: Mapping[str, Source]) -> Self:
+        return cls.on(s, {"capture": s.capture, "sites": s.sites}, made_from)
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = windows(spec, inputs)
+        model, _ = inputs["model"].load()
+        sites = select(find_sites(model), spec["sites"])
+        spec["capture"].run(model, ids, sites, runtime.batch).save(out)
+
+
+class Estimated(Stage):
+    """The distribution of every site."""
+
+    name = "distribution"
+    code = ("stages.distribution",)
+
+    @classmethod
+    def of(cls, s: Settings, capture: Captured) -> Self:
+        return cls({"distribution": s.distribution}, {"capture": capture})
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        spec["distribution"].run(SketchSet.load(inputs["capture"].path)).save(out)
+
+
+class Fitted(Stage):
+    """The neurons of every site."""
+
+    name = "fitting"
+    code = ("stages.fitting",)
+
+    @classmethod
+    def of(cls, s: Settings, distribution: Estimated, statistics: Mapping[str, Statistics]) -> Self:
+        spec = {"fitting": s.fitting.for_coding(s.coding), "coding": s.coding}
+        return cls(spec, {"distribution": distribution, **statistics})
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        statistics = {
+            name: load_file(inputs[name].path / "statistic.safetensors")
+            for name in inputs
+            if name != "distribution"
+        }
+        densities = Densities.load(inputs["distribution"].path)
+        spec["fitting"].run(densities, spec["coding"], statistics).save(out)
+
+
+def conversion(spec: Spec, inputs: Inputs) -> Conversion | None:
+    """The coding of a spec with the neurons that were fitted for it; None for the dense model."""
+    if "fitting" not in inputs:
+        return None
+    return Conversion(spec["coding"], FittedNeurons.load(inputs["fitting"].path))
+
+
+class Patched(Calibrated):
+    """The error of the neurons on activations that they were not fitted to."""
+
+    name = "patching"
+    code = ("stages.patching", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, made_from: Mapping[str, Source]) -> Self:
+        return cls.on(s, {"patching": s.patching, "coding": s.coding}, made_from)
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        patching, length = spec["patching"], spec["length"]
+        skip = spec["windows"] * length
+        ids, name = load_tokens(inputs["tokens"]), "the calibration text"
+        held_out = corpus.windows(ids, patching.windows, length, skip, name, spec["begin"])
+        model, _ = inputs["model"].load()
+        frame = patching.run(model, held_out, conversion(spec, inputs), runtime.batch)
+        frame.to_parquet(out / "sites.parquet")
+        log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
+
+
+# --- what is measured --------------------------------------------------------------------------------
+
+
+class Perplexity(Stage):
+    """Perplexity on a corpus, with the counters of every site."""
+
+    name = "evaluation"
+    code = ("stages.evaluation", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, name: str, made_from: Mapping[str, Source]) -> Self:
+        return cls({"perplexity": name, **_evaluated(s)}, made_from, f"ppl_{name}")
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        name = spec["perplexity"]
+        ids = load_tokens(inputs["tokens"])
+        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
+        model, _ = inputs["model"].load()
+        execution = runtime.execution
+        if execution == "stepped":
+            log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
+        neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
+        evaluation.perplexity(model, ids, neurons, batch, name, execution).save(out)
+
+
+class Anytime(Stage):
+    """Perplexity on a corpus after each step of the neurons."""
+
+    name = "evaluation"
+    code = ("stages.evaluation", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, name: str, made_from: Mapping[str, Source]) -> Self:
+        return cls({"anytime": name, **_evaluated(s)}, made_from, "anytime")
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        name = spec["anytime"]
+        ids = load_tokens(inputs["tokens"])
+        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
+        model, _ = inputs["model"].load()
+        neurons = conversion(spec, inputs)
+        assert neurons is not None
+        by_step = evaluation.anytime(model, ids, neurons, runtime.evaluation_batch, name)
+        (out / "anytime.json").write_text(json.dumps(by_step, indent=1))
+
+
+def _evaluated(s: Settings) -> dict[str, Any]:
+    """The coding and the windows of a corpus."""
+    count, length = s.evaluation.windows, s.evaluation.length
+    return {"coding": s.coding, "count": count, "length": length, "begin": s.model.begin}
+
+
+class Accuracy(Stage):
+    """Zero-shot accuracy on a task."""
+
+    name = "evaluation"
+    code = ("stages.evaluation", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, task: TaskSpec, made_from: Mapping[str, Source]) -> Self:
+        spec: dict[str, Any] = {"task": replace(task, path=None), "coding": s.coding}
+        spec |= {"items": s.evaluation.items}
+        spec["lm_eval"] = version("lm_eval")  # whose prompts these are
+        return cls(spec, {**made_from, "data": Questions(task)}, f"acc_{task.name}")
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        task = spec["task"]
+        questions = [(task, inputs["data"])]
+        model, tokenizer = inputs["model"].load()
+        neurons, batch = conversion(spec, inputs), runtime.task_batch
+        scores = evaluation.accuracy(
+            model, tokenizer, neurons, questions, spec["items"], batch, runtime.execution
+        )
+        (out / "metrics.json").write_text(json.dumps(scores[task.name], indent=1))
+
+
+class Energy(Stage):
+    """Cost of every operation, and sums by convention and phase, on a corpus' counters."""
+
+    name = "energy"
+    code = ("stages.energy", "stages.analysis.operations")
+
+    @classmethod
+    def of(cls, s: Settings, model: ModelSource, perplexity: Perplexity) -> Self:
+        energy = replace(s.energy, tokens=s.energy.tokens or s.evaluation.length)
+        spec = {"energy": energy, "coding": s.coding}
+        return cls(spec, {"model": model, "evaluation": perplexity})
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        energy, coding = spec["energy"], spec["coding"]
+        model, _ = inputs["model"].load()
+        plan = operations(model, find_sites(model))
+        dense = account(untransformed(plan), energy, energy.tokens)
+        spiking = account(plan, energy, energy.tokens)
+        if not isinstance(coding, Dense):
+            counters = evaluation.Perplexity.load(inputs["evaluation"].path).counters
+            spiking = account(plan, energy, energy.tokens, counters, coding)
+        spiking.to_parquet(out / "operations.parquet")
+        totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
+        (out / "summary.json").write_text(json.dumps(totals, indent=1))
+
+
+class Exported(Stage):
+    """The converted model in a folder, with what was measured on its card."""
+
+    name = "export"
+    code = ("stages.export", "stages.checkpoint.saved", "stages.checkpoint.quantizer", *MODEL)
+
+    @classmethod
+    def of(cls, s: Settings, model: ModelSource, fitting: Stage, measured: Measured[Stage]) -> Self:
+        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.profile.name
+        spec: dict[str, Any] = {"coding": s.coding, "sites": s.sites, "axes": s.axes}
+        spec |= {"label": s.name, "corpora": s.evaluation.corpora, "tasks": s.evaluation.tasks}
+        spec["energy"] = f"prefill of {tokens} tokens, causal convention, {profile}"
+        stages = {f"ppl_{name}": stage for name, stage in measured.perplexities.items()}
+        stages |= {f"acc_{name}": stage for name, stage in measured.accuracies.items()}
+        made_from: dict[str, Any] = {"model": model, "fitting": fitting, "energy": measured.energy}
+        return cls(spec, made_from | {"patching": measured.patching} | stages)
+
+    @staticmethod
+    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        measured = Measured(
+            {name: inputs[f"ppl_{name}"] for name in spec["corpora"]},
+            {name: inputs[f"acc_{name}"] for name in spec["tasks"]},
+            inputs["energy"],
+            inputs["patching"],
+        )
+        row = spec["axes"] | {"label": spec["label"]} | numbers(measured, per_site(measured))
+        neurons = conversion(spec, inputs)
+        assert neurons is not None
+        made_with = {n: text for n, text in versions().items() if n in export.PACKAGES and text}
+        number = len(neurons.neurons.sites)
+        card = export.card(row, number, runtime.command, made_with, spec["energy"])
+        model, tokenizer = inputs["model"].load()
+        export.run(model, tokenizer, neurons, inputs["model"].transform, card, out)
