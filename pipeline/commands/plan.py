@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Planned:
     stored: int = 0
     shared: int = 0
     builds: dict[str, float | None] = field(default_factory=dict)
+    borrowed: list[str] = field(default_factory=list)  # builds estimated from those of other models
 
 
 def show(overrides: Sequence[str]) -> None:
@@ -43,7 +45,7 @@ def show(overrides: Sequence[str]) -> None:
             row.name,
             row.stored,
             row.shared,
-            ", ".join(row.builds),
+            _short(row.builds),
             _span(row.builds.values()),
         )
         for number, row in enumerate(rows)
@@ -57,6 +59,14 @@ def show(overrides: Sequence[str]) -> None:
     )
     if unknown:
         print(f"no past build to estimate from: {', '.join(unknown)}")
+    if borrowed := sorted({label for row in rows for label in row.borrowed}):
+        print(f"estimated from builds of other models: {', '.join(borrowed)}")
+
+
+def _short(labels: Iterable[str]) -> str:
+    """Stages by name, each with how many artifacts of it there are if there are several."""
+    stages = Counter(label.partition(" ")[0] for label in labels)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in stages.items())
 
 
 def _checked(settings: Settings) -> Chain:
@@ -86,7 +96,9 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
                 row.shared += 1
             else:
                 coming.add(key)
-                row.builds[label] = history.estimate(step.step)
+                row.builds[label], same_model = history.estimate(step.step)
+                if not same_model:
+                    row.borrowed.append(label)
     return rows
 
 
@@ -104,12 +116,16 @@ class History:
             for kind in _kinds(record["stage"], record["spec"], record["inputs"]):
                 self.rates.setdefault(kind, []).append(rate)
 
-    def estimate(self, step: Step) -> float | None:
-        """The median of the builds most like this one; None if there is none of its stage."""
+    def estimate(self, step: Step) -> tuple[float | None, bool]:
+        """The median of the builds most like this one, None if there is none of its stage; and whether
+        they were of the same model."""
         spec: Any = plain(step.spec)
-        like = (self.rates.get(kind) for kind in _kinds(step.stage, spec, step.inputs))
-        rates = next((found for found in like if found), None)
-        return None if rates is None else median(rates) * _size(spec)
+        kinds = _kinds(step.stage, spec, step.inputs)
+        for place, kind in enumerate(kinds):
+            if rates := self.rates.get(kind):
+                same = place < 2 or step.inputs.get("model") is None
+                return median(rates) * _size(spec), same
+        return None, True
 
 
 def _kinds(stage: str, spec: Any, inputs: Mapping[str, str]) -> list[tuple[Any, ...]]:

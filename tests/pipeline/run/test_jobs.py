@@ -125,10 +125,13 @@ def test_an_estimate_is_the_median_of_like_builds_by_their_tokens(settings, tmp_
         record = artifact.manifest | {"seconds": seconds}
         plan.manifest.write(artifact.path, record)
     history = plan.History(store)  # 1, 3 and 2 seconds a window
-    assert history.estimate(steps[3]) == pytest.approx(6.0)
+    assert history.estimate(steps[3]) == (pytest.approx(6.0), True)
     other = chain(settings(tmp_path, "coding=gated"), store).steps  # of another coding
-    assert history.estimate(other["evaluation ppl_wikipedia"].step) == pytest.approx(6.0)
-    assert history.estimate(other["capture"].step) is None
+    assert history.estimate(other["evaluation ppl_wikipedia"].step) == (pytest.approx(6.0), True)
+    assert history.estimate(other["capture"].step) == (None, True)
+    half = chain(settings(tmp_path, "coding=las", "model.dtype=bfloat16"), store).steps
+    borrowed = history.estimate(half["evaluation ppl_wikipedia"].step)
+    assert borrowed == (pytest.approx(6.0), False)
 
 
 def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
