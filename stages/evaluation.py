@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.forward import windows
 from stages.model.offload import device_of, refuse_offloaded
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
+from stages.patching import patched
 from stages.ports.counters import Counters
 from stages.text.harness import TaskSpec, zero_shot
 
@@ -114,18 +114,13 @@ def anytime(
 ) -> dict[str, float]:
     """Perplexity on ids [windows, length] after the first t steps of every neuron, by t = 1 … T; the
     last is that of the fast path."""
-    last = longest(conversion.coding)
+    last = conversion.coding.longest
     found = {}
     for t in range(1, last + 1):
         steps = None if t == last else t
         result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
         found[str(t)] = result.metrics["perplexity"]
     return found
-
-
-def longest(coding: Coding) -> int:
-    """The steps of a coding's longest neuron, which may have more than T of them."""
-    return int(getattr(coding, "longest", coding.timesteps))
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from stages.ports.passes import prefix_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.patching import Conversion
+    from stages.fitted import Conversion
     from stages.transforms.transforms import Transform
 
 MARK = ".export"  # holds the key of what was copied to a folder

@@ -11,23 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.codings.base import Coding, site_params
+from stages.codings.base import site_params
 from stages.errors import InputError
-from stages.fitting import FittedNeurons
+from stages.fitted import Conversion
 from stages.model.offload import device_of
 from stages.model.sites import Site, find_sites
 from stages.ports.attention import Port
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.ports import DensePort, ErrorPort, SpikingPort, attached, stream
 from stages.ports.stepped import stepped_ports
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A coding with the neurons fitted for it; None in its place means the dense model."""
-
-    coding: Coding
-    neurons: FittedNeurons
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from stages.codings.base import Coding
 from stages.codings.dense import Dense
 from stages.distribution import Densities
 from stages.evaluation import perplexity
-from stages.fitting import FittedNeurons, Fitting
-from stages.patching import Conversion, patched
+from stages.fitted import Conversion, FittedNeurons
+from stages.fitting import Fitting
+from stages.patching import patched
 from stages.ports.kernels import use_compiler
 from stages.text import corpus
 from stages.transforms.transforms import Untouched

@@ -80,7 +80,7 @@ def encoded(value: Any) -> Any:
 def decoded_coding(spec: SpikingConfig) -> Coding:
     """The coding of a config; InputError where it names none of this version's."""
     found = _decoded(spec.coding)
-    if not isinstance(found, Coding):
+    if not isinstance(found, Coding) or not found.converts:
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
     return found
 

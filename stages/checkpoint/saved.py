@@ -25,13 +25,12 @@ from stages.checkpoint.format import (
     is_spiking,
 )
 from stages.checkpoint.quantizer import METHOD, SpikingConfig, SpikingQuantizer
-from stages.codings.base import Fit
 from stages.errors import InputError
-from stages.fitting import FittedNeurons
+from stages.fitted import Conversion, Fit, FittedNeurons
 from stages.model.files import unreported
 from stages.model.loading import readable
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
+from stages.patching import patched
 from stages.ports.attachment import Attachment, attachment, record, refuse_spiking
 from stages.transforms.prefix import attach_prefix
 from stages.transforms.transforms import Fuse, Transform, Untouched

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    from stages.patching import Conversion
+    from stages.fitted import Conversion
 
 _RECORD = "spiking_attachment"
 _COPY, _PICKLE = "__deepcopy__", "__reduce_ex__"  # looked up on the model before its class

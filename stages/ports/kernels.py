@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.codings.base import Coding, ReplacesSoftmax, Tokenwise
-from stages.neurons.neurons import Params
+from stages.codings.base import Coding
+from stages.neurons.spikes import Params
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
         value, spikes = coding.quantise(x, p)
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
-    if isinstance(coding, Tokenwise):
+    if coding.tokenwise:
         return kernel  # its layout is part of the code, and it is no elementwise expression
     fast = fused(kernel)
 
@@ -85,7 +85,7 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
     def probabilities(
         scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(coding, ReplacesSoftmax):
+        if coding.replaces_softmax:
             return coding.softmax(scores, scaling, mask, p)
         return coding.quantise(masked_softmax(scores, scaling, mask), p)
 

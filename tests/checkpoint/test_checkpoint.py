@@ -17,7 +17,7 @@ import stages
 from stages.checkpoint.saved import save
 from stages.codings.gated import Gated
 from stages.errors import InputError
-from stages.patching import Conversion
+from stages.fitted import Conversion
 from stages.ports.kernels import use_compiler
 from stages.transforms.transforms import Untouched
 

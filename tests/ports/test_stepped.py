@@ -22,8 +22,9 @@ from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.sites import ROLES, find_sites
-from stages.patching import Conversion, patched
+from stages.patching import patched
 from stages.ports.coded import coded
 from stages.ports.counters import Counters
 from stages.ports.planes import planes

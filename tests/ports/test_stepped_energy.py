@@ -19,8 +19,9 @@ from stages.codings.oat import Oat
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.energy import Energy, HardwareProfile, account
+from stages.fitted import Conversion
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
+from stages.patching import patched
 from stages.ports import attention
 from stages.ports.counters import Counters
 from stages.ports.stepped import real_valued

@@ -13,10 +13,11 @@ from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
-from stages.fitting import Fit
+from stages.fitted import Conversion, Fit
 from stages.model.sites import ROLES, find_sites
-from stages.neurons import neurons
-from stages.patching import Conversion, Patching, patched
+from stages.neurons.bank import bank_quantise
+from stages.neurons.spikes import decode
+from stages.patching import Patching, patched
 from stages.ports import kernels
 from stages.ports.ports import attached
 
@@ -39,7 +40,7 @@ class Stepped:
 
     def __call__(self, x, real, fanout):
         spikes = self.coding.encode(x, self.params)
-        value = neurons.decode(spikes, self.coding.table(self.params))
+        value = decode(spikes, self.coding.table(self.params))
         self.pairs.append((x, value, spikes.count))
         return value if self.passes_on else x
 
@@ -151,7 +152,7 @@ class FastPathFloors(Las):
     """A coding whose fast path forgot v0."""
 
     def quantise(self, x, p):
-        return neurons.bank_quantise(x, p, self.timesteps, 0.0)
+        return bank_quantise(x, p, self.timesteps, 0.0)
 
 
 def test_a_fast_path_of_another_code_fails_the_comparison(model, tokens, convert):
