@@ -12,17 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.capture import Capture
-from stages.checkpoint import saved
+from stages.checkpoint import binding
+from stages.checkpoint.format import describe
 from stages.codings.base import Coding, Observing
+from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitting import Fitting
+from stages.model.prefix import prefix_ids
 from stages.model.sites import SiteSelection, find_sites, select
-from stages.patching import Conversion, Patching
+from stages.patching import Patching
 from stages.ports.attachment import Attachment, attachment, refuse_spiking
-from stages.ports.passes import prefix_ids
 from stages.text import corpus
-from stages.transforms.transforms import applied
+from stages.transforms.transform import applied
 
 if TYPE_CHECKING:
     from stages.model.sites import Site
@@ -81,8 +83,8 @@ def bind(model: PreTrainedModel, conversion: Conversion) -> PreTrainedModel:
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
     # A spiking model that was restored still rotates, and has its prefix.
-    spec = saved.describe(conversion, applied(model), prefix_ids(model))
-    saved.bind(model, conversion, spec)
+    spec = describe(conversion, applied(model), prefix_ids(model))
+    binding.bind(model, conversion, spec)
     return model
 
 
@@ -144,7 +146,7 @@ def measure(
     try:
         return Patching(len(ids)).run(model, ids, fitted, batch)
     finally:
-        saved.bind(model, fitted, spec)
+        binding.bind(model, fitted, spec)
 
 
 def save(

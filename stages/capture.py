@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.sites import Site
 from stages.ports.attention import View
-from stages.ports.kernels import fused, masked_softmax
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
+from stages.ports.kernels import masked_softmax
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.codings.base import Coding
+from stages.conversion import Conversion
 from stages.errors import InputError
 from stages.model.forward import windows
 from stages.model.offload import device_of, refuse_offloaded
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 from stages.text.harness import TaskSpec, zero_shot
 
 
@@ -80,7 +81,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error.
 
-    `execution` and `steps` are those of `stages.patching.patched`.
+    `execution` and `steps` are those of `stages.ports.patched.patched`.
     """
     sites = find_sites(model)
     device = device_of(model)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
-from stages.ports.passes import prefix_ids
+from stages.model.prefix import prefix_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.patching import Conversion
-    from stages.transforms.transforms import Transform
+    from stages.conversion import Conversion
+    from stages.transforms.transform import Transform
 
 MARK = ".export"  # holds the key of what was copied to a folder
 PACKAGES = ("python", "torch", "transformers")
@@ -96,7 +96,7 @@ def run(
     folder: Path,
 ) -> None:
     """Writes weights, neurons, config, tokenizer and card."""
-    from stages.checkpoint.saved import save
+    from stages.checkpoint.folder import save
 
     save(model, conversion, transform, prefix_ids(model), folder)
     tokenizer.save_pretrained(folder)

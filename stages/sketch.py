@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stages.compiler import fused
 from stages.errors import InputError
-from stages.ports.kernels import fused
 
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24

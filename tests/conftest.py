@@ -22,11 +22,11 @@ from transformers import (
 
 from stages.capture import Capture
 from stages.codings.base import Coding
+from stages.compiler import use_compiler
+from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.fitting import Algorithm1, Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
-from stages.patching import Conversion
-from stages.ports.kernels import use_compiler
 
 TINY = {
     "vocab_size": 50,

@@ -23,15 +23,15 @@ from pipeline.store.store import Artifact, Store
 from stages import evaluation as evaluating
 from stages import export as exporting
 from stages.analysis.operations import operations, untransformed
+from stages.analysis.real_valued import real_valued
 from stages.codings.base import Coding, Observing
 from stages.codings.dense import Dense
+from stages.compiler import compiled, use_compiler
+from stages.conversion import Conversion
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
 from stages.fitting import FittedNeurons
 from stages.model.sites import find_sites, select
-from stages.patching import Conversion
-from stages.ports.kernels import compiled, use_compiler
-from stages.ports.stepped import real_valued
 from stages.sketch import SketchSet
 from stages.text import corpus as text
 

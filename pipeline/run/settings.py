@@ -30,7 +30,7 @@ from stages.statistics.sensitivity import Sensitivity
 from stages.statistics.smoothing import Smoothing
 from stages.text.corpus import Corpus
 from stages.text.harness import TaskSpec
-from stages.transforms.transforms import Transform
+from stages.transforms.transform import Transform
 
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, fused, matrix
-from stages.ports.passes import prefix_length
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
 PRODUCTS = ("linear", "qk", "pv")

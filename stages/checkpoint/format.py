@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from stages.checkpoint.quantizer import METHOD, SpikingConfig
+from stages.checkpoint.config import SpikingConfig
+from stages.codec import decode, encode
 from stages.codings.base import Coding
+from stages.conversion import Conversion
 from stages.errors import InputError
-from stages.registry import identity, lookup
-from stages.transforms.transforms import Transform
+from stages.model.quantised import SPIKING
+from stages.transforms.transform import Transform
 
 NEURONS = "spiking_neurons"
 AGAIN = "export the model again"
+_PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
 def is_spiking(folder: Path) -> bool:
@@ -27,7 +30,7 @@ def is_spiking(folder: Path) -> bool:
         found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
+    return isinstance(found, dict) and found.get("quant_method") == SPIKING
 
 
 def check(spec: SpikingConfig, files: Sequence[str]) -> None:
@@ -64,22 +67,33 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-# --- dataclasses in a config -----------------------------------------------------------------------
+def describe(
+    conversion: Conversion, transform: Transform, prefix: tuple[int, ...] = ()
+) -> SpikingConfig:
+    """What a checkpoint's config says of a conversion."""
+    neurons = conversion.neurons
+    return SpikingConfig(
+        coding=encode(conversion.coding),
+        sites=list(neurons.sites),
+        parameters={name: list(value.shape) for name, value in neurons.fit.params.items()},
+        transform=encode(transform),
+        prefix=list(prefix),
+        versions=_versions(),
+    )
 
 
-def encoded(value: Any) -> Any:
-    """A registered dataclass as plain values: its name and version with its fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        name = identity(type(value))
-        if name is None:
-            raise TypeError(f"{type(value).__qualname__} has no registered name")
-        return {"class": name} | {f.name: encoded(getattr(value, f.name)) for f in fields(value)}
-    return [encoded(each) for each in value] if isinstance(value, list | tuple) else value
+def _versions() -> dict[str, str]:
+    """Those of what writes a checkpoint; a source tree that is not installed has none."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def decoded_coding(spec: SpikingConfig) -> Coding:
     """The coding of a config; InputError where it names none of this version's."""
-    found = _decoded(spec.coding)
+    found = decode(spec.coding)
     if not isinstance(found, Coding):
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
     return found
@@ -87,23 +101,7 @@ def decoded_coding(spec: SpikingConfig) -> Coding:
 
 def decoded_transform(spec: SpikingConfig) -> Transform:
     """The transform of a config; InputError where it names none of this version's."""
-    found = _decoded(spec.transform)
+    found = decode(spec.transform)
     if not isinstance(found, Transform):
         raise InputError(f"a config gives as transform {spec.transform}, which is none; {AGAIN}")
     return found
-
-
-def _decoded(value: Any) -> Any:
-    """The inverse of `encoded`; InputError for a name that is not registered."""
-    if isinstance(value, list):
-        return tuple(_decoded(each) for each in value)
-    if not isinstance(value, Mapping):
-        return value
-    kind: Any = lookup(str(value.get("class")))
-    try:
-        return kind(**{key: _decoded(each) for key, each in value.items() if key != "class"})
-    except TypeError as error:  # an unknown field, or one that is missing
-        raise InputError(
-            f"a config gives {kind.__name__} what it does not take ({error}); load it with the "
-            "version that wrote it"
-        ) from error

@@ -13,7 +13,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-METHOD = "spiking"  # as `quantization_config.quant_method` in the config.json of an export
 METHODS = "transformers.quantizers.auto"
 PLUGIN = "stages.checkpoint.quantizer"
 

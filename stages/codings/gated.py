@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.codings.base import MAX_TIMESTEPS, Fit, Statistic, check_timesteps
+from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, allocate
 from stages.fits.range_search import (
@@ -25,7 +26,6 @@ from stages.fits.range_search import (
 )
 from stages.neurons import ranges
 from stages.neurons.neurons import Params
-from stages.ports.kernels import fused
 from stages.registry import register
 from stages.statistics.sensitivity import Sensitivity, loss_weight
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.compiler import fused
 from stages.errors import InputError
-from stages.ports.kernels import fused
 
 if TYPE_CHECKING:
     from stages.distribution import Atoms

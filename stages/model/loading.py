@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint.plugin import METHOD
 from stages.errors import InputError
 from stages.model.files import Checkpoint, check_fit, keep_apart, stored, unreported
 from stages.model.gguf_file import check_read, read_tokenizer
-from stages.model.quantised import check_method, check_plain, dequantise, scaled
+from stages.model.quantised import SPIKING, check_method, check_plain, dequantise, scaled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -216,7 +215,7 @@ def check_folder(folder: Path) -> None:
 def _refuse_spiking(config: Any, source: str) -> None:
     """Raises InputError for the config of an exported model."""
     found = getattr(config, "quantization_config", None)
-    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+    if isinstance(found, dict) and found.get("quant_method") == SPIKING:
         raise InputError(
             f"model {source} is a spiking model already: stages.load reads it, "
             "python -m pipeline generate runs it; a conversion starts from a dense one"

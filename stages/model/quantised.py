@@ -13,6 +13,7 @@ from stages.model.files import Stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SPIKING = "spiking"  # as `quantization_config.quant_method` in the config.json of an export
 FP8 = "fp8"  # one scale a block of weights, or one a matrix; transformers multiplies them out
 _SCALE = "_scale_inv"
 _PACKAGES = {  # what transformers needs beside itself, for methods that a user is likely to meet

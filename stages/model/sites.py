@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.experts import EXPERT_PORTS, check_experts
 from stages.model.rules import Architecture, Rule, architecture, multiplying
-from stages.ports.experts import EXPERT_PORTS, check_experts
 
 ROLES = (
     "attn.in",

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
+from stages.conversion import Conversion
 from stages.errors import InputError
-
-if TYPE_CHECKING:
-    from stages.patching import Conversion
 
 _RECORD = "spiking_attachment"
 _COPY, _PICKLE = "__deepcopy__", "__reduce_ex__"  # looked up on the model before its class

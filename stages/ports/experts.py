@@ -16,11 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stages.errors import InputError
 from stages.ports.attention import ForwardState, Port
 
 NAME = "ported"
-EXPERT_PORTS = ("act", "up", "down")
 _PORTS = "expert_ports"
 
 
@@ -79,29 +77,3 @@ def switch_experts(model: PreTrainedModel, name: str) -> str:
     before: str = model.config._experts_implementation
     model.set_experts_implementation(name)
     return before
-
-
-def refuse_experts(sites: Sequence[Any], what: str, instead: str) -> None:
-    """Raises InputError where a site belongs to an expert, whose rows are tokens of any window."""
-    if any(site.expert is not None for site in sites):
-        raise InputError(f"{what} is not defined on experts, which see few tokens each: {instead}")
-
-
-def check_experts(name: str, module: Any) -> None:
-    """Raises InputError on experts of another layout than two concatenated, unbiased weights."""
-    odd = [
-        flag
-        for flag, usual in (
-            ("is_transposed", False),
-            ("has_bias", False),
-            ("has_gate", True),
-            ("is_concatenated", True),
-            ("has_post_expert_norm", False),
-        )
-        if getattr(module, flag, None) is not usual
-    ]
-    if odd:
-        raise InputError(
-            f"experts {name} of {type(module).__name__} have another layout ({', '.join(odd)}) than "
-            "gate_up_proj [E, 2 I, H] and down_proj [E, H, I] without biases, which is what is ported"
-        )

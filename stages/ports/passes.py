@@ -14,18 +14,7 @@ from stages.errors import InputError
 from stages.ports.attention import NAME, ForwardState
 from stages.ports.experts import NAME as EXPERTS
 
-PREFIX = "prefix_ids"  # the record of what stands in front of every text
 _GROWING = "dynamic"  # the RoPE type whose frequencies follow the longest text so far
-
-
-def prefix_length(model: PreTrainedModel) -> int:
-    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
-    return len(prefix_ids(model))
-
-
-def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens kept in front of every text."""
-    return tuple(model.__dict__.get(PREFIX, ()))
 
 
 def decoder(model: PreTrainedModel) -> Any:

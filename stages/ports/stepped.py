@@ -2,57 +2,26 @@
 
 At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
 select is added up, and the sums are multiplied by the weights of the phases. What stays real-valued
-tells `real_valued`.
+is listed by `stages.analysis.real_valued`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stages.analysis.operations import Operation, operations
 from stages.codings.base import Coding, ReplacesSoftmax
 from stages.errors import InputError
-from stages.model.sites import find_sites
 from stages.neurons.neurons import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax
 from stages.ports.planes import Planes, SpikingSoftmax, check_ternary, planes, timed
-from stages.ports.ports import allowed, real_rows
+from stages.ports.port import allowed, real_rows
 
 EXECUTIONS = ("fast", "stepped")
-REAL = {
-    "norm": "normalisation",
-    "rope": "rotary position embedding",
-    "softmax": "softmax",
-    "activation": "activation function",
-    "residual": "residual and bias additions",
-    "hadamard": "online rotation before down_proj",
-    "mixing": "online rotation before down_proj",
-}
-
-
-def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
-    """What a stepped run of the model computes on real values."""
-    plan = operations(model, find_sites(model))
-    told = dict(REAL)
-    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
-        told["norm"] += " and its scale (transform=fuse puts it into weights)"
-    kinds = {operation.kind for operation in plan}
-    found = [told[kind] for kind in REAL if kind in kinds]
-    if any(operation.name.endswith(":weighting") for operation in plan):
-        found.append("weights of the experts' outputs")
-    return tuple(dict.fromkeys(found))
-
-
-def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:
-    norms = [model.get_submodule(o.name) for o in plan if o.kind == "norm"]
-    return [norm for norm in norms if getattr(norm, "weight", None) is not None]
 
 
 class SteppedPort:

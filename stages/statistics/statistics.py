@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.experts import refuse_experts
 from stages.model.sites import Site, find_sites
 from stages.ports.attention import View
-from stages.ports.experts import refuse_experts
-from stages.ports.ports import DensePort, stream
+from stages.ports.hooks import stream
+from stages.ports.port import DensePort
 from stages.registry import register
 
 See = Callable[[Tensor], None]

@@ -235,7 +235,7 @@ def _in_memory(
 def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lets the scoring raise InputError for a question that the model cannot read: with a token that
     its embedding lacks, or longer than it has positions, which lm-eval would cut from the left."""
-    from stages.transforms.prefix import prefix_length
+    from stages.model.prefix import prefix_length
 
     embedding: Any = model.get_input_embeddings()
     most, score = lm.max_length - prefix_length(model), lm._loglikelihood_tokens

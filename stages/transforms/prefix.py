@@ -18,20 +18,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stages.errors import InputError
+from stages.model.experts import refuse_experts
+from stages.model.prefix import prefix_length, record_prefix
 from stages.model.rules import architecture
 from stages.model.sites import find_sites
 from stages.ports.attention import View
-from stages.ports.experts import refuse_experts
-from stages.ports.passes import (
-    PREFIX,
-    argument_names,
-    decoder,
-    named,
-    new_tokens,
-    positions,
-    prefix_length,
-)
-from stages.ports.ports import DensePort, stream
+from stages.ports.hooks import stream
+from stages.ports.passes import argument_names, decoder, named, new_tokens, positions
+from stages.ports.port import DensePort
 from stages.registry import register
 
 KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
@@ -247,4 +241,4 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
     kept = PrefixCache(tuple(ids), layers, argument_names(inner), _limits(model.config))
     inner.register_forward_pre_hook(kept.enter, with_kwargs=True)
     inner.register_forward_hook(kept.leave, with_kwargs=True)
-    model.__dict__[PREFIX] = kept.ids
+    record_prefix(model, kept.ids)

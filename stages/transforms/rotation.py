@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.experts import refuse_experts
 from stages.model.offload import refuse_offloaded
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, find_sites
-from stages.ports.experts import refuse_experts
 
 _RECORD = "online_rotation"
 _ROWS = 8192  # of an embedding, rotated in double precision at a time

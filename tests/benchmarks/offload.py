@@ -28,13 +28,13 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from stages.capture import Capture
 from stages.codings.gated import Gated
+from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
 from stages.fitting import Fitting
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload, offloaded
 from stages.model.sites import find_sites
-from stages.patching import Conversion
 from tests.benchmarks import timed
 
 CONF = Path(__file__).parents[2] / "conf/model"

@@ -10,13 +10,15 @@ from torch import Tensor
 from stages.capture import Capture
 from stages.codings.base import Observing, Partial, Tokenwise
 from stages.codings.gif import Gif
+from stages.conversion import Conversion
 from stages.distribution import Atoms, Distribution
 from stages.errors import InputError
 from stages.evaluation import perplexity
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import Conversion, Patching, patched
+from stages.patching import Patching
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 from stages.statistics.statistics import Saliency
 
 GIF = Gif("gif", 4, 16, 0.25, "unary", None)

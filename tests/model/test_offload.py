@@ -23,7 +23,7 @@ from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload, Weights, offloaded
 from stages.model.sites import find_sites
 from stages.patching import Patching
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
 from stages.statistics.sensitivity import Sensitivity
 from stages.statistics.smoothing import Smoothing
 from stages.statistics.statistics import RunningMaximum, Saliency

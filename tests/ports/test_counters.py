@@ -12,13 +12,14 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
+from stages.conversion import Conversion
 from stages.fitting import Fit
 from stages.model.sites import find_sites
 from stages.neurons import neurons
-from stages.patching import Conversion, patched
 from stages.ports import attention
 from stages.ports.counters import Counters
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 FIELDS = ["values", "spikes", "macs", "acs"]
 HEADS, GROUPS, WIDTH = 4, 2, 10

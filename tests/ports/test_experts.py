@@ -15,6 +15,7 @@ from stages.capture import Capture
 from stages.codings.base import site_params
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
+from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.energy import Energy, account
 from stages.errors import InputError
@@ -22,10 +23,11 @@ from stages.evaluation import perplexity
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.neurons.neurons import decode
-from stages.patching import Conversion, patched
 from stages.ports import experts as functions
 from stages.ports.counters import Counters
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
+from stages.ports.port import DensePort
 from stages.statistics.sensitivity import Sensitivity
 from stages.statistics.smoothing import Smoothing
 from stages.statistics.statistics import RunningMaximum, Saliency
@@ -145,13 +147,13 @@ def test_the_loop_tells_wrong_experts_apart(
         def swapped(act, up, down, state):
             return build([act[1], act[0], *act[2:]], up, down, state)
 
-        monkeypatch.setattr("stages.ports.ports.ExpertPorts", swapped)
+        monkeypatch.setattr("stages.ports.hooks.ExpertPorts", swapped)
     elif mutant == "dense":
 
         def uncoded(act, up, down, state):
             return build(*([DensePort()] * len(act) for _ in range(3)), state)
 
-        monkeypatch.setattr("stages.ports.ports.ExpertPorts", uncoded)
+        monkeypatch.setattr("stages.ports.hooks.ExpertPorts", uncoded)
     else:
         ported = functions.ported_experts
 

@@ -12,13 +12,15 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
+from stages.conversion import Conversion
 from stages.errors import InputError
 from stages.fitting import Fit
 from stages.model.sites import ROLES, find_sites
 from stages.neurons import neurons
-from stages.patching import Conversion, Patching, patched
+from stages.patching import Patching
 from stages.ports import kernels
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 CODINGS = [
     Las("las", 5, "zero"),

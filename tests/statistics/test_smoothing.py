@@ -9,12 +9,13 @@ from torch import Tensor
 
 from stages.capture import Capture
 from stages.codings.gif import Gif
+from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports.attention import NAME
+from stages.ports.patched import patched
 from stages.statistics.smoothing import Smoothing
 from tests.conftest import FAMILIES
 

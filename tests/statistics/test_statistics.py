@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.errors import InputError
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
 from stages.statistics.statistics import RunningMaximum, Saliency, Watch
 
 HEADS, GROUPS, WIDTH, LENGTH = 4, 2, 10, 12

@@ -1,44 +1,33 @@
-"""Spiking models in folders: what a checkpoint holds of a conversion, and how it is bound again."""
+"""How neurons are bound to a model until they are taken off, so that it is saved and copied with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
-from stages.checkpoint.format import (
-    AGAIN,
-    NEURONS,
-    check,
-    decoded_coding,
-    decoded_transform,
-    encoded,
-    is_spiking,
-)
-from stages.checkpoint.quantizer import METHOD, SpikingConfig, SpikingQuantizer
+from stages.checkpoint.config import SpikingConfig
+from stages.checkpoint.format import AGAIN, NEURONS, check, decoded_coding, decoded_transform
+from stages.codec import encode
 from stages.codings.base import Fit
+from stages.conversion import Conversion
 from stages.errors import InputError
 from stages.fitting import FittedNeurons
-from stages.model.files import unreported
-from stages.model.loading import readable
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports.attachment import Attachment, attachment, record, refuse_spiking
+from stages.ports.patched import patched
 from stages.transforms.prefix import attach_prefix
-from stages.transforms.transforms import Fuse, Transform, Untouched
+from stages.transforms.transform import Fuse, Untouched
 
-__all__ = ["Neurons", "attach", "attachment", "bind", "describe", "load", "make_room", "save"]
 _SAVE = "save_pretrained"
-_PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
 class Neurons(nn.Module):
@@ -59,66 +48,15 @@ class Neurons(nn.Module):
         return self
 
 
-def save(
-    model: PreTrainedModel,
-    conversion: Conversion,
-    transform: Transform,
-    prefix: tuple[int, ...],
-    folder: Path,
-) -> None:
-    """Writes a model with the neurons of `conversion` as `from_pretrained` reads it.
-
-    `model` is the dense one after its transform; it is left as it was.
-    """
-    refuse_spiking(model)
-    spec = describe(conversion, transform, prefix)
-    with _marked(model, spec, Neurons(conversion.neurons.fit.params)):
-        model.save_pretrained(folder)
-
-
-def describe(
-    conversion: Conversion, transform: Transform, prefix: tuple[int, ...] = ()
-) -> SpikingConfig:
-    """What a checkpoint's config says of a conversion."""
-    neurons = conversion.neurons
-    return SpikingConfig(
-        coding=encoded(conversion.coding),
-        sites=list(neurons.sites),
-        parameters={name: list(value.shape) for name, value in neurons.fit.params.items()},
-        transform=encoded(transform),
-        prefix=list(prefix),
-        versions=_versions(),
-    )
-
-
-def _versions() -> dict[str, str]:
-    """Those of what writes a checkpoint; a source tree that is not installed has none."""
-    found = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-@contextmanager
-def _marked(model: Any, spec: SpikingConfig, neurons: Neurons) -> Iterator[None]:
-    """The model with its neurons, as transformers saves one that a quantizer made."""
-    _mark(model, spec, neurons)
-    try:
-        yield
-    finally:
-        _unmark(model)
-
-
-def _mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
+def mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
     model.__dict__.pop(_SAVE, None)
     model.add_module(NEURONS, neurons)
     model.config.quantization_config = spec
-    model.hf_quantizer = SpikingQuantizer(spec)
+    model.hf_quantizer = AutoHfQuantizer.from_config(spec)
     model.is_quantized = True
 
 
-def _unmark(model: Any) -> None:
+def unmark(model: Any) -> None:
     transform = decoded_transform(model.config.quantization_config)
     if not isinstance(transform, Untouched | Fuse):
         model.__dict__[_SAVE] = _refuse_saving
@@ -134,41 +72,6 @@ def _refuse_saving(*arguments: Any, **options: Any) -> NoReturn:
         "a part of this model's transform works while it runs, and a folder would hold its weights "
         "alone: stages.convert gives it neurons, with which it is saved whole"
     )
-
-
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The spiking model of a folder; see `stages.load`."""
-    path = Path(folder).expanduser()
-    if not is_spiking(path):
-        raise InputError(
-            f"{path} holds no spiking model (no quantization_config of method {METHOD!r} in a "
-            "config.json); write one by export.enabled=true"
-        )
-    with readable(str(path), AGAIN), unreported():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    model, report = loaded
-    faults = {
-        "are not in its files": report["missing_keys"],  # transformers has filled them at random
-        "have another shape": {name for name, _, _ in report["mismatched_keys"]},
-        "have no place": report["unexpected_keys"],
-    }
-    for what, names in faults.items():
-        if names:
-            raise InputError(
-                f"{path} does not fit its config.json: {len(names)} tensors {what}, the first is "
-                f"{min(names)}; {AGAIN}"
-            )
-    if attachment(model) is None:
-        raise InputError(f"{path} came back dense; import stages before transformers loads it")
-    found: PreTrainedModel = model.eval()
-    return found
 
 
 def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str]) -> None:
@@ -188,7 +91,7 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
     """Binds the neurons that a checkpoint has filled, behind the transform it was saved with, until
     the model's attachment is closed."""
     coding, transform = decoded_coding(spec), decoded_transform(spec)
-    spec.coding, spec.transform = encoded(coding), encoded(transform)  # as it is saved again
+    spec.coding, spec.transform = encode(coding), encode(transform)  # as it is saved again
     transform.restore(model)
     if spec.prefix:
         attach_prefix(model, spec.prefix)
@@ -215,14 +118,14 @@ def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) ->
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
     refuse_spiking(model)
-    _mark(model, spec, Neurons(conversion.neurons.fit.params))
+    mark(model, spec, Neurons(conversion.neurons.fit.params))
     _attach(model, conversion)
 
 
 def _attach(model: PreTrainedModel, conversion: Conversion) -> Attachment:
     """Lets the neurons of a marked model work; closing takes its mark off too."""
     with ExitStack() as stack:
-        stack.callback(_unmark, model)
+        stack.callback(unmark, model)
         stack.enter_context(patched(model, conversion))
         bound = Attachment(conversion, stack.pop_all())
     record(model, bound, partial(_copied, model))
@@ -250,8 +153,8 @@ def _copied(model: Any, memo: dict[int, Any]) -> PreTrainedModel:
     try:
         dense = deepcopy(model, memo)
     finally:
-        _mark(model, spec, neurons)
+        mark(model, spec, neurons)
         bound.stack = _attach(model, conversion).stack  # a handle that somebody holds still closes
-    _mark(dense, spec, deepcopy(neurons, memo))
+    mark(dense, spec, deepcopy(neurons, memo))
     _attach(dense, _held(dense, conversion))
     return dense
