@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
 from stages.model.limits import check_tokens
+from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
 
 if TYPE_CHECKING:
@@ -235,8 +236,6 @@ def _in_memory(
 def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lets the scoring raise InputError for a question that the model cannot read: with a token that
     its embedding lacks, or longer than it has positions, which lm-eval would cut from the left."""
-    from stages.model.prefix import prefix_length
-
     embedding: Any = model.get_input_embeddings()
     most, score = lm.max_length - prefix_length(model), lm._loglikelihood_tokens
 
