@@ -15,9 +15,9 @@ from stages.capture import Capture
 from stages.checkpoint import binding
 from stages.checkpoint.format import describe
 from stages.codings.base import Coding, Observing
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.prefix import prefix_ids
 from stages.model.sites import SiteSelection, find_sites, select
@@ -99,7 +99,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrainedModel]:
-    """The spiking model inside a `with` block, the dense one again behind it."""
+    """Make the model spiking inside a `with` block; after it the model is dense again."""
     bind(model, conversion)
     try:
         yield model
@@ -108,12 +108,12 @@ def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrain
 
 
 def conversion(model: PreTrainedModel) -> Conversion:
-    """The coding and the fitted neurons of a spiking model."""
+    """Return the coding and the fitted neurons of a spiking model."""
     return _attached(model).conversion
 
 
 def table(model: PreTrainedModel) -> pd.DataFrame:
-    """One row a site of a spiking model: site, role, layer, nmse, spikes, and its fitted parameters.
+    """Return one row a site of a spiking model: site, role, layer, nmse, spikes, fitted parameters.
 
     nmse = sum (SN(x) - x)^2 / sum x^2 and mean spikes of one value, both over the estimated
     distribution of calibration; NaN for a model that was read from a folder, and for codings that
@@ -135,7 +135,7 @@ def measure(
     length: int = 512,
     batch: int = 4,
 ) -> pd.DataFrame:
-    """Error and spikes of every neuron on the dense model's values over text that it was not fitted on.
+    """Measure error and spikes of every neuron on the dense model's values over text it was not fitted on.
 
     Columns: those of `stages.patching.Patching.run`. `text` is that of `fit`; the model is dense while
     it is measured, and spiking again afterwards.

@@ -46,7 +46,7 @@ class Capture:
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> SketchSet:
-        """Sketches `sites` over full windows ids [windows, length].
+        """Sketch `sites` over full windows ids [windows, length].
 
         Raises InputError where a site holds values that are not finite, or was not reached, and for
         a loaded spiking model.

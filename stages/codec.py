@@ -13,7 +13,7 @@ CLASS = "class"  # the key of the name
 
 
 def registered_name(kind: type) -> str:
-    """`name@version` of a class; TypeError for one that is not registered."""
+    """Return `name@version` of a class; TypeError for one that is not registered."""
     name = identity(kind)
     if name is None:
         raise TypeError(f"{kind.__qualname__} has no registered name")
@@ -21,10 +21,10 @@ def registered_name(kind: type) -> str:
 
 
 def encode(value: Any, where: str = "value", name: Callable[[type], str] = registered_name) -> Any:
-    """Dataclasses, mappings and sequences as json knows them; `name` says what a class is called.
+    """Turn dataclasses, mappings and sequences into what json knows; `name` says what a class is called.
 
-    A path says where something lies and a dtype, an enum or an array has no lasting text of its
-    own, so everything but None, bool, int, float, str is a TypeError that names the place.
+    A path says where something lies and a dtype, an enum or an array has no lasting text here,
+    so everything but None, bool, int, float, str is a TypeError that names the place.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -44,7 +44,7 @@ def encode(value: Any, where: str = "value", name: Callable[[type], str] = regis
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode` for registered names; a list becomes a tuple.
+    """Undo `encode` for registered names; a list becomes a tuple.
 
     InputError for a name that is not registered, and for fields that its class does not take.
     """

@@ -25,19 +25,19 @@ class _Compiler:
 
 
 def use_compiler(enabled: bool, cache: Path | None = None) -> None:
-    """Turns compilation on or off for this process; `cache` keeps compiled kernels on disk."""
+    """Turn compilation on or off for this process; `cache` keeps compiled kernels on disk."""
     _Compiler.enabled = enabled
     if cache is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def compiled() -> bool:
-    """Whether all kernels are compiled, none eager."""
+    """Return whether all kernels are compiled, none eager."""
     return _Compiler.enabled and _Compiler.failure is None
 
 
 def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` compiled for all shapes, or itself once the compiler has failed at it."""
+    """Compile `kernel` for all shapes; it runs eagerly once the compiler has failed at it."""
     # Compilations are counted per code object, and all codings share the code of one closure; a
     # code object of its own keeps one coding from using up the others'.
     own = types.FunctionType(

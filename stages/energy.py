@@ -115,7 +115,7 @@ def account(
     counters: pd.DataFrame | None = None,
     coding: CodingCosts | None = None,
 ) -> pd.DataFrame:
-    """MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
+    """Compute MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
 
     `counters` are those of the evaluation, one row a site; without them the model is dense. Their
     rates, measured on whole windows, hold for prefill and for decode. The decoded token is the
@@ -174,7 +174,7 @@ def _rows(
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
-    """Totals of every kind of operation, with their number: convention phase kind count and costs."""
+    """Sum up every kind of operation: convention phase kind count and costs."""
     keys = ["convention", "phase", "kind"]
     groups = frame.groupby(keys, sort=False)
     table = _giga(groups[list(COSTS)].sum(skipna=False))
@@ -187,7 +187,7 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Totals as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
+    """Sum up a frame as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
     keys = ["convention", "phase"]
     totals = _giga(frame.groupby(keys, sort=False)[list(COSTS)].sum(skipna=False))
     result: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -198,7 +198,7 @@ def summary(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def saving(spiking: pd.DataFrame, dense: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    """Part of the dense energy that is saved, as {convention: {phase: part}}; None if undefined."""
+    """Compute the part of dense energy that is saved: {convention: {phase: part}}; None if undefined."""
     theirs = summary(dense)
     return {
         convention: {

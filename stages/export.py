@@ -14,7 +14,7 @@ from stages.model.prefix import prefix_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.conversion import Conversion
+    from stages.fitted import Conversion
     from stages.transforms.transform import Transform
 
 MARK = ".export"  # holds the key of what was copied to a folder
@@ -64,7 +64,7 @@ class Export:
             raise InputError("export.folder is given, but export.enabled=false: set it to true")
 
     def check_free(self, key: str) -> None:
-        """Raises InputError where the folder is none, or holds anything but this very export."""
+        """Raise InputError where the folder is none, or holds anything but this very export."""
         if self.folder is None:
             return
         place = Path(self.folder).expanduser()
@@ -75,7 +75,7 @@ class Export:
             raise InputError(f"export.folder: {place} is not empty; give another folder")
 
     def place(self, source: Path, key: str) -> None:
-        """Copies an export to the folder."""
+        """Copy an export to the folder."""
         self.check_free(key)
         if self.folder is None:
             return
@@ -95,7 +95,7 @@ def run(
     card: str,
     folder: Path,
 ) -> None:
-    """Writes weights, neurons, config, tokenizer and card."""
+    """Write weights, neurons, config, tokenizer and card."""
     from stages.checkpoint.folder import save
 
     save(model, conversion, transform, prefix_ids(model), folder)
@@ -106,7 +106,7 @@ def run(
 def card(
     row: Mapping[str, Any], sites: int, command: str, versions: Mapping[str, str], energy: str
 ) -> str:
-    """The model card of a run's row of results; what was not measured is not in it."""
+    """Write the model card of a run's row of results; what was not measured is not in it."""
     measured = {
         name: value
         for name, value in row.items()

@@ -8,8 +8,8 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.offload import device_of
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, SiteCounter
@@ -31,7 +31,7 @@ class Patching:
     def run(
         self, model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int
     ) -> pd.DataFrame:
-        """Error and spikes of every converted site on the dense model's values over ids [W, S].
+        """Measure error and spikes of every converted site on the dense model's values over ids [W, S].
 
         One row a site: site, role, layer, values, spikes, nmse, nmse_atoms, where nmse is
         sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen.

@@ -55,7 +55,7 @@ FLOORS = {
     "ground": Floor(
         (
             "stages.atoms",
-            "stages.conversion",
+            "stages.fitted",
             "stages.compiler",
             "stages.sketch",
             "stages.codec",

@@ -23,8 +23,8 @@ from transformers import (
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.compiler import use_compiler
-from stages.conversion import Conversion
 from stages.distribution import Distribution
+from stages.fitted import Conversion
 from stages.fitting import Algorithm1, Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
 

@@ -19,9 +19,9 @@ from stages.checkpoint.folder import save
 from stages.codings.base import Coding
 from stages.codings.dense import Dense
 from stages.compiler import use_compiler
-from stages.conversion import Conversion
 from stages.distribution import Densities
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import FittedNeurons, Fitting
 from stages.ports.patched import patched
 from stages.text import corpus

@@ -27,9 +27,9 @@ from stages.analysis.real_valued import real_valued
 from stages.codings.base import Coding, Observing
 from stages.codings.dense import Dense
 from stages.compiler import compiled, use_compiler
-from stages.conversion import Conversion
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
+from stages.fitted import Conversion
 from stages.fitting import FittedNeurons
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet

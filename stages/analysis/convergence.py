@@ -37,7 +37,7 @@ class Decay:
 
 
 def fit_decay(curves: Tensor) -> Decay:
-    """Least-squares C, a, rho of loss curves [S, iterations + 1], k counting from 0.
+    """Fit C, a, rho to loss curves [S, iterations + 1] by least squares, k counting from 0.
 
     Variable projection (Golub & Pereyra 1973): C and a are the non-negative least squares of a rho,
     and rho is searched on a grid, then around its best point. Raises InputError for curves of fewer

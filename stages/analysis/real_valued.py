@@ -22,7 +22,7 @@ REAL = {
 
 
 def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
-    """What a stepped run of the model computes on real values."""
+    """List what a stepped run of the model computes on real values."""
     plan = operations(model, find_sites(model))
     told = dict(REAL)
     if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):

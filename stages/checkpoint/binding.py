@@ -18,8 +18,8 @@ from stages.checkpoint.config import SpikingConfig
 from stages.checkpoint.format import AGAIN, NEURONS, check, decoded_coding, decoded_transform
 from stages.codec import encode
 from stages.codings.base import Fit
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import FittedNeurons
 from stages.model.sites import find_sites
 from stages.ports.attachment import Attachment, attachment, record, refuse_spiking
@@ -67,7 +67,7 @@ def unmark(model: Any) -> None:
 
 
 def _refuse_saving(*arguments: Any, **options: Any) -> NoReturn:
-    """Stands for the save_pretrained of a model that is rotated, or has a prefix, and no neurons."""
+    """Stand in for the save_pretrained of a model that is rotated, or has a prefix, and no neurons."""
     raise InputError(
         "a part of this model's transform works while it runs, and a folder would hold its weights "
         "alone: stages.convert gives it neurons, with which it is saved whole"
@@ -75,7 +75,7 @@ def _refuse_saving(*arguments: Any, **options: Any) -> NoReturn:
 
 
 def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str]) -> None:
-    """Empty buffers for the neurons' parameters, which the checkpoint of `files` fills.
+    """Make empty buffers for the neurons' parameters, which the checkpoint of `files` fills.
 
     Raises InputError where it does not hold what the config says.
     """
@@ -88,7 +88,7 @@ def make_room(model: PreTrainedModel, spec: SpikingConfig, files: Sequence[str])
 
 
 def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
-    """Binds the neurons that a checkpoint has filled, behind the transform it was saved with, until
+    """Bind the neurons that a checkpoint has filled, behind the transform it was saved with, until
     the model's attachment is closed."""
     coding, transform = decoded_coding(spec), decoded_transform(spec)
     spec.coding, spec.transform = encode(coding), encode(transform)  # as it is saved again
@@ -113,7 +113,7 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
 
 
 def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) -> None:
-    """Puts neurons on a dense model in memory until its attachment is closed; it is saved with them.
+    """Put neurons on a dense model in memory until its attachment is closed; it is saved with them.
 
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
@@ -123,7 +123,7 @@ def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) ->
 
 
 def _attach(model: PreTrainedModel, conversion: Conversion) -> Attachment:
-    """Lets the neurons of a marked model work; closing takes its mark off too."""
+    """Let the neurons of a marked model work; closing takes its mark off too."""
     with ExitStack() as stack:
         stack.callback(unmark, model)
         stack.enter_context(patched(model, conversion))

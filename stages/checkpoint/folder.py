@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.checkpoint.binding import Neurons, mark, unmark
 from stages.checkpoint.config import SpikingConfig
 from stages.checkpoint.format import AGAIN, describe, is_spiking
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.files import unreported
 from stages.model.loading import readable
 from stages.model.quantised import SPIKING
@@ -28,7 +28,7 @@ def save(
     prefix: tuple[int, ...],
     folder: Path,
 ) -> None:
-    """Writes a model with the neurons of `conversion` as `from_pretrained` reads it.
+    """Write a model with the neurons of `conversion` as `from_pretrained` reads it.
 
     `model` is the dense one after its transform; it is left as it was.
     """
@@ -49,7 +49,7 @@ def _marked(model: Any, spec: SpikingConfig, neurons: Neurons) -> Iterator[None]
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The spiking model of a folder; see `stages.load`."""
+    """Load the spiking model of a folder; see `stages.load`."""
     path = Path(folder).expanduser()
     if not is_spiking(path):
         raise InputError(

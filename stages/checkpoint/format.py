@@ -11,8 +11,8 @@ from pathlib import Path
 from stages.checkpoint.config import SpikingConfig
 from stages.codec import decode, encode
 from stages.codings.base import Coding
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.quantised import SPIKING
 from stages.transforms.transform import Transform
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
 def is_spiking(folder: Path) -> bool:
-    """Whether the config.json of a folder names neurons; raises InputError where it cannot be read."""
+    """Return whether the config.json of a folder names neurons; InputError where it cannot be read."""
     file = folder / "config.json"
     if not file.is_file():
         return False
@@ -34,7 +34,7 @@ def is_spiking(folder: Path) -> bool:
 
 
 def check(spec: SpikingConfig, files: Sequence[str]) -> None:
-    """Raises InputError unless `files` hold just the neurons of a config, a row a site, in float32."""
+    """Raise InputError unless `files` hold just the neurons of a config, a row a site, in float32."""
     found = _headers(files)
     wanted = {name: ("F32", list(shape)) for name, shape in spec.parameters.items()}
     absent, surplus = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
@@ -70,7 +70,7 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
 def describe(
     conversion: Conversion, transform: Transform, prefix: tuple[int, ...] = ()
 ) -> SpikingConfig:
-    """What a checkpoint's config says of a conversion."""
+    """Describe a conversion as a checkpoint's config does."""
     neurons = conversion.neurons
     return SpikingConfig(
         coding=encode(conversion.coding),
@@ -92,7 +92,7 @@ def _versions() -> dict[str, str]:
 
 
 def decoded_coding(spec: SpikingConfig) -> Coding:
-    """The coding of a config; InputError where it names none of this version's."""
+    """Return the coding of a config; InputError where it names none of this version's."""
     found = decode(spec.coding)
     if not isinstance(found, Coding):
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
@@ -100,7 +100,7 @@ def decoded_coding(spec: SpikingConfig) -> Coding:
 
 
 def decoded_transform(spec: SpikingConfig) -> Transform:
-    """The transform of a config; InputError where it names none of this version's."""
+    """Return the transform of a config; InputError where it names none of this version's."""
     found = decode(spec.transform)
     if not isinstance(found, Transform):
         raise InputError(f"a config gives as transform {spec.transform}, which is none; {AGAIN}")

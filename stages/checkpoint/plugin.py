@@ -45,7 +45,7 @@ class _Loader(Loader):
 
 
 def install() -> None:
-    """Registers at once if transformers' methods are imported already, else as soon as they are."""
+    """Register at once if transformers' methods are imported already, else as soon as they are."""
     if METHODS in sys.modules:
         importlib.import_module(PLUGIN)
     else:

@@ -11,13 +11,13 @@ EXPERT_PORTS = ("act", "up", "down")
 
 
 def refuse_experts(sites: Sequence[Any], what: str, instead: str) -> None:
-    """Raises InputError where a site belongs to an expert, whose rows are tokens of any window."""
+    """Raise InputError where a site belongs to an expert, whose rows are tokens of any window."""
     if any(site.expert is not None for site in sites):
         raise InputError(f"{what} is not defined on experts, which see few tokens each: {instead}")
 
 
 def check_experts(name: str, module: Any) -> None:
-    """Raises InputError on experts of another layout than two concatenated, unbiased weights."""
+    """Raise InputError on experts of another layout than two concatenated, unbiased weights."""
     odd = [
         flag
         for flag, usual in (

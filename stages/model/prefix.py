@@ -12,15 +12,15 @@ _RECORD = "prefix_ids"
 
 
 def record_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Says of a model which tokens are kept in front of every text."""
+    """Record which tokens are kept in front of every text of a model."""
     model.__dict__[_RECORD] = tuple(ids)
 
 
 def prefix_length(model: PreTrainedModel) -> int:
-    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
+    """Count the tokens kept in front of every text; 0 for a model without a prefix."""
     return len(prefix_ids(model))
 
 
 def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens kept in front of every text."""
+    """Return the tokens kept in front of every text."""
     return tuple(model.__dict__.get(_RECORD, ()))

@@ -70,7 +70,7 @@ class _Joined(Coded):
 
 
 def coded(found: Planes, dtype: torch.dtype) -> Coded:
-    """The values of planes, decoded in `dtype`."""
+    """Decode the values of planes in `dtype`."""
     value = found.value().to(dtype).as_subclass(Coded)
     value.planes = found
     return value

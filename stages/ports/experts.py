@@ -1,7 +1,7 @@
 """Mixtures of experts whose operands pass through ports, one port an expert and role.
 
 transformers keeps the experts of a layer as fused weights, gate_up_proj [E, 2 I, H] and down_proj
-[E, H, I], so that no linear module could be hooked; this is an experts function of its own.
+[E, H, I], so that no linear module could be hooked; so this function replaces that of the experts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ExpertPorts:
 
 
 def set_expert_ports(module: nn.Module, ports: ExpertPorts | None) -> None:
-    """Binds ports to a module of experts, or takes them off."""
+    """Bind ports to a module of experts, or take them off."""
     if ports is None:
         module.__dict__.pop(_PORTS, None)
     else:
@@ -46,7 +46,7 @@ def ported_experts(
     top_k_index: Tensor,  # [N, k]
     top_k_weights: Tensor,  # [N, k]
 ) -> Tensor:
-    """Every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
+    """Run every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
     ports: ExpertPorts = module.__dict__[_PORTS]
     expert, order = top_k_index.flatten().sort(stable=True)
     token = order // top_k_index.shape[1]
@@ -73,7 +73,7 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, ported_experts)
 
 
 def switch_experts(model: PreTrainedModel, name: str) -> str:
-    """Makes `name` the function of all experts; the name of the one before."""
+    """Make `name` the function of all experts; return the name of the one before."""
     before: str = model.config._experts_implementation
     model.set_experts_implementation(name)
     return before

@@ -26,7 +26,7 @@ from stages.ports.port import DensePort
 def attached(
     model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]
 ) -> Iterator[ForwardState]:
-    """Lets every site's value pass through its port while the context is open.
+    """Let every site's value pass through its port while the context is open.
 
     `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
     site is unknown, and for a loaded spiking model. Leaving the context restores the model exactly.
@@ -81,7 +81,7 @@ def stream(
     through: Callable[[int], None] = lambda layer: None,
     logits: int = 0,
 ) -> None:
-    """Runs full windows ids [W, S] through the dense model with `ports` on its sites.
+    """Run full windows ids [W, S] through the dense model with `ports` on its sites.
 
     `after`, `through` and `logits` are those of `stages.model.forward.windows`.
     """

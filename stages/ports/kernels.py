@@ -24,7 +24,7 @@ SoftmaxKernel = Callable[[Tensor, float, Tensor, Params], tuple[Tensor, Tensor]]
 
 
 def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
-    """softmax(scores * scaling) over the allowed keys, in float32; exactly zero elsewhere.
+    """Compute softmax(scores * scaling) over the allowed keys, in float32; exactly zero elsewhere.
 
     scores [B, H, Q, K], mask [B, 1, Q, K] bool.
     """
@@ -34,7 +34,7 @@ def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def row_kernel(coding: Coding, counted: bool) -> RowKernel:
-    """(x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor)."""
+    """Make (x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor)."""
 
     def kernel(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         value, spikes = coding.quantise(x, p)
@@ -54,7 +54,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
 
 @functools.lru_cache(maxsize=64)
 def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
-    """(scores [B, H, Q, K], scaling, mask, parameters) -> (coded probabilities, spikes [B, H, Q])."""
+    """Make (scores [B, H, Q, K], scaling, mask, parameters) -> (coded probabilities, spikes [B, H, Q])."""
 
     def probabilities(
         scores: Tensor, scaling: float, mask: Tensor, p: Params

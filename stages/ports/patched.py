@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.offload import device_of
 from stages.model.sites import Site, find_sites
 from stages.ports.attention import Port
@@ -29,7 +29,7 @@ def patched(
     execution: str = "fast",
     steps: int | None = None,
 ) -> Iterator[int]:
-    """The spiking model while the context is open, the dense one (counting its MACs) without a
+    """Make the model spiking while the context is open, or let the dense one count its MACs without a
     conversion; yields the number of converted sites.
 
     `execution`: `fast` multiplies decoded values, `stepped` runs every neuron step by step and lets
@@ -59,7 +59,7 @@ def patched(
 def parameters(
     conversion: Conversion, sites: Sequence[Site], device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """Parameters by site name, on the model's device."""
+    """Return the parameters by site name, on the model's device."""
     neurons = conversion.neurons
     unresolved = set(neurons.sites) - {site.name for site in sites}
     if unresolved or not neurons.sites:

@@ -22,8 +22,8 @@ class SpikingSoftmax(Protocol):
     def softmax_spikes(
         self, scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[SpikeTime, Tensor, Tensor]:
-        """Spikes of scores [B, H, Q, K], the weight of every step [T], and what scales the sum of
-        each row [B, H, Q, 1]."""
+        """Return the spikes of scores [B, H, Q, K], the weight of every step [T], and what
+        scales the sum of each row [B, H, Q, 1]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Sum:
         self._total: Tensor | None = None
 
     def add(self, product: Tensor, weight: float) -> None:
-        """Adds what the spikes of the next plane, of that weight, have selected."""
+        """Add what the spikes of the next plane, of that weight, have selected."""
         own = product * weight if self._shift is None else product
         if self._total is None:
             self._total = own
@@ -85,7 +85,7 @@ class Planes:
         return 1 + max(step for each in self.accumulators for step in each.step)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Planes:
-        """The planes laid out as `change` lays out the values."""
+        """Lay the planes out as `change` lays out the values."""
         return Planes(
             tuple(
                 replace(each, plane=tuple(change(plane) for plane in each.plane))
@@ -95,7 +95,7 @@ class Planes:
         )
 
     def first(self, steps: int) -> Planes:
-        """What has arrived after the first `steps` steps."""
+        """Return what has arrived after the first `steps` steps."""
         kept = []
         for each in self.accumulators:
             number = sum(step < steps for step in each.step)
@@ -105,19 +105,19 @@ class Planes:
         return replace(self, accumulators=tuple(kept))
 
     def value(self) -> Tensor:
-        """The decoded values [*X] float32."""
+        """Return the decoded values [*X] float32."""
         total = self.none()
         for step in range(self.steps):
             self.arrive(total, step)
         return total if self.row is None else total * self.row
 
     def none(self) -> Tensor:
-        """The decoded values before the first step: zeros [*X] float32."""
+        """Return the decoded values before the first step: zeros [*X] float32."""
         plane = self.accumulators[0].plane[0]
         return torch.zeros(plane.shape, device=plane.device)
 
     def arrive(self, total: Tensor, step: int) -> None:
-        """Adds what the spikes of one step are worth, without the scale of the rows."""
+        """Add what the spikes of one step are worth, without the scale of the rows."""
         for each in self.accumulators:
             for plane, weight, at in each.spikes:
                 if at == step:
@@ -125,7 +125,7 @@ class Planes:
 
 
 def check_ternary(coding: Coding) -> None:
-    """Raises InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
+    """Raise InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
     if not coding.neuron or getattr(coding, "tokenwise", False):
         raise InputError(
             f"coding={coding.name} has no steps in {{-1, 0, 1}}: a bound has no spikes, and gif emits "
@@ -134,7 +134,7 @@ def check_ternary(coding: Coding) -> None:
 
 
 def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
-    """The planes of x [*X], and the spikes of every value [*X]."""
+    """Code x [*X] as planes; also the spikes of every value [*X]."""
     spikes = coding.encode(x, p)
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
@@ -144,7 +144,7 @@ def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 
 
 def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
-    """One plane a step; silence, where it has a weight, is a spike of the last step.
+    """Return one plane a step; silence, where it has a weight, is a spike of the last step.
 
     weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1].
     """

@@ -88,11 +88,11 @@ class ErrorPort(SpikingPort):
 
 
 def allowed(view: View, heads: int) -> Tensor:
-    """Number of probabilities that real queries of this block compute."""
+    """Count the probabilities that real queries of this block compute."""
     seen = view.seen if view.real is None else view.seen * view.real
     return seen.sum() * heads
 
 
 def real_rows(view: View) -> Tensor | None:
-    """Which query rows are real, [B, 1, Q], or None for all."""
+    """Return which query rows are real, [B, 1, Q], or None for all."""
     return None if view.real is None else view.real[:, None]

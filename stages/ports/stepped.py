@@ -68,7 +68,7 @@ class SteppedPort:
 
 
 def check_steps(coding: Coding) -> None:
-    """Raises InputError for a coding that has no step-by-step form."""
+    """Raise InputError for a coding that has no step-by-step form."""
     check_ternary(coding)
     if isinstance(coding, ReplacesSoftmax) and not isinstance(coding, SpikingSoftmax):
         raise InputError(f"coding={coding.name} has no softmax in steps: use execution=fast")
@@ -80,7 +80,7 @@ def stepped_ports(
     counters: Mapping[str, SiteCounter],
     steps: int | None = None,
 ) -> dict[str, SteppedPort]:
-    """A stepped port for every site that has parameters."""
+    """Return a stepped port for every site that has parameters."""
     check_steps(coding)
     return {
         name: SteppedPort(coding, own, counters.get(name), steps)

@@ -70,7 +70,7 @@ class Corpus:
                 )
 
     def origin(self, purpose: Purpose) -> Path | PackageFile | HubText:
-        """Where the text for `purpose` lies; InputError if this corpus has none for it."""
+        """Return where the text for `purpose` lies; InputError if this corpus has none for it."""
         own = self.calibration_path if purpose == "calibration" else self.path
         if own is not None:
             return Path(own).expanduser()
@@ -87,7 +87,7 @@ class Corpus:
 
 
 def present(name: str, rows: Sequence[str | None]) -> list[str]:
-    """The rows that have a text; how many are null is logged."""
+    """Return the rows that have a text; how many are null is logged."""
     odd = [row for row in rows if not isinstance(row, str | None)]
     if odd:
         raise InputError(f"corpus {name}: {str(odd[0])[:80]!r} is no text; give another field")
@@ -99,13 +99,13 @@ def present(name: str, rows: Sequence[str | None]) -> list[str]:
 
 
 def fingerprints(documents: Sequence[str]) -> list[str]:
-    """sha256 of every document of 200 characters or more."""
+    """Hash every document of 200 characters or more, by sha256."""
     long = (text.strip() for text in documents if len(text.strip()) >= _SAME_TEXT)
     return [hashlib.sha256(text.encode()).hexdigest() for text in long]
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    """Raises InputError if two texts, given by their fingerprints, have a document in common."""
+    """Raise InputError if two texts, given by their fingerprints, have a document in common."""
     shared = set(calibration) & set(evaluation)
     if shared:
         raise InputError(
@@ -115,7 +115,7 @@ def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> Non
 
 
 def tokenise(documents: Sequence[str], join: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids [N] int64 of the documents joined to one text.
+    """Turn documents, joined to one text, into token ids [N] int64.
 
     A begin-of-sequence token is there only if the tokenizer adds one by itself, then once.
     """
@@ -133,7 +133,7 @@ def windows(
     name: str = "corpus",
     begin: int | None = None,
 ) -> Tensor:
-    """The first `count` non-overlapping windows [count, length] after `skip` tokens.
+    """Cut the first `count` non-overlapping windows [count, length] after `skip` tokens.
 
     With `begin` every window is that token and length - 1 tokens of the text; one that the tokenizer
     has put in front of the text is not repeated.

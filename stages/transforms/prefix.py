@@ -45,7 +45,7 @@ class PrefixSearch:
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, batch: int
     ) -> dict[str, Any]:
-        """The prefix for a dense model, from windows ids [W, S], and the counts that led to it.
+        """Search the prefix for a dense model, from windows ids [W, S], with the counts that led to it.
 
         Its length is the mean number of outlier tokens of a window at the down_proj that has most
         of them, rounded up, at least 1. The last token is the tokenizer's BOS; the others are the
@@ -133,7 +133,7 @@ class PrefixCache:
     limits: tuple[Limit, ...]
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pass behind the prefix: a cache that holds it, mask and positions to match.
+        """Begin a pass behind the prefix: give it a cache that holds it, mask and positions to match.
 
         An empty cache is filled; one that is not holds the prefix since the pass that filled it.
         Positions count from the end of the prefix, and no pad. Raises InputError on masks and caches
@@ -193,7 +193,7 @@ class PrefixCache:
                 )
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Takes from the output a cache that nobody asked for: `generate` would go on with it."""
+        """Take from the output a cache that nobody asked for: `generate` would go on with it."""
         used = kwargs.get("use_cache")
         wanted = module.config.use_cache if used is None else used
         if wanted or not hasattr(output, "items"):
@@ -223,7 +223,7 @@ def _limits(config: Any) -> tuple[Limit, ...]:
 
 
 def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Keeps the prefix in front of every later pass of the model; its logits are not returned.
+    """Keep the prefix in front of every later pass of the model; its logits are not returned.
 
     Call it on the dense model, once, and before any port is attached: hooks run in order.
     """

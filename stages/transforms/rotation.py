@@ -74,7 +74,7 @@ class Orthogonal:
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Computes in float32 at least and returns the dtype of x."""
+        """Compute in float32 at least and return the dtype of x."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         signs, left, right = self._on(x.device, dtype)
         parts = (x.to(dtype) * signs).reshape(-1, left.shape[0], right.shape[0])
@@ -108,7 +108,7 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate(model: PreTrainedModel, seed: int) -> None:
-    """Rotates a loaded model in place; embedding and head are untied.
+    """Rotate a loaded model in place; embedding and head are untied.
 
     Raises InputError on an architecture without rules, on weights that are quantised or absent,
     and on norms that are not x / rms(x) * weight. ValueError if it is rotated already.
@@ -137,7 +137,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Puts the scales of the norms of a loaded model into the weights behind them, in place;
+    """Put the scales of the norms of a loaded model into the weights behind them, in place;
     embedding and head are untied. Raises what `rotate` does."""
     sites, norms = _rotatable(model)
     modules = dict(model.named_modules())
@@ -177,7 +177,7 @@ def _drawn(
 
 
 def rotate_online(model: PreTrainedModel, seed: int) -> None:
-    """What a rotated model does while it runs: the input of every down_proj is rotated."""
+    """Rotate the input of every down_proj while the model runs."""
     sites = find_sites(model)
     _rotate_online(model, sites, _drawn(model, sites, seed)[2])
 
@@ -190,12 +190,12 @@ def _rotate_online(model: PreTrainedModel, sites: list[Site], online: Orthogonal
 
 
 def declare(model: PreTrainedModel) -> None:
-    """Records that the model rotates while it runs; alone for a model without weights."""
+    """Record that the model rotates while it runs; alone for a model without weights."""
     model.__dict__[_RECORD] = OnlineRotation(model.config.intermediate_size)
 
 
 def online_rotation(model: PreTrainedModel) -> OnlineRotation | None:
-    """What a rotated model does at every down_proj; None for any other model."""
+    """Return what a rotated model does at every down_proj; None for any other model."""
     found: OnlineRotation | None = model.__dict__.get(_RECORD)
     return found
 
@@ -268,7 +268,7 @@ def _weight(module: Any) -> Tensor:
 
 
 def _map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Replaces the rows of weight [rows, width] in place, in double precision."""
+    """Replace the rows of weight [rows, width] in place, in double precision."""
     for part in weight.split(_ROWS):
         part.copy_(change(part.double()))
 

@@ -28,14 +28,14 @@ class Transform(Protocol):
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None: ...
 
     def declare(self, model: PreTrainedModel) -> None:
-        """Records on a model without weights what its operations will be."""
+        """Record on a model without weights what its operations will be."""
 
     def restore(self, model: PreTrainedModel) -> None:
-        """What `apply` did beside changing weights, on a model whose saved weights are changed."""
+        """Return what `apply` did beside changing weights, on a model whose saved weights are changed."""
 
 
 def applied(model: PreTrainedModel) -> Transform:
-    """The transform that a model has behind it, in this process or when it was saved."""
+    """Return the transform that a model has behind it, in this process or when it was saved."""
     found: Transform = model.__dict__.get(_RECORD, Untouched())
     return found
 
@@ -52,10 +52,10 @@ class _WithoutPrefix:
         return None
 
     def declare(self, model: PreTrainedModel) -> None:
-        """Nothing: the operations stay what they are."""
+        """Do nothing: the operations stay what they are."""
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Nothing that works: it is all in the weights."""
+        """Record the transform: all that it does is in the weights."""
         _record(model, self)  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ class Untouched(_WithoutPrefix):
     name: str = "none"
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @register("transform/fuse", was="stages.llm.transforms.Fuse")
@@ -123,5 +123,5 @@ class RotatePrefix:
         )
 
     def restore(self, model: PreTrainedModel) -> None:
-        rotate_online(model, self.seed)  # the prefix is attached by whoever knows its ids
+        rotate_online(model, self.seed)  # its prefix is attached where the ids are known
         _record(model, self)

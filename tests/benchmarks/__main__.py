@@ -24,8 +24,8 @@ from pipeline.run import inputs, runner
 from pipeline.run.settings import Settings
 from stages.codings.base import site_params
 from stages.compiler import compiled
-from stages.conversion import Conversion
 from stages.distribution import Densities, Distribution
+from stages.fitted import Conversion
 from stages.model.sites import find_sites, select
 from stages.neurons import neurons
 from stages.ports.kernels import row_kernel

@@ -28,9 +28,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from stages.capture import Capture
 from stages.codings.gated import Gated
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload, offloaded

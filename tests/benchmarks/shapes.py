@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.capture import Capture
 from stages.codings.gated import Gated
 from stages.compiler import compiled
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters

@@ -17,8 +17,8 @@ import stages
 from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.compiler import use_compiler
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.transforms.transform import Untouched
 
 SCALE = "spiking_neurons.scale"

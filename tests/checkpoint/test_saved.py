@@ -31,9 +31,9 @@ from stages.codings.multigrain import Multigrain
 from stages.codings.one_spike import OneSpike
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import Algorithm1, Fitting
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload

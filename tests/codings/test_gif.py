@@ -10,10 +10,10 @@ from torch import Tensor
 from stages.capture import Capture
 from stages.codings.base import Observing, Partial, Tokenwise
 from stages.codings.gif import Gif
-from stages.conversion import Conversion
 from stages.distribution import Atoms, Distribution
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.patching import Patching

@@ -17,11 +17,11 @@ from stages.analysis.operations import PRODUCTS, operations
 from stages.capture import Capture
 from stages.codings.base import site_params
 from stages.codings.gated import Gated
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.energy import Energy, account
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model import rules
 from stages.model.loading import load_offloaded, meta_model

@@ -12,7 +12,7 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
-from stages.conversion import Conversion
+from stages.fitted import Conversion
 from stages.fitting import Fit
 from stages.model.sites import find_sites
 from stages.neurons import neurons

@@ -15,11 +15,11 @@ from stages.capture import Capture
 from stages.codings.base import site_params
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.energy import Energy, account
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.neurons.neurons import decode

@@ -21,8 +21,8 @@ from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
-from stages.conversion import Conversion
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.sites import ROLES, find_sites
 from stages.ports.coded import coded
 from stages.ports.counters import Counters

@@ -19,8 +19,8 @@ from stages.codings.multigrain import Multigrain
 from stages.codings.oat import Oat
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
-from stages.conversion import Conversion
 from stages.energy import Energy, HardwareProfile, account
+from stages.fitted import Conversion
 from stages.model.sites import find_sites
 from stages.ports import attention
 from stages.ports.counters import Counters

@@ -12,8 +12,9 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
-from stages.conversion import Conversion
+from stages.compiler import compiled, use_compiler
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import Fit
 from stages.model.sites import ROLES, find_sites
 from stages.neurons import neurons
@@ -125,9 +126,9 @@ def test_generation_is_that_of_stepped_neurons(model, tokens, convert):
 def test_compiled_kernels_are_the_stepped_neurons(model, tokens, convert, monkeypatch):
     conversion = convert(model, CODINGS[3])
     monkeypatch.setattr(kernels, "EAGER_BELOW", 0)
-    kernels.use_compiler(True)
+    use_compiler(True)
     assert is_stepped(model, conversion, conversion, tokens)
-    if not kernels.compiled():
+    if not compiled():
         pytest.skip("torch.compile does not work here")
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stages.capture import Capture
 from stages.codings.gif import Gif
-from stages.conversion import Conversion
 from stages.distribution import Distribution
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.ports.attention import NAME

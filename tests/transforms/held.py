@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
-from stages.conversion import Conversion
+from stages.fitted import Conversion
 from stages.model.sites import find_sites
 from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter

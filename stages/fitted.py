@@ -1,4 +1,4 @@
-"""What a model is converted with."""
+"""What a fit gives: the coding and the neurons that a model is converted with."""
 
 from __future__ import annotations
 
