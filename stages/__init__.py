@@ -40,10 +40,10 @@ def load(folder: str, **options: Any) -> PreTrainedModel:
     Raises InputError where the folder holds no spiking model, or one that does not fit its config.
     """
     # By name: what a stage imports enters its key, and every stage imports this package.
-    found: PreTrainedModel = importlib.import_module("stages.checkpoint.folder").load(
+    model: PreTrainedModel = importlib.import_module("stages.checkpoint.folder").load(
         folder, **options
     )
-    return found
+    return model
 
 
 def __getattr__(name: str) -> Any:

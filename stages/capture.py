@@ -69,19 +69,19 @@ class Capture:
         return replace(sketches, unreached=unreached)
 
     def _reached(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> list[Site]:
-        """The sites with values; those without are experts that stay dense, and are told."""
+        """The sites with values; those without are experts, which are refused or stay dense."""
         missed = [site for site in sites if not ports[site.name].reached]
         experts = list(dict.fromkeys(f"{s.path}[{s.expert[1]}]" for s in missed if s.expert))
         if experts:
-            told = (
+            fault = (
                 f"{len(experts)} experts were reached by no calibration token, the first are "
                 f"{', '.join(experts[:4])}"
             )
             if self.unreached == "error":
                 raise InputError(
-                    f"{told}: raise calibration.windows, or leave them dense, capture.unreached=dense"
+                    f"{fault}: raise calibration.windows, or leave them dense, capture.unreached=dense"
                 )
-            log.warning("%s: they stay dense", told)
+            log.warning("%s: they stay dense", fault)
         return [site for site in sites if site.expert is None or ports[site.name].reached]
 
 

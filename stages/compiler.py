@@ -39,11 +39,11 @@ def compiled() -> bool:
 def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `kernel` for all shapes; it runs eagerly once the compiler has failed at it."""
     # Compilations are counted per code object, and all codings share the code of one closure; a
-    # code object of its own keeps one coding from using up the others'.
-    own = types.FunctionType(
+    # copy of it keeps one coding from using up the count of the others.
+    copy = types.FunctionType(
         kernel.__code__.replace(), kernel.__globals__, kernel.__name__, None, kernel.__closure__
     )
-    fast = torch.compile(own, dynamic=True)
+    fast = torch.compile(copy, dynamic=True)
     broken = False
 
     def call(*args: Any) -> Any:

@@ -116,12 +116,12 @@ def anytime(
     """Measure perplexity on ids [windows, length] after the first t steps of every neuron, t = 1 … T; the
     last is that of the fast path."""
     last = longest(conversion.coding)
-    found = {}
+    perplexities = {}
     for t in range(1, last + 1):
         steps = None if t == last else t
         result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
-        found[str(t)] = result.metrics["perplexity"]
-    return found
+        perplexities[str(t)] = result.metrics["perplexity"]
+    return perplexities
 
 
 def longest(coding: Coding) -> int:

@@ -68,9 +68,9 @@ class Export:
         if self.folder is None:
             return
         place = Path(self.folder).expanduser()
-        found = next(p for p in (place, *place.absolute().parents) if p.exists())
-        if not found.is_dir():
-            raise InputError(f"export.folder: {found} is a file; give a folder")
+        nearest = next(p for p in (place, *place.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise InputError(f"export.folder: {nearest} is a file; give a folder")
         if place.exists() and any(place.iterdir()) and _mark(place) != key:
             raise InputError(f"export.folder: {place} is not empty; give another folder")
 
@@ -82,7 +82,7 @@ class Export:
         place = Path(self.folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
-            # No link: whoever edits it must not edit the store.
+            # No link: an edit here must not change the store.
             shutil.copy2(file, place / file.name)
         (place / MARK).write_text(key)
 

@@ -203,7 +203,7 @@ class SketchSet:
         """Yield sets of `size` sites in turn, the last of what is left."""
         t = self.tensors
         for start in range(0, len(self.sites), size):
-            own = slice(start, start + size)
+            part = slice(start, start + size)
             bins, channels = (
                 t[name][start : start + size + 1] for name in ("offsets", "channel_offsets")
             )
@@ -211,8 +211,10 @@ class SketchSet:
             tensors = {name: t[name][filled] for name in ("code", "count", "first", "second")}
             tensors |= {name: t[name][wide] for name in ("absmax", "square")}
             tensors |= {"offsets": bins - bins[0], "channel_offsets": channels - channels[0]}
-            tensors["range"] = t["range"][own]
-            yield SketchSet(self.sites[own], self.roles[own], self.layers[own], self.grid, tensors)
+            tensors["range"] = t["range"][part]
+            yield SketchSet(
+                self.sites[part], self.roles[part], self.layers[part], self.grid, tensors
+            )
 
     def check_finite(self) -> None:
         """Raise InputError naming the first site with values that are not finite or not below 2^24."""

@@ -24,14 +24,14 @@ REAL = {
 def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
     """List what a stepped run of the model computes on real values."""
     plan = operations(model, find_sites(model))
-    told = dict(REAL)
+    names = dict(REAL)
     if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
-        told["norm"] += " and its scale (transform=fuse puts it into weights)"
+        names["norm"] += " and its scale (transform=fuse puts it into weights)"
     kinds = {operation.kind for operation in plan}
-    found = [told[kind] for kind in REAL if kind in kinds]
+    listed = [names[kind] for kind in REAL if kind in kinds]
     if any(operation.name.endswith(":weighting") for operation in plan):
-        found.append("weights of the experts' outputs")
-    return tuple(dict.fromkeys(found))
+        listed.append("weights of the experts' outputs")
+    return tuple(dict.fromkeys(listed))
 
 
 def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:

@@ -95,16 +95,16 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
     transform.restore(model)
     if spec.prefix:
         attach_prefix(model, spec.prefix)
-    roles = {site.name: site for site in find_sites(model)}
-    missing = [name for name in spec.sites if name not in roles]
+    known = {site.name: site for site in find_sites(model)}
+    missing = [name for name in spec.sites if name not in known]
     if missing:
         raise InputError(f"a config has neurons at {missing[0]}, which its model lacks; {AGAIN}")
-    own = [roles[name] for name in spec.sites]
-    unknown = torch.full((len(own),), torch.nan, dtype=torch.float64)
+    fitted_sites = [known[name] for name in spec.sites]
+    unknown = torch.full((len(fitted_sites),), torch.nan, dtype=torch.float64)
     fitted = FittedNeurons(
         tuple(spec.sites),
-        tuple(site.role for site in own),
-        tuple(site.layer for site in own),
+        tuple(site.role for site in fitted_sites),
+        tuple(site.layer for site in fitted_sites),
         Fit({}),
         unknown,
         unknown,

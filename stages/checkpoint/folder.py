@@ -79,5 +79,5 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
             )
     if attachment(model) is None:
         raise InputError(f"{path} came back dense; import stages before transformers loads it")
-    found: PreTrainedModel = model.eval()
-    return found
+    spiking: PreTrainedModel = model.eval()
+    return spiking

@@ -27,24 +27,24 @@ def is_spiking(folder: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        spec = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    return isinstance(found, dict) and found.get("quant_method") == SPIKING
+    return isinstance(spec, dict) and spec.get("quant_method") == SPIKING
 
 
 def check(spec: SpikingConfig, files: Sequence[str]) -> None:
     """Raise InputError unless `files` hold just the neurons of a config, a row a site, in float32."""
-    found = _headers(files)
+    stored = _headers(files)
     wanted = {name: ("F32", list(shape)) for name, shape in spec.parameters.items()}
-    absent, surplus = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
+    absent, surplus = sorted(wanted.keys() - stored), sorted(stored.keys() - wanted)
     if absent or surplus:
-        told = f"lacks {', '.join(absent)}" if absent else f"also has {', '.join(surplus)}"
-        raise InputError(f"a checkpoint {told} among the parameters of its neurons; {AGAIN}")
+        fault = f"lacks {', '.join(absent)}" if absent else f"also has {', '.join(surplus)}"
+        raise InputError(f"a checkpoint {fault} among the parameters of its neurons; {AGAIN}")
     for name, (kind, shape) in wanted.items():
-        if found[name] != (kind, shape):
-            told, own = "{} {}".format(*found[name]), f"{kind} {shape}"
-            raise InputError(f"{NEURONS}.{name} is {told} and its config says {own}; {AGAIN}")
+        if stored[name] != (kind, shape):
+            got, said = "{} {}".format(*stored[name]), f"{kind} {shape}"
+            raise InputError(f"{NEURONS}.{name} is {got} and its config says {said}; {AGAIN}")
         if shape[:1] != [len(set(spec.sites))]:
             rows = f"{len(set(spec.sites))} different sites"
             raise InputError(f"{NEURONS}.{name} has the shape {shape} for {rows}; {AGAIN}")
@@ -54,17 +54,20 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor of neurons."""
     from safetensors import SafetensorError, safe_open
 
-    found = {}
+    headers = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118, it is no mapping
                     if key.startswith(f"{NEURONS}."):
                         part = tensors.get_slice(key)
-                        found[key.removeprefix(f"{NEURONS}.")] = part.get_dtype(), part.get_shape()
+                        headers[key.removeprefix(f"{NEURONS}.")] = (
+                            part.get_dtype(),
+                            part.get_shape(),
+                        )
         except (OSError, SafetensorError) as error:
             raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    return found
+    return headers
 
 
 def describe(
@@ -84,24 +87,24 @@ def describe(
 
 def _versions() -> dict[str, str]:
     """Those of what writes a checkpoint; a source tree that is not installed has none."""
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def decoded_coding(spec: SpikingConfig) -> Coding:
     """Return the coding of a config; InputError where it names none of this version's."""
-    found = decode(spec.coding)
-    if not isinstance(found, Coding):
+    coding = decode(spec.coding)
+    if not isinstance(coding, Coding):
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
-    return found
+    return coding
 
 
 def decoded_transform(spec: SpikingConfig) -> Transform:
     """Return the transform of a config; InputError where it names none of this version's."""
-    found = decode(spec.transform)
-    if not isinstance(found, Transform):
+    transform = decode(spec.transform)
+    if not isinstance(transform, Transform):
         raise InputError(f"a config gives as transform {spec.transform}, which is none; {AGAIN}")
-    return found
+    return transform

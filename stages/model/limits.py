@@ -37,9 +37,9 @@ def learned(config: PreTrainedConfig) -> bool:
 
 def _ropes(text: Any) -> list[Mapping[str, Any]]:
     """The parameters of every rotary embedding: one, or one a kind of layer."""
-    found = getattr(text, "rope_parameters", None) or {}
-    nested = [each for each in found.values() if isinstance(each, Mapping)]
-    return nested or ([found] if found else [])
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [each for each in rope.values() if isinstance(each, Mapping)]
+    return nested or ([rope] if rope else [])
 
 
 def check_positions(

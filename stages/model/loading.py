@@ -216,8 +216,8 @@ def check_folder(folder: Path) -> None:
 
 def _refuse_spiking(config: Any, source: str) -> None:
     """Raise InputError for the config of an exported model."""
-    found = getattr(config, "quantization_config", None)
-    if isinstance(found, dict) and found.get("quant_method") == SPIKING:
+    spec = getattr(config, "quantization_config", None)
+    if isinstance(spec, dict) and spec.get("quant_method") == SPIKING:
         raise InputError(
             f"model {source} is a spiking model already: stages.load reads it, "
             "python -m pipeline generate runs it; a conversion starts from a dense one"

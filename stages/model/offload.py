@@ -78,9 +78,9 @@ class Weights:
 
     @property
     def layers(self) -> nn.ModuleList:
-        found = self._model.get_submodule(self._path)
-        assert isinstance(found, nn.ModuleList)
-        return found
+        layers = self._model.get_submodule(self._path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
     @contextmanager
     def resident(self, group: int) -> Iterator[None]:
@@ -206,8 +206,8 @@ def attach(
 
 def offloaded(model: PreTrainedModel) -> Weights | None:
     """Return the weights of a model that is run layer by layer, None for one in memory."""
-    found: Weights | None = model.__dict__.get(_RECORD)
-    return found
+    weights: Weights | None = model.__dict__.get(_RECORD)
+    return weights
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

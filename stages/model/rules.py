@@ -83,8 +83,8 @@ def architecture(model: PreTrainedModel) -> Architecture:
             f"not be placed: {_shortened(multiplying(model))}; rules are one file in "
             f"{PACKAGE.replace('.', '/')}/"
         )
-    found: Architecture = importlib.import_module(name).ARCHITECTURE
-    return found
+    rules: Architecture = importlib.import_module(name).ARCHITECTURE
+    return rules
 
 
 def multiplying(model: nn.Module) -> list[str]:
@@ -93,8 +93,8 @@ def multiplying(model: nn.Module) -> list[str]:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    own: Any = [p for _, p in module.named_parameters(recurse=False)]
-    matrices = any(p.dim() in (2, FUSED) for p in own)
+    weights: Any = [p for _, p in module.named_parameters(recurse=False)]
+    matrices = any(p.dim() in (2, FUSED) for p in weights)
     return matrices and not isinstance(module, nn.Embedding)
 
 

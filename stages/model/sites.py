@@ -144,7 +144,7 @@ def fused(module: Any) -> bool:
 
 
 def pooled(site: str) -> str:
-    """Return the name that all experts of a layer share for one operand; of any other site its own."""
+    """Return the name that all experts of a layer share for one operand; of any other site its name."""
     head, _, port = site.rpartition(":")
     kind, numbered, _ = port.partition("[")
     return f"{head}:{kind}[*]" if numbered and kind in EXPERT_PORTS else site

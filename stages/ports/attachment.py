@@ -59,8 +59,8 @@ def pinned(model: PreTrainedModel) -> Iterator[None]:
 
 def attachment(model: PreTrainedModel) -> Attachment | None:
     """Return what binds the neurons of a loaded spiking model; None of a dense one."""
-    found: Attachment | None = model.__dict__.get(_RECORD)
-    return found
+    present: Attachment | None = model.__dict__.get(_RECORD)
+    return present
 
 
 def refuse_spiking(model: PreTrainedModel) -> None:

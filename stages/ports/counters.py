@@ -62,8 +62,8 @@ class SiteCounter:
         if spikes is None:
             return
         spikes = spikes.view(rows).double()
-        own = spikes if real is None else spikes * real
-        total = own.sum()
+        counted = spikes if real is None else spikes * real
+        total = counted.sum()
         self._row[1] += total
         if isinstance(fanout, int):
             self._row[3] += total * fanout

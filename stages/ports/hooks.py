@@ -135,9 +135,9 @@ def _hooks(
     index, parts = map(int, site.port.removeprefix("out[").removesuffix("]").split("/"))
 
     def replaced(_: nn.Module, args: Any, x: Tensor) -> Tensor:
-        own = list(x.chunk(parts, -1))
-        own[index] = passed(own[index].contiguous())
-        return torch.cat(own, -1)
+        pieces = list(x.chunk(parts, -1))
+        pieces[index] = passed(pieces[index].contiguous())
+        return torch.cat(pieces, -1)
 
     return [module.register_forward_hook(replaced)]
 

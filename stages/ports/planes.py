@@ -60,11 +60,11 @@ class Sum:
 
     def add(self, product: Tensor, weight: float) -> None:
         """Add what the spikes of the next plane, of that weight, have selected."""
-        own = product * weight if self._shift is None else product
+        term = product * weight if self._shift is None else product
         if self._total is None:
-            self._total = own
+            self._total = term
         else:
-            self._total = (self._total + self._total if self._shift else self._total) + own
+            self._total = (self._total + self._total if self._shift else self._total) + term
 
     def value(self) -> Tensor:
         assert self._total is not None
@@ -160,15 +160,15 @@ def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Plane
 def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
     """One accumulator a neuron, and one for the spike of every floor above zero."""
     widths, floors, steps = (t.tolist() for t in (bank.width, bank.floor, bank.steps))
-    found = []
+    accumulators = []
     for grain, (width, floor, count) in enumerate(zip(widths, floors, steps, strict=True)):
         sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
-        own = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
-        if own:
-            found.append(_accumulator(sign, spikes.train[: len(own)], own))
+        weights = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
+        if weights:
+            accumulators.append(_accumulator(sign, spikes.train[: len(weights)], weights))
         if floor > 0:
-            found.append(_accumulator(sign, spikes.floor[None], [floor]))
-    return Planes(tuple(found))
+            accumulators.append(_accumulator(sign, spikes.floor[None], [floor]))
+    return Planes(tuple(accumulators))
 
 
 def _trains(spikes: Spikes, table: Tensor) -> Planes:
@@ -176,15 +176,15 @@ def _trains(spikes: Spikes, table: Tensor) -> Planes:
     steps = len(spikes.train)
     grains = len(table) >> steps
     places = [1 << shift for shift in range(steps - 1, -1, -1)]
-    found = []
+    accumulators = []
     for grain in range(grains):
         sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
         weight = table[[(grain << steps) + place for place in places]]
-        found.append(_accumulator(sign, spikes.train, weight.tolist()))
-    return Planes(tuple(found))
+        accumulators.append(_accumulator(sign, spikes.train, weight.tolist()))
+    return Planes(tuple(accumulators))
 
 
 def _accumulator(sign: Tensor, train: Tensor, weight: Sequence[float]) -> Accumulator:
-    """train [T, *X], of which the neuron with `sign` [*X] takes its own."""
+    """train [T, *X], of which the neuron takes the spikes where its `sign` [*X] is set."""
     plane = tuple(sign * spikes.to(torch.int8) for spikes in train)
     return Accumulator(plane, tuple(weight), tuple(range(len(plane))))

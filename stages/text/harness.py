@@ -150,7 +150,7 @@ def _head(data: Path | None) -> str:
 
 
 def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
-    """lm-eval's own tasks, each by a file that includes its yaml and says where the data lie."""
+    """Load tasks of lm-eval, each by a file that includes its yaml and says where the data lie."""
     import datasets
     from lm_eval.tasks import TaskManager
 

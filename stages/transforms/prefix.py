@@ -56,10 +56,10 @@ class PrefixSearch:
         refuse_experts(sites, "the search for a prefix", "use transform=none")
         ports = {site.name: PeakPort() for site in sites}
         stream(model, ids, batch, ports, "prefix", logits=1)
-        found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
-        means = found.sum(-1).double().mean(-1)  # [sites]
+        outliers = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
+        means = outliers.sum(-1).double().mean(-1)  # [sites]
         most = int(means.argmax())
-        hits = found[most].clone()
+        hits = outliers[most].clone()
         hits[:, 0] = False
         counts = Counter(ids.cpu()[hits].tolist())
         return {
@@ -68,7 +68,7 @@ class PrefixSearch:
             "outliers_per_window": dict(
                 zip([site.name for site in sites], means.tolist(), strict=True)
             ),
-            "first_position": float(found[most][:, 0].double().mean()),
+            "first_position": float(outliers[most][:, 0].double().mean()),
             "counts": {str(token): count for token, count in _ranked(counts)},
         }
 
@@ -108,7 +108,7 @@ def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
         return [*ranked[: max(length, 1) - 1], int(bos)]
     if not ranked:
         raise InputError(
-            "transform=rotate_prefix found no outlier token behind the first position, and the "
+            "transform=rotate_prefix: there is no outlier token behind the first position, and the "
             "tokenizer has no BOS to keep in front; use transform=rotate"
         )
     return ranked[: max(length, 1)]
@@ -152,9 +152,9 @@ class PrefixCache:
             self._check_start(int(at[..., 0].max()) + len(self.ids), past)
         if past == 0:
             for index, layer in enumerate(self.layers):
-                own: Any = layer
+                states: Any = layer
                 cache.update(
-                    _expand(own.prefix_keys, batch), _expand(own.prefix_values, batch), index
+                    _expand(states.prefix_keys, batch), _expand(states.prefix_values, batch), index
                 )
         given["cache"] = cache
         if mask is not None:
@@ -213,13 +213,13 @@ def _limits(config: Any) -> tuple[Limit, ...]:
         for layer in DynamicCache(config=config).layers
         if isinstance(layer, DynamicSlidingWindowLayer)
     ]
-    found = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
+    limits = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
     rope = getattr(config, "rope_parameters", None) or {}
     kind, trained = rope.get("rope_type"), config.max_position_embeddings
     if kind in ("dynamic", "longrope"):
         trained = rope.get("original_max_position_embeddings") or trained
-        found.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
-    return tuple(found)
+        limits.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
+    return tuple(limits)
 
 
 def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
@@ -229,7 +229,7 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """
     if not ids or prefix_length(model):
         raise ValueError(f"prefix {list(ids)} on a model with a prefix of {prefix_length(model)}")
-    cache = DynamicCache()  # not the model's own kind, which forgets what leaves a window
+    cache = DynamicCache()  # not the kind of the model, which forgets what leaves a window
     with torch.no_grad():
         model(torch.tensor([list(ids)], device=model.device), cache=cache, use_cache=True)
     filled: Any = cache.layers

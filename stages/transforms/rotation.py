@@ -196,8 +196,8 @@ def declare(model: PreTrainedModel) -> None:
 
 def online_rotation(model: PreTrainedModel) -> OnlineRotation | None:
     """Return what a rotated model does at every down_proj; None for any other model."""
-    found: OnlineRotation | None = model.__dict__.get(_RECORD)
-    return found
+    online: OnlineRotation | None = model.__dict__.get(_RECORD)
+    return online
 
 
 def _online(rotation: Orthogonal) -> Callable[..., Any]:
@@ -298,11 +298,11 @@ def _write(linear: Any, stream: Orthogonal, inner: Orthogonal) -> None:
 def _rotate_heads(linear: Any, head: Orthogonal, groups: int) -> None:
     """The values of every key head: v <- v R, as rows of the weight and as parts of the bias.
 
-    They are all rows of a projection of their own, and the last of one of q, k and v in turn.
+    They are all rows of a separate projection, and the last of one of q, k and v in turn.
     """
     rows = groups * head.width
     for part in linear.weight[-rows:].split(head.width):
         part.copy_(head(part.double().t()).t())
     if linear.bias is not None:
-        own = linear.bias[-rows:]
-        own.copy_(head(own.double().view(-1, head.width)).flatten())
+        values = linear.bias[-rows:]
+        values.copy_(head(values.double().view(-1, head.width)).flatten())

@@ -17,13 +17,13 @@ _RECORD = "transform"
 
 @runtime_checkable
 class Transform(Protocol):
-    """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` found."""
+    """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` gives."""
 
     @property
     def name(self) -> str: ...
     @property
     def search(self) -> PrefixSearch | None:
-        """How the ids of a prefix are found on calibration; None for a transform without one."""
+        """How the ids of a prefix are searched on calibration; None for a transform without one."""
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None: ...
 
@@ -36,8 +36,8 @@ class Transform(Protocol):
 
 def applied(model: PreTrainedModel) -> Transform:
     """Return the transform that a model has behind it, in this process or when it was saved."""
-    found: Transform = model.__dict__.get(_RECORD, Untouched())
-    return found
+    transform: Transform = model.__dict__.get(_RECORD, Untouched())
+    return transform
 
 
 def _record(model: PreTrainedModel, transform: Transform) -> None:
@@ -118,7 +118,7 @@ class RotatePrefix:
 
     def declare(self, model: PreTrainedModel) -> None:
         raise InputError(
-            f"transform={self.name}: its prefix is found on calibration, so dimensions alone do not "
+            f"transform={self.name}: its prefix is searched on calibration, so dimensions alone do not "
             "give its operations; transform=rotate differs by the prefix keys only"
         )
 
