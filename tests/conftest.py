@@ -23,12 +23,12 @@ from transformers import (
 
 from stages.capture import Capture
 from stages.codings.base import Coding
+from stages.compiler import use_compiler
 from stages.distribution import Distribution
 from stages.fits.algorithm1 import Algorithm1
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
-from stages.ports.kernels import use_compiler
 
 TINY = {
     "vocab_size": 50,

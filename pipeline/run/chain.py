@@ -31,7 +31,7 @@ MODULES = {
     "energy": ("stages.energy", "stages.analysis.operations"),
     "export": (
         "stages.export",
-        "stages.checkpoint.saved",
+        "stages.checkpoint.folder",
         "stages.checkpoint.quantizer",
         "stages.model.loading",
     ),

@@ -23,7 +23,7 @@ from stages.model.spec import ModelSpec
 from stages.text.corpus import Corpus, Purpose, check_disjoint, fingerprints, present, tokenise
 from stages.text.documents import read_documents, shards
 from stages.text.harness import TaskSpec
-from stages.transforms.transforms import Transform, Untouched
+from stages.transforms.transform import Transform, Untouched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class ModelSource:
         if isinstance(transform, Untouched):
             return self
         keys = {"model": self.key} | ({} if prefix is None else {"prefix": prefix.key()})
-        key = Step("transform", transform, keys, ("stages.transforms.transforms",)).key()
+        key = Step("transform", transform, keys, ("stages.transforms.transform",)).key()
         return replace(self, key=key, transform=transform, prefix=prefix)
 
     @property

@@ -23,12 +23,12 @@ from pipeline.store.store import Artifact, Store
 from stages import evaluation as evaluating
 from stages import export as exporting
 from stages.analysis.operations import operations, untransformed
+from stages.analysis.real_valued import real_valued
+from stages.compiler import compiled, use_compiler
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
 from stages.fitted import Conversion, FittedNeurons
 from stages.model.sites import find_sites, select
-from stages.ports.kernels import compiled, use_compiler
-from stages.ports.stepped import real_valued
 from stages.sketch import SketchSet
 from stages.statistics import measuring
 from stages.text import corpus as text

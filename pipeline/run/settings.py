@@ -27,7 +27,7 @@ from stages.patching import Patching
 from stages.ports.stepped import EXECUTIONS
 from stages.text.corpus import Corpus
 from stages.text.harness import TaskSpec
-from stages.transforms.transforms import Transform
+from stages.transforms.transform import Transform
 
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
 

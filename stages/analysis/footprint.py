@@ -32,7 +32,7 @@ class Resident:
 
 
 def resident(model: PreTrainedModel, dtype: torch.dtype) -> Resident:
-    """The sizes of a model, which may be on the meta device, with its weights in `dtype`."""
+    """Return the sizes of a model, which may be on the meta device, with its weights in `dtype`."""
     rules = architecture(model)
     groups: Counter[int] = Counter()
     for name, weight in model.named_parameters():  # tied ones once
@@ -48,7 +48,7 @@ def site_plan(
     dtype: torch.dtype,
     tokens: int,
 ) -> pd.DataFrame:
-    """One row a site: site, role, layer, values (a token), pairs (values a query-key pair) and
+    """List every site: site, role, layer, values (a token), pairs (values a query-key pair) and
     sketch, the bytes of its histogram while `tokens` are captured.
 
     An expert has its even part of a layer's values. Its histogram keeps filled bins alone, as many as
@@ -88,8 +88,10 @@ def _bytes(grid: Grid, channels: int, exact: bool) -> int:
 
 
 def parameter_bytes(coding: Coding) -> int | None:
-    """Bytes of one site's neurons, as a fit to some values has them; None for a coding that asks
-    statistics of the model, whose sizes follow from those."""
+    """Return the bytes of one site's neurons, as a fit to some values has them.
+
+    None for a coding that asks statistics of the model, whose sizes follow from those.
+    """
     if coding.statistics:
         return None
     value = torch.linspace(0, 1, 128, dtype=torch.float64)[None]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.atoms import Atoms
 from stages.codings.base import MAX_TIMESTEPS, Coding, check_timesteps, error_and_spikes
+from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
 from stages.fits.range_search import (
@@ -28,7 +29,6 @@ from stages.fits.statistics import Statistic
 from stages.fitted import Fit
 from stages.neurons import ranges
 from stages.neurons.spikes import Params
-from stages.ports.kernels import fused
 from stages.registry import register
 
 

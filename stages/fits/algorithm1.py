@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.atoms import Atoms
+from stages.compiler import fused
 from stages.errors import InputError
-from stages.ports.kernels import fused
 from stages.registry import register
 
 SMALLEST_BASE = 1.05

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.fits.statistics import RunningMaximum
+from stages.model.experts import refuse_experts
 from stages.model.sites import Site
-from stages.ports.experts import refuse_experts
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import Watch
 

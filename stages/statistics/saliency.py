@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 from stages.fits.statistics import Saliency
 from stages.model.sites import Site, find_sites
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import See, Watch, padded
 

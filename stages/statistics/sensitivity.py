@@ -16,7 +16,8 @@ from stages.model.offload import refuse_offloaded
 from stages.model.sites import Site, find_sites
 from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.port import DensePort
 from stages.statistics import measure
 
 

@@ -15,11 +15,12 @@ from stages.codings.base import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
 from stages.fits.statistics import Saliency, Smoothing
+from stages.model.experts import refuse_experts
 from stages.model.offload import refuse_offloaded
 from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
-from stages.ports.experts import refuse_experts
-from stages.ports.ports import DensePort, attached, stream
+from stages.ports.hooks import attached, stream
+from stages.ports.port import DensePort
 from stages.statistics import measure
 from stages.statistics.saliency import saliency
 from stages.statistics.watch import Watch, padded

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.ports.attention import View
-from stages.ports.ports import DensePort
+from stages.ports.port import DensePort
 
 See = Callable[[Tensor], None]
 

@@ -13,7 +13,7 @@ from stages.codings.gated import Gated
 from stages.codings.lloyd_max import LloydMax
 from stages.model.loading import meta_model
 from stages.model.sites import Site, find_sites
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
 from stages.sketch import Accumulator, Grid
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -23,12 +23,13 @@ from torch import Tensor
 from pipeline.run import inputs, runner
 from pipeline.run.settings import Settings
 from stages.codings.base import site_params
+from stages.compiler import compiled
 from stages.distribution import Densities, Distribution
 from stages.fitted import Conversion
 from stages.model.sites import find_sites, select
 from stages.neurons.spikes import decode
-from stages.patching import patched
-from stages.ports.kernels import compiled, row_kernel
+from stages.ports.kernels import row_kernel
+from stages.ports.patched import patched
 from stages.text import corpus
 from tests.benchmarks import timed
 

@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.capture import Capture
 from stages.codings.gated import Gated
+from stages.compiler import compiled
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import patched
 from stages.ports.counters import Counters
-from stages.ports.kernels import compiled
+from stages.ports.patched import patched
 from tests.benchmarks import timed
 from tests.benchmarks.offload import LENGTH, WINDOWS, shape
 

@@ -17,8 +17,9 @@ from stages.fits.statistics import Saliency
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import Patching, patched
+from stages.patching import Patching
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 from stages.statistics import measuring
 
 GIF = Gif("gif", 4, 16, 0.25, "unary", None)

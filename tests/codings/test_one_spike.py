@@ -10,9 +10,9 @@ from stages import patching
 from stages.codings.base import squared_error
 from stages.codings.one_spike import OneSpike
 from stages.errors import InputError
-from stages.patching import patched
 from stages.ports.kernels import softmax_kernel
-from stages.ports.ports import SpikingPort
+from stages.ports.patched import patched
+from stages.ports.port import SpikingPort
 from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
 
 

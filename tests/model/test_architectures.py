@@ -27,9 +27,10 @@ from stages.model import rules
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload
 from stages.model.sites import ROLES, find_sites
-from stages.patching import patched
 from stages.ports.counters import Counters
-from stages.ports.ports import DensePort, SpikingPort, attached, stream
+from stages.ports.hooks import attached, stream
+from stages.ports.patched import patched
+from stages.ports.port import DensePort, SpikingPort
 from stages.sketch import SketchSet
 from tests.conftest import FAMILIES, TINY
 

@@ -25,7 +25,7 @@ from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload, Weights, offloaded
 from stages.model.sites import find_sites
 from stages.patching import Patching
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
 from stages.statistics import measuring
 from stages.transforms.prefix import PeakPort
 from stages.transforms.rotation import rotate

@@ -168,7 +168,7 @@ def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
     """`python -m pipeline` in a folder; leaves environment, logging and compiler as they were."""
     from pipeline.commands.cli import main
     from pipeline.commands.launch import RUN_ID
-    from stages.ports.kernels import compiled, use_compiler
+    from stages.compiler import compiled, use_compiler
 
     compiles, root = compiled(), logging.getLogger()
     handlers, level = root.handlers[:], root.level

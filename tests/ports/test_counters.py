@@ -15,10 +15,10 @@ from stages.codings.multigrain import Multigrain
 from stages.fitted import Conversion, Fit
 from stages.model.sites import find_sites
 from stages.neurons.spikes import decode
-from stages.patching import patched
 from stages.ports import attention
 from stages.ports.counters import Counters
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 FIELDS = ["values", "spikes", "macs", "acs"]
 HEADS, GROUPS, WIDTH = 4, 2, 10

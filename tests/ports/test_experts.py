@@ -25,10 +25,11 @@ from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.neurons.spikes import decode
-from stages.patching import patched
 from stages.ports import experts as functions
 from stages.ports.counters import Counters
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
+from stages.ports.port import DensePort
 from stages.statistics import measuring
 from stages.transforms.prefix import PrefixSearch
 from stages.transforms.rotation import rotate
@@ -146,13 +147,13 @@ def test_the_loop_tells_wrong_experts_apart(
         def swapped(act, up, down, state):
             return build([act[1], act[0], *act[2:]], up, down, state)
 
-        monkeypatch.setattr("stages.ports.ports.ExpertPorts", swapped)
+        monkeypatch.setattr("stages.ports.hooks.ExpertPorts", swapped)
     elif mutant == "dense":
 
         def uncoded(act, up, down, state):
             return build(*([DensePort()] * len(act) for _ in range(3)), state)
 
-        monkeypatch.setattr("stages.ports.ports.ExpertPorts", uncoded)
+        monkeypatch.setattr("stages.ports.hooks.ExpertPorts", uncoded)
     else:
         ported = functions.ported_experts
 

@@ -12,14 +12,16 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
+from stages.compiler import compiled, use_compiler
 from stages.errors import InputError
 from stages.fitted import Conversion, Fit
 from stages.model.sites import ROLES, find_sites
 from stages.neurons.bank import bank_quantise
 from stages.neurons.spikes import decode
-from stages.patching import Patching, patched
+from stages.patching import Patching
 from stages.ports import kernels
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 CODINGS = [
     Las("las", 5, "zero"),
@@ -124,9 +126,9 @@ def test_generation_is_that_of_stepped_neurons(model, tokens, convert):
 def test_compiled_kernels_are_the_stepped_neurons(model, tokens, convert, monkeypatch):
     conversion = convert(model, CODINGS[3])
     monkeypatch.setattr(kernels, "EAGER_BELOW", 0)
-    kernels.use_compiler(True)
+    use_compiler(True)
     assert is_stepped(model, conversion, conversion, tokens)
-    if not kernels.compiled():
+    if not compiled():
         pytest.skip("torch.compile does not work here")
 
 

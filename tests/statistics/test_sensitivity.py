@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.errors import InputError
 from stages.fits.sensitivity import CELLS, Sensitivity, cell
 from stages.model.sites import find_sites
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.port import DensePort
 from stages.statistics import measuring
 
 SITES = ("self_attn:q", "self_attn:v", "mlp.down_proj:in", "input_layernorm:out")

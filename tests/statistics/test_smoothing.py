@@ -15,8 +15,8 @@ from stages.fits.statistics import Smoothing
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import patched
 from stages.ports.attention import NAME
+from stages.ports.patched import patched
 from stages.statistics import measuring
 from tests.conftest import FAMILIES
 

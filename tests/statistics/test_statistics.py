@@ -7,7 +7,7 @@ from torch import Tensor
 from stages.errors import InputError
 from stages.fits.statistics import RunningMaximum, Saliency
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
 from stages.statistics import measuring
 from stages.statistics.watch import Watch
 

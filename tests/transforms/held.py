@@ -15,7 +15,8 @@ from stages.fitted import Conversion
 from stages.model.sites import find_sites
 from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter
-from stages.ports.ports import SpikingPort, attached
+from stages.ports.hooks import attached
+from stages.ports.port import SpikingPort
 from stages.ports.stepped import SteppedPort
 
 

@@ -284,7 +284,7 @@ def test_every_transform_has_its_own_model_in_memory(settings, tmp_path, loads):
 
 def test_the_scales_of_norms_are_fused_where_that_is_asked(settings, tmp_path, monkeypatch):
     fused: list[object] = []
-    monkeypatch.setattr("stages.transforms.transforms.fuse", fused.append)
+    monkeypatch.setattr("stages.transforms.transform.fuse", fused.append)
     plain, asked = (runner.start(settings(tmp_path, *t)).model for t in ((), ("transform=fuse",)))
     assert asked.key != plain.key
     plain.load()
