@@ -35,19 +35,19 @@ FUNCTIONS = (
 
 
 def load(folder: str, **options: Any) -> PreTrainedModel:
-    """The spiking model that an export wrote to `folder`; `options` are those of `from_pretrained`.
+    """Load the spiking model that an export wrote to `folder`; `options` go to `from_pretrained`.
 
     Raises InputError where the folder holds no spiking model, or one that does not fit its config.
     """
     # By name: what a stage imports enters its key, and every stage imports this package.
-    found: PreTrainedModel = importlib.import_module("stages.checkpoint.saved").load(
+    model: PreTrainedModel = importlib.import_module("stages.checkpoint.folder").load(
         folder, **options
     )
-    return found
+    return model
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `stages.api` and the classes of the codings, imported when they are asked for."""
+    """Import the functions of `stages.api` and the classes of the codings when they are asked for."""
     if name in FUNCTIONS:
         return getattr(importlib.import_module("stages.api"), name)
     # Names of submodules and of dunder look-ups are no codings: only a capital letter begins one.

@@ -12,17 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.capture import Capture
-from stages.checkpoint import saved
-from stages.codings.base import Coding, Observing
+from stages.checkpoint import binding
+from stages.checkpoint.format import describe
+from stages.codings.base import Coding
 from stages.distribution import Distribution
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.fitting import Fitting
+from stages.model.prefix import prefix_ids
 from stages.model.sites import SiteSelection, find_sites, select
-from stages.patching import Conversion, Patching
+from stages.patching import Patching
 from stages.ports.attachment import Attachment, attachment, refuse_spiking
-from stages.ports.passes import prefix_ids
+from stages.statistics import measuring
 from stages.text import corpus
-from stages.transforms.transforms import applied
+from stages.transforms.transform import applied
 
 if TYPE_CHECKING:
     from stages.model.sites import Site
@@ -51,6 +54,8 @@ def fit(
     sites cannot be resolved.
     """
     refuse_spiking(model)
+    if not coding.converts:
+        raise InputError(f"coding={coding.name} leaves a model as it is: choose another coding")
     ids = _windows(text, tokenizer, length)
     model.eval()
     selected = select(find_sites(model), sites or SiteSelection())
@@ -81,8 +86,8 @@ def bind(model: PreTrainedModel, conversion: Conversion) -> PreTrainedModel:
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
     # A spiking model that was restored still rotates, and has its prefix.
-    spec = saved.describe(conversion, applied(model), prefix_ids(model))
-    saved.bind(model, conversion, spec)
+    spec = describe(conversion, applied(model), prefix_ids(model))
+    binding.bind(model, conversion, spec)
     return model
 
 
@@ -97,7 +102,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrainedModel]:
-    """The spiking model inside a `with` block, the dense one again behind it."""
+    """Make the model spiking inside a `with` block; after it the model is dense again."""
     bind(model, conversion)
     try:
         yield model
@@ -106,12 +111,12 @@ def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrain
 
 
 def conversion(model: PreTrainedModel) -> Conversion:
-    """The coding and the fitted neurons of a spiking model."""
+    """Return the coding and the fitted neurons of a spiking model."""
     return _attached(model).conversion
 
 
 def table(model: PreTrainedModel) -> pd.DataFrame:
-    """One row a site of a spiking model: site, role, layer, nmse, spikes, and its fitted parameters.
+    """Return one row a site of a spiking model: site, role, layer, nmse, spikes, fitted parameters.
 
     nmse = sum (SN(x) - x)^2 / sum x^2 and mean spikes of one value, both over the estimated
     distribution of calibration; NaN for a model that was read from a folder, and for codings that
@@ -133,7 +138,7 @@ def measure(
     length: int = 512,
     batch: int = 4,
 ) -> pd.DataFrame:
-    """Error and spikes of every neuron on the dense model's values over text that it was not fitted on.
+    """Measure error and spikes of every neuron on the dense model's values over text it was not fitted on.
 
     Columns: those of `stages.patching.Patching.run`. `text` is that of `fit`; the model is dense while
     it is measured, and spiking again afterwards.
@@ -144,7 +149,7 @@ def measure(
     try:
         return Patching(len(ids)).run(model, ids, fitted, batch)
     finally:
-        saved.bind(model, fitted, spec)
+        binding.bind(model, fitted, spec)
 
 
 def save(
@@ -189,5 +194,4 @@ def _statistics(
     model: PreTrainedModel, ids: Tensor, coding: Coding, sites: Sequence[Site], batch: int
 ) -> dict[str, dict[str, Tensor]]:
     """What the coding needs beyond the distribution."""
-    declared = coding.statistics if isinstance(coding, Observing) else ()
-    return {each.name: each.run(model, ids, sites, batch) for each in declared}
+    return {each.name: measuring(each)(model, ids, sites, batch) for each in coding.statistics}

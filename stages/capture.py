@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.sites import Site
 from stages.ports.attention import View
-from stages.ports.kernels import fused, masked_softmax
-from stages.ports.ports import stream
+from stages.ports.hooks import stream
+from stages.ports.kernels import masked_softmax
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Capture:
     def run(
         self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
     ) -> SketchSet:
-        """Sketches `sites` over full windows ids [windows, length].
+        """Sketch `sites` over full windows ids [windows, length].
 
         Raises InputError where a site holds values that are not finite, or was not reached, and for
         a loaded spiking model.
@@ -68,19 +69,19 @@ class Capture:
         return replace(sketches, unreached=unreached)
 
     def _reached(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> list[Site]:
-        """The sites with values; those without are experts that stay dense, and are told."""
+        """The sites with values; those without are experts, which are refused or stay dense."""
         missed = [site for site in sites if not ports[site.name].reached]
         experts = list(dict.fromkeys(f"{s.path}[{s.expert[1]}]" for s in missed if s.expert))
         if experts:
-            told = (
+            fault = (
                 f"{len(experts)} experts were reached by no calibration token, the first are "
                 f"{', '.join(experts[:4])}"
             )
             if self.unreached == "error":
                 raise InputError(
-                    f"{told}: raise calibration.windows, or leave them dense, capture.unreached=dense"
+                    f"{fault}: raise calibration.windows, or leave them dense, capture.unreached=dense"
                 )
-            log.warning("%s: they stay dense", told)
+            log.warning("%s: they stay dense", fault)
         return [site for site in sites if site.expert is None or ports[site.name].reached]
 
 

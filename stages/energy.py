@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stages.analysis.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
+from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.model.sites import pooled
 
@@ -44,7 +45,7 @@ class Convention:
     `attention`: every query meets every key (full) or those it sees (causal). `operands`: spikes of
     one or of both operands of an attention product. `macs`, `acs`: per element of every
     element-wise kind, per addition of a `hadamard` and per multiplication of a `mixing`.
-    `decode_scaling`, `gate_comparisons`: whether a coding's own work counts.
+    `decode_scaling`, `gate_comparisons`: whether the work of the code itself counts.
     """
 
     attention: str
@@ -87,17 +88,6 @@ class Energy:
                 raise InputError(f"energy.conventions.{name}={convention!r} is no Convention")
 
 
-class CodingCosts(Protocol):
-    """What the energy needs to know of a coding, see `stages.codings.base.Coding`."""
-
-    @property
-    def neuron(self) -> bool: ...
-    @property
-    def decode_macs(self) -> int: ...
-    @property
-    def gate_comparisons(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Rate:
     """Spikes of a coded operand: per value, and per multiplication (weighted by fan-out); `dense` is
@@ -113,9 +103,9 @@ def account(
     energy: Energy,
     tokens: int,
     counters: pd.DataFrame | None = None,
-    coding: CodingCosts | None = None,
+    coding: Coding | None = None,
 ) -> pd.DataFrame:
-    """MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
+    """Compute MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
 
     `counters` are those of the evaluation, one row a site; without them the model is dense. Their
     rates, measured on whole windows, hold for prefill and for decode. The decoded token is the
@@ -143,7 +133,7 @@ def _rows(
     operation: Operation,
     convention: Convention,
     rates: Mapping[str, Rate | None],
-    coding: CodingCosts | None,
+    coding: Coding | None,
     queries: int,
     context: int,
 ) -> Iterator[tuple[str, str, int, float, float]]:
@@ -174,7 +164,7 @@ def _rows(
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
-    """Totals of every kind of operation, with their number: convention phase kind count and costs."""
+    """Sum up every kind of operation: convention phase kind count and costs."""
     keys = ["convention", "phase", "kind"]
     groups = frame.groupby(keys, sort=False)
     table = _giga(groups[list(COSTS)].sum(skipna=False))
@@ -187,7 +177,7 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Totals as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
+    """Sum up a frame as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
     keys = ["convention", "phase"]
     totals = _giga(frame.groupby(keys, sort=False)[list(COSTS)].sum(skipna=False))
     result: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -198,7 +188,7 @@ def summary(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def saving(spiking: pd.DataFrame, dense: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    """Part of the dense energy that is saved, as {convention: {phase: part}}; None if undefined."""
+    """Compute the part of dense energy that is saved: {convention: {phase: part}}; None if undefined."""
     theirs = summary(dense)
     return {
         convention: {
@@ -222,7 +212,7 @@ def _check_tokens(tokens: int) -> None:
         raise InputError(f"energy.tokens={tokens!r}: give a whole number of tokens, at least 1")
 
 
-def _rates(counters: pd.DataFrame | None, coding: CodingCosts | None) -> dict[str, Rate | None]:
+def _rates(counters: pd.DataFrame | None, coding: Coding | None) -> dict[str, Rate | None]:
     """The rate of every site; None where the site is dense, NaN where it has no spikes to count."""
     if counters is None:
         return {}

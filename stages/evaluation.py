@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.forward import windows
 from stages.model.offload import device_of, refuse_offloaded
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 from stages.text.harness import TaskSpec, zero_shot
 
 
@@ -78,9 +78,9 @@ def perplexity(
     execution: str = "fast",
     steps: int | None = None,
 ) -> Perplexity:
-    """Perplexity and counters on ids [windows, length]; a diverged model gives inf, not an error.
+    """Measure perplexity and counters on ids [windows, length]; a diverged model gives inf, no error.
 
-    `execution` and `steps` are those of `stages.patching.patched`.
+    `execution` and `steps` are those of `stages.ports.patched.patched`.
     """
     sites = find_sites(model)
     device = device_of(model)
@@ -112,24 +112,19 @@ def perplexity(
 def anytime(
     model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
 ) -> dict[str, float]:
-    """Perplexity on ids [windows, length] after the first t steps of every neuron, by t = 1 … T; the
+    """Measure perplexity on ids [windows, length] after the first t steps of every neuron, t = 1 … T; the
     last is that of the fast path."""
-    last = longest(conversion.coding)
-    found = {}
+    last = conversion.coding.longest
+    perplexities = {}
     for t in range(1, last + 1):
         steps = None if t == last else t
         result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
-        found[str(t)] = result.metrics["perplexity"]
-    return found
-
-
-def longest(coding: Coding) -> int:
-    """The steps of a coding's longest neuron, which may have more than T of them."""
-    return int(getattr(coding, "longest", coding.timesteps))
+        perplexities[str(t)] = result.metrics["perplexity"]
+    return perplexities
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Summed over the next tokens of every window: logits [B, S, V], tokens [B, S] -> float64."""
+    """Sum over the next tokens of every window: logits [B, S, V], tokens [B, S] -> float64."""
     rows = logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     losses = [
@@ -148,7 +143,7 @@ def accuracy(
     batch: int,
     execution: str = "fast",
 ) -> dict[str, dict[str, Any]]:
-    """Zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
+    """Measure zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
     with patched(model, conversion, execution=execution):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
-from stages.ports.passes import prefix_ids
+from stages.model.prefix import prefix_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.patching import Conversion
-    from stages.transforms.transforms import Transform
+    from stages.fitted import Conversion
+    from stages.transforms.transform import Transform
 
 MARK = ".export"  # holds the key of what was copied to a folder
 PACKAGES = ("python", "torch", "transformers")
@@ -64,25 +64,25 @@ class Export:
             raise InputError("export.folder is given, but export.enabled=false: set it to true")
 
     def check_free(self, key: str) -> None:
-        """Raises InputError where the folder is none, or holds anything but this very export."""
+        """Raise InputError where the folder is none, or holds anything but this very export."""
         if self.folder is None:
             return
         place = Path(self.folder).expanduser()
-        found = next(p for p in (place, *place.absolute().parents) if p.exists())
-        if not found.is_dir():
-            raise InputError(f"export.folder: {found} is a file; give a folder")
+        nearest = next(p for p in (place, *place.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise InputError(f"export.folder: {nearest} is a file; give a folder")
         if place.exists() and any(place.iterdir()) and _mark(place) != key:
             raise InputError(f"export.folder: {place} is not empty; give another folder")
 
     def place(self, source: Path, key: str) -> None:
-        """Copies an export to the folder."""
+        """Copy an export to the folder."""
         self.check_free(key)
         if self.folder is None:
             return
         place = Path(self.folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
-            # No link: whoever edits it must not edit the store.
+            # No link: an edit here must not change the store.
             shutil.copy2(file, place / file.name)
         (place / MARK).write_text(key)
 
@@ -95,8 +95,8 @@ def run(
     card: str,
     folder: Path,
 ) -> None:
-    """Writes weights, neurons, config, tokenizer and card."""
-    from stages.checkpoint.saved import save
+    """Write weights, neurons, config, tokenizer and card."""
+    from stages.checkpoint.folder import save
 
     save(model, conversion, transform, prefix_ids(model), folder)
     tokenizer.save_pretrained(folder)
@@ -106,7 +106,7 @@ def run(
 def card(
     row: Mapping[str, Any], sites: int, command: str, versions: Mapping[str, str], energy: str
 ) -> str:
-    """The model card of a run's row of results; what was not measured is not in it."""
+    """Write the model card of a run's row of results; what was not measured is not in it."""
     measured = {
         name: value
         for name, value in row.items()

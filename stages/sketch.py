@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stages.compiler import fused
 from stages.errors import InputError
-from stages.ports.kernels import fused
 
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24
@@ -56,7 +56,7 @@ class Grid:
         return _PLACES[self.mantissa_bits][2]
 
     def codes(self, x: Tensor) -> Tensor:
-        """Bin of every value of flat float32 x (int32), negative ones shifted by `magnitudes`."""
+        """Return the bin of every value of flat float32 x (int32), negative ones after `magnitudes`."""
         shift, base, magnitudes = _PLACES[self.mantissa_bits]
         bits = x.view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
@@ -64,7 +64,7 @@ class Grid:
         return code + ((bits >> 31) & magnitudes)
 
     def edges(self) -> Tensor:
-        """Lower edges of the magnitude bins and the end of the last, [magnitudes + 1] float64."""
+        """Return the lower edges of the bins and the end of the last, [magnitudes + 1] float64."""
         steps = torch.arange(self.magnitudes - 1, dtype=torch.float64)
         size = 2**self.mantissa_bits
         regular = 2.0 ** (LOWEST_EXPONENT + torch.floor(steps / size)) * (1 + steps % size / size)
@@ -95,7 +95,7 @@ class Accumulator:
         self.square = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None) -> None:
-        """Adds x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
+        """Add x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
         `lowest` is then the smallest of the other values."""
         x = x.float()
         if len(self.absmax):
@@ -125,13 +125,13 @@ class Accumulator:
         return count.index_add_(0, self.filled, self.count.long())
 
     def finish(self) -> None:
-        """Keeps the filled bins alone: nothing can be added any more."""
+        """Keep the filled bins alone: nothing can be added any more."""
         self._bins = self.bins()
         self.count = self.count.new_empty(0)
         self.filled = None
 
     def bins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The filled bins: code int32, count int64, sums of r and r^2 float64.
+        """Return the filled bins: code int32, count int64, sums of r and r^2 float64.
 
         A sub-bin's values stand evenly inside it.
         """
@@ -182,7 +182,7 @@ class SketchSet:
     def collect(
         cls, named: Sequence[tuple[str, str, int]], grid: Grid, accumulators: Sequence[Accumulator]
     ) -> SketchSet:
-        """Gathers the non-empty bins of every accumulator; named holds (site, role, layer)."""
+        """Gather the non-empty bins of every accumulator; named holds (site, role, layer)."""
         code, count, first, second = zip(*(a.bins() for a in accumulators), strict=True)
         tensors = {
             "offsets": _offsets([len(c) for c in code]),
@@ -200,10 +200,10 @@ class SketchSet:
         return cls(tuple(names), tuple(roles), tuple(layers), grid, cpu)
 
     def split(self, size: int) -> Iterator[SketchSet]:
-        """Sets of `size` sites in turn, the last of what is left."""
+        """Yield sets of `size` sites in turn, the last of what is left."""
         t = self.tensors
         for start in range(0, len(self.sites), size):
-            own = slice(start, start + size)
+            part = slice(start, start + size)
             bins, channels = (
                 t[name][start : start + size + 1] for name in ("offsets", "channel_offsets")
             )
@@ -211,11 +211,13 @@ class SketchSet:
             tensors = {name: t[name][filled] for name in ("code", "count", "first", "second")}
             tensors |= {name: t[name][wide] for name in ("absmax", "square")}
             tensors |= {"offsets": bins - bins[0], "channel_offsets": channels - channels[0]}
-            tensors["range"] = t["range"][own]
-            yield SketchSet(self.sites[own], self.roles[own], self.layers[own], self.grid, tensors)
+            tensors["range"] = t["range"][part]
+            yield SketchSet(
+                self.sites[part], self.roles[part], self.layers[part], self.grid, tensors
+            )
 
     def check_finite(self) -> None:
-        """Raises InputError naming the first site with values that are not finite or not below 2^24."""
+        """Raise InputError naming the first site with values that are not finite or not below 2^24."""
         last = self.grid.magnitudes - 1
         over = (self.tensors["code"] % self.grid.magnitudes) == last
         if bool(over.any()):
@@ -228,7 +230,7 @@ class SketchSet:
             )
 
     def magnitudes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Counts, means and variances of |x| and counts of negative x per magnitude bin, dense
+        """Return the counts, means and variances of |x| and counts of negative x per magnitude bin, dense
         [sites, magnitudes] float64."""
         t, bins = self.tensors, self.grid.magnitudes
         site = torch.repeat_interleave(
@@ -253,7 +255,7 @@ class SketchSet:
         return count, mean, variance, negative
 
     def signed_moments(self) -> Tensor:
-        """Count, sum, and central second and fourth moments of x per site, [sites, 4] float64."""
+        """Return count, sum, and central second and fourth moments of x per site, [sites, 4] float64."""
         t, bins = self.tensors, self.grid.magnitudes
         edges = self.grid.edges()
         code = t["code"].long()

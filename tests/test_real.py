@@ -16,16 +16,17 @@ from pipeline.run import inputs, runner
 from pipeline.run.settings import Settings
 from pipeline.run.texts import load_tokens
 from pipeline.store.store import Store
-from stages.checkpoint.saved import save
+from stages.checkpoint.folder import save
 from stages.codings.base import Coding
 from stages.codings.dense import Dense
+from stages.compiler import use_compiler
 from stages.distribution import Densities
 from stages.evaluation import perplexity
-from stages.fitting import FittedNeurons, Fitting
-from stages.patching import Conversion, patched
-from stages.ports.kernels import use_compiler
+from stages.fitted import Conversion, FittedNeurons
+from stages.fitting import Fitting
+from stages.ports.patched import patched
 from stages.text import corpus
-from stages.transforms.transforms import Untouched
+from stages.transforms.transform import Untouched
 from tests.transforms.held import Kept, compare
 
 pytestmark = pytest.mark.real
@@ -201,7 +202,7 @@ def test_an_export_is_the_model_that_was_converted(
         made.append(Kept(*given))
         return made[-1]
 
-    monkeypatch.setattr("stages.patching.SpikingPort", kept)
+    monkeypatch.setattr("stages.ports.patched.SpikingPort", kept)
     with torch.inference_mode():
         with patched(model, conversion):
             expected = model(ids, use_cache=False).logits

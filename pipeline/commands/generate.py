@@ -93,10 +93,10 @@ def parsed(arguments: Sequence[str]) -> Request:
 def _report(request: Request) -> None:
     import pandas as pd
 
-    from stages.checkpoint.saved import attachment
     from stages.model.sites import find_sites
-    from stages.patching import patched
+    from stages.ports.attachment import attachment
     from stages.ports.counters import Counters
+    from stages.ports.patched import patched
 
     model, tokenizer = _loaded(request)
     bound = attachment(model)
@@ -185,7 +185,7 @@ def _check_prompt(
 ) -> None:
     """Raises InputError where the model lacks a token of the prompt, or positions for the text."""
     from stages.model.limits import check_tokens, positions
-    from stages.transforms.prefix import prefix_length
+    from stages.model.prefix import prefix_length
 
     embedding: Any = model.get_input_embeddings()
     check_tokens(ids, embedding.num_embeddings, "the prompt", tokenizer)

@@ -13,8 +13,6 @@ from pipeline.run.settings import Settings
 from pipeline.run.stage import Source, Stage, sources
 from pipeline.run.texts import Tokens
 from pipeline.store.store import Store
-from stages.codings.base import Observing
-from stages.codings.dense import Dense
 from stages.text.corpus import Purpose
 
 
@@ -70,7 +68,7 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     if search is not None:
         parts["prefix"] = stages.Prefix.on(s, {"search": search}, read(calibration, "calibration"))
     model = model.transformed(s.transform, parts.get("prefix"))
-    if not isinstance(s.coding, Dense):
+    if s.coding.converts:
         parts |= _conversion(s, read(calibration, "calibration"))
     fitted = {"fitting": parts["fitting"]} if "fitting" in parts else {}
     corpora = s.evaluation.corpora
@@ -92,8 +90,7 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
 
 def _conversion(s: Settings, read: dict[str, Source]) -> dict[str, Any]:
     """The stages from capture to patching, by the fields of the chain."""
-    coding: Any = s.coding
-    declared = coding.statistics if isinstance(coding, Observing) else ()
+    declared = s.coding.statistics
     statistics = {each.name: stages.Statistics.of(s, each, read) for each in declared}
     capture = stages.Captured.of(s, read)
     distribution = stages.Estimated.of(s, capture)

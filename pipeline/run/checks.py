@@ -12,8 +12,6 @@ from pipeline.run.settings import Settings
 from pipeline.run.stage import Running
 from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap
 from pipeline.store.store import Artifact, Store
-from stages.codings.base import Observing
-from stages.codings.dense import Dense
 from stages.errors import InputError
 from stages.model import limits
 from stages.ports.stepped import check_steps
@@ -26,13 +24,12 @@ def configured(settings: Settings) -> None:
     settings.check_offloaded()
     positions(settings)
     coding = settings.coding
-    if isinstance(coding, Dense):
+    if not coding.converts:
         return
     if settings.runtime.execution == "stepped" or settings.evaluation.anytime:
         check_steps(coding)
-    statistics: Any = coding.statistics if isinstance(coding, Observing) else ()
-    for statistic in statistics:
-        windows = getattr(statistic, "windows", 1)
+    for statistic in coding.statistics:
+        windows = statistic.least_windows
         if windows > settings.calibration.windows:
             raise InputError(
                 f"coding={coding.name} measures {statistic.name} on {windows} windows, and "
@@ -46,7 +43,7 @@ def positions(settings: Settings, prefix: int = 0) -> None:
     `prefix` is the number of tokens that a transform keeps in front of every text.
     """
     lengths = {"evaluation.length": settings.evaluation.length}
-    if not isinstance(settings.coding, Dense) or settings.transform.search is not None:
+    if settings.coding.converts or settings.transform.search is not None:
         lengths["calibration.length"] = settings.calibration.length
     if settings.energy.tokens is not None:
         lengths["energy.tokens"] = settings.energy.tokens

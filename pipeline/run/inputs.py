@@ -21,7 +21,7 @@ from stages.model.loading import ATTENTION, convert_gguf, load, load_offloaded, 
 from stages.model.offload import Offload
 from stages.model.sources import PackageFile
 from stages.model.spec import ModelSpec
-from stages.transforms.transforms import Transform, Untouched
+from stages.transforms.transform import Transform, Untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class ModelSource:
         keys = {"model": self.weights}
         if self.prefix is not None:
             keys["prefix"] = self.prefix.key()
-        return Step("transform", self.transform, keys, ("stages.transforms.transforms",)).key()
+        return Step("transform", self.transform, keys, ("stages.transforms.transform",)).key()
 
     @property
     def inputs(self) -> Mapping[str, Source]:

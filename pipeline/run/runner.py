@@ -17,9 +17,8 @@ from pipeline.run.measured import CONVERSION, Measured, per_site, row
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running, Stage
 from pipeline.store.store import Artifact, Store
-from stages.fitting import FittedNeurons
-from stages.patching import Conversion
-from stages.ports.kernels import compiled, use_compiler
+from stages.compiler import compiled, use_compiler
+from stages.fitted import Conversion, FittedNeurons
 
 log = logging.getLogger(__name__)
 COMMAND = "python -m pipeline"
@@ -112,4 +111,4 @@ def convert(run: Run) -> Conversion:
         if stage.name in CONVERSION:
             run.build(stage)
     fitted = FittedNeurons.load(run.artifacts[steps.fitting.label].path)
-    return Conversion(run.settings.coding, fitted)  # type: ignore[arg-type]
+    return Conversion(run.settings.coding, fitted)

@@ -101,7 +101,7 @@ class Stage:
     @cached_property
     def step(self) -> Step:
         keys = {name: source.key() for name, source in self.inputs.items()}
-        made_by = source_hash(inspect.getsource(type(self).make)) if self.code else ""
+        made_by = source_hash(inspect.getsource(type(self).make)) if self.modules() else ""
         return Step(self.name, self.spec, keys, self.modules(), made_by)
 
     @cached_property

@@ -20,16 +20,15 @@ from pipeline.run.texts import Questions, load_tokens
 from pipeline.store.provenance import versions
 from stages import evaluation, export
 from stages.analysis.operations import operations, untransformed
-from stages.codings.base import Statistic
-from stages.codings.dense import Dense
+from stages.analysis.real_valued import real_valued
+from stages.compiler import compiled
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
-from stages.fitting import FittedNeurons
+from stages.fits.statistics import Statistic
+from stages.fitted import Conversion, FittedNeurons
 from stages.model.sites import find_sites, select
-from stages.patching import Conversion
-from stages.ports.kernels import compiled
-from stages.ports.stepped import real_valued
 from stages.sketch import SketchSet
+from stages.statistics import measuring, measuring_module
 from stages.text import corpus
 from stages.text.harness import TaskSpec
 
@@ -83,7 +82,7 @@ class Statistics(Calibrated):
     name = "statistics"
 
     def modules(self) -> tuple[str, ...]:
-        return MODEL
+        return (*MODEL, measuring_module(self.spec["statistic"]))
 
     @classmethod
     def of(cls, s: Settings, statistic: Statistic, made_from: Mapping[str, Source]) -> Self:
@@ -94,7 +93,7 @@ class Statistics(Calibrated):
         ids = windows(spec, inputs)
         model, _ = inputs["model"].load()
         sites = select(find_sites(model), spec["sites"])
-        tensors = spec["statistic"].run(model, ids, sites, runtime.batch)
+        tensors = measuring(spec["statistic"])(model, ids, sites, runtime.batch)
         save_file(tensors, out / "statistic.safetensors")
 
 
@@ -280,7 +279,7 @@ class Energy(Stage):
         plan = operations(model, find_sites(model))
         dense = account(untransformed(plan), energy, energy.tokens)
         spiking = account(plan, energy, energy.tokens)
-        if not isinstance(coding, Dense):
+        if coding.converts:
             counters = evaluation.Perplexity.load(inputs["evaluation"].path).counters
             spiking = account(plan, energy, energy.tokens, counters, coding)
         spiking.to_parquet(out / "operations.parquet")
@@ -292,7 +291,7 @@ class Exported(Stage):
     """The converted model in a folder, with what was measured on its card."""
 
     name = "export"
-    code = ("stages.export", "stages.checkpoint.saved", "stages.checkpoint.quantizer", *MODEL)
+    code = ("stages.export", "stages.checkpoint.folder", "stages.checkpoint.quantizer", *MODEL)
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, fitting: Stage, measured: Measured[Stage]) -> Self:

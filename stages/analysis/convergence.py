@@ -7,17 +7,18 @@ smoothing of the spike sets. The curve is fitted as it is, with the steps where 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
 from stages.errors import InputError
 
-SITES_AT_ONCE = 32
 SHORTEST = 0.2  # iterations in which the transient falls by 1/e: the range that is searched
 LONGEST = 20  # the same, in lengths of the curve
-GRID = 200
-REFINEMENTS = 4
+GRID = 100
 FEWEST = 4  # points that a curve of three unknowns must have
 
 
@@ -36,10 +37,11 @@ class Decay:
 
 
 def fit_decay(curves: Tensor) -> Decay:
-    """Least-squares C, a, rho of loss curves [S, iterations + 1], k counting from 0.
+    """Fit C, a, rho to loss curves [S, iterations + 1] by least squares, k counting from 0.
 
-    Variable projection (Golub & Pereyra 1973): for each rho of a grid, refined around the best, C and
-    a have a closed form. Raises InputError for curves of fewer than 4 points or that are not finite.
+    Variable projection (Golub & Pereyra 1973): C and a are the non-negative least squares of a rho,
+    and rho is searched on a grid, then around its best point. Raises InputError for curves of fewer
+    than 4 points or that are not finite.
     """
     if curves.dim() != 2 or curves.shape[1] < FEWEST:
         raise InputError(
@@ -48,55 +50,32 @@ def fit_decay(curves: Tensor) -> Decay:
         )
     if not torch.isfinite(curves).all():
         raise InputError("loss curves hold nan or inf: fit again with smaller learning rates")
-    parts = [_fit(chunk.double()) for chunk in curves.split(SITES_AT_ONCE)]
-    limit, amplitude, rate, r2 = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Decay(limit, amplitude, rate, r2)
+    fits = torch.tensor([_fit(curve) for curve in curves.double().numpy()], dtype=torch.float64)
+    return Decay(*fits.view(-1, 4).unbind(-1))
 
 
-def _fit(curves: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = curves.abs().amax(-1, keepdim=True).clamp(min=1e-300)  # losses are as small as 1e-8
-    y = curves / size
-    low, high = torch.tensor([SHORTEST, LONGEST * curves.shape[1]], dtype=torch.float64).log()
-    grid = torch.linspace(float(low), float(high), GRID, dtype=torch.float64)
-    time, width = grid.expand(len(y), -1), float(grid[1] - grid[0])
-    for _ in range(REFINEMENTS + 1):
-        limit, amplitude, error = _project(y, (-1 / time.exp()).exp())
-        best = error.argmin(-1, keepdim=True)
-        limit, amplitude, error, centre = (
-            t.gather(-1, best) for t in (limit, amplitude, error, time)
-        )
-        time = centre + torch.linspace(-width, width, 21, dtype=torch.float64)
-        width /= 10
-    spread = ((y - y.mean(-1, keepdim=True)) ** 2).sum(-1, keepdim=True)
-    r2 = torch.where(spread > 0, 1 - error / spread, torch.nan)
-    rate = torch.where(amplitude > 0, (-1 / centre.exp()).exp(), torch.nan)
-    found = (limit * size, amplitude * size, rate, r2)
-    return tuple(t.squeeze(-1) for t in found)  # type: ignore[return-value]
+def _fit(curve: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float, float, float]:
+    """C, a, rho and R^2 of one curve."""
+    size = max(np.abs(curve).max(), 1e-300)  # losses are as small as 1e-8
+    y, k = curve / size, np.arange(len(curve))
 
+    def project(log_time: float) -> tuple[Any, float, float]:
+        """(C, a), the norm of what they leave, and rho."""
+        rate = np.exp(-np.exp(-log_time))
+        return *nnls(np.stack([np.ones(len(k)), rate**k], axis=1), y), rate
 
-def _project(y: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best C, a >= 0 and their squared error for curves y [S, K] at every rate [S, R], each [S, R].
-
-    Where the free optimum is negative the best lies on one of the two edges, C = 0 or a = 0.
-    """
-    g = rate[..., None] ** torch.arange(y.shape[1])  # [S, R, K]
-    mean_y, mean_g = y.mean(-1)[:, None], g.mean(-1)
-    centred = g - mean_g[..., None]
-    free_a = (centred * y[:, None]).sum(-1) / (centred**2).sum(-1)
-    free_c = mean_y - free_a * mean_g
-    edge_a = ((g * y[:, None]).sum(-1) / (g**2).sum(-1)).clamp(min=0)
-    nought = torch.zeros_like(free_a)
-    flat_c = mean_y.clamp(min=0).expand_as(free_a)
-    candidates = [(free_c, free_a), (nought, edge_a), (flat_c, nought)]
-    errors = torch.stack([_error(y, g, c, a) for c, a in candidates])
-    errors[0] = torch.where((free_c < 0) | (free_a < 0), torch.inf, errors[0])
-    error, choice = errors.min(0)
-    limit, amplitude = (
-        torch.stack(pair).gather(0, choice[None]).squeeze(0)
-        for pair in zip(*candidates, strict=True)
+    grid = np.linspace(np.log(SHORTEST), np.log(LONGEST * len(curve)), GRID)
+    best = min(grid, key=lambda each: project(each)[1])
+    width = grid[1] - grid[0]
+    refined = minimize_scalar(
+        lambda each: project(each)[1],
+        bounds=(best - width, best + width),
+        method="bounded",
+        options={"xatol": 1e-9},
     )
-    return limit, amplitude, error
-
-
-def _error(y: Tensor, g: Tensor, limit: Tensor, amplitude: Tensor) -> Tensor:
-    return ((limit[..., None] + amplitude[..., None] * g - y[:, None]) ** 2).sum(-1)
+    (limit, amplitude), error, rate = min(
+        (project(t) for t in (best, refined.x)), key=lambda p: p[1]
+    )
+    spread = ((y - y.mean()) ** 2).sum()
+    r2 = 1 - error**2 / spread if spread > 0 else np.nan
+    return limit * size, amplitude * size, rate if amplitude > 0 else np.nan, r2

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
 from stages.analysis.operations import operations
-from stages.codings.base import Coding, Observing
-from stages.distribution import Atoms
-from stages.fitting import Algorithm1
+from stages.atoms import Atoms
+from stages.codings.base import Coding
+from stages.fits.algorithm1 import Algorithm1
 from stages.model.offload import OUTSIDE
 from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
@@ -31,7 +32,7 @@ class Resident:
 
 
 def resident(model: PreTrainedModel, dtype: torch.dtype) -> Resident:
-    """The sizes of a model, which may be on the meta device, with its weights in `dtype`."""
+    """Return the sizes of a model, which may be on the meta device, with its weights in `dtype`."""
     rules = architecture(model)
     groups: Counter[int] = Counter()
     for name, weight in model.named_parameters():  # tied ones once
@@ -47,7 +48,7 @@ def site_plan(
     dtype: torch.dtype,
     tokens: int,
 ) -> pd.DataFrame:
-    """One row a site: site, role, layer, values (a token), pairs (values a query-key pair) and
+    """List every site: site, role, layer, values (a token), pairs (values a query-key pair) and
     sketch, the bytes of its histogram while `tokens` are captured.
 
     An expert has its even part of a layer's values. Its histogram keeps filled bins alone, as many as
@@ -87,12 +88,18 @@ def _bytes(grid: Grid, channels: int, exact: bool) -> int:
 
 
 def parameter_bytes(coding: Coding) -> int | None:
-    """Bytes of one site's neurons, as a fit to some values has them; None for a coding that asks
-    statistics of the model, whose sizes follow from those."""
-    if isinstance(coding, Observing) and coding.statistics:
+    """Return the bytes of one site's neurons, as a fit to some values has them.
+
+    None for a coding that asks statistics of the model, whose sizes follow from those.
+    """
+    if coding.statistics:
         return None
     value = torch.linspace(0, 1, 128, dtype=torch.float64)[None]
     atoms = Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / 128), value[:, -1])
-    untrained = Algorithm1(rounds=0, neuron_steps=0, base_steps=0)
-    params = coding.fit(atoms, untrained).params
+    untrained: Any = coding
+    if coding.trained:
+        untrained = replace(
+            untrained, algorithm1=Algorithm1(rounds=0, neuron_steps=0, base_steps=0)
+        )
+    params: dict[str, torch.Tensor] = untrained.fit(atoms).params
     return sum(t.float().nbytes for t in params.values())

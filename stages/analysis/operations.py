@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, fused, matrix
-from stages.ports.passes import prefix_length
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
 PRODUCTS = ("linear", "qk", "pv")
@@ -70,7 +70,7 @@ class Shape:
 
 
 def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
-    """Every operation of a model, whose weights may be on the meta device.
+    """List every operation of a model, whose weights may be on the meta device.
 
     `sites` are all that `find_sites` gives, selected for conversion or not. The embedding is a
     look-up and costs nothing; what adds or scales a value once (biases, learned positions, the scale of an
@@ -175,7 +175,7 @@ def _normalised(norm: Any) -> Sequence[int]:
 
 
 def untransformed(plan: Sequence[Operation]) -> list[Operation]:
-    """The same model before its transform: without rotations and without a prefix."""
+    """Return the same model before its transform: without rotations and without a prefix."""
     return [replace(o, prefix=0) for o in plan if o.kind not in ROTATION]
 
 

@@ -3,45 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from stages.checkpoint.quantizer import METHOD, SpikingConfig
+from stages.checkpoint.config import SpikingConfig
+from stages.codec import decode, encode
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.registry import identity, lookup
-from stages.transforms.transforms import Transform
+from stages.fitted import Conversion
+from stages.model.quantised import SPIKING
+from stages.transforms.transform import Transform
 
 NEURONS = "spiking_neurons"
 AGAIN = "export the model again"
+_PACKAGES = ("torch", "transformers", "spiking-llm-pipeline")
 
 
 def is_spiking(folder: Path) -> bool:
-    """Whether the config.json of a folder names neurons; raises InputError where it cannot be read."""
+    """Return whether the config.json of a folder names neurons; InputError where it cannot be read."""
     file = folder / "config.json"
     if not file.is_file():
         return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        spec = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
+    return isinstance(spec, dict) and spec.get("quant_method") == SPIKING
 
 
 def check(spec: SpikingConfig, files: Sequence[str]) -> None:
-    """Raises InputError unless `files` hold just the neurons of a config, a row a site, in float32."""
-    found = _headers(files)
+    """Raise InputError unless `files` hold just the neurons of a config, a row a site, in float32."""
+    stored = _headers(files)
     wanted = {name: ("F32", list(shape)) for name, shape in spec.parameters.items()}
-    absent, surplus = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
+    absent, surplus = sorted(wanted.keys() - stored), sorted(stored.keys() - wanted)
     if absent or surplus:
-        told = f"lacks {', '.join(absent)}" if absent else f"also has {', '.join(surplus)}"
-        raise InputError(f"a checkpoint {told} among the parameters of its neurons; {AGAIN}")
+        fault = f"lacks {', '.join(absent)}" if absent else f"also has {', '.join(surplus)}"
+        raise InputError(f"a checkpoint {fault} among the parameters of its neurons; {AGAIN}")
     for name, (kind, shape) in wanted.items():
-        if found[name] != (kind, shape):
-            told, own = "{} {}".format(*found[name]), f"{kind} {shape}"
-            raise InputError(f"{NEURONS}.{name} is {told} and its config says {own}; {AGAIN}")
+        if stored[name] != (kind, shape):
+            got, said = "{} {}".format(*stored[name]), f"{kind} {shape}"
+            raise InputError(f"{NEURONS}.{name} is {got} and its config says {said}; {AGAIN}")
         if shape[:1] != [len(set(spec.sites))]:
             rows = f"{len(set(spec.sites))} different sites"
             raise InputError(f"{NEURONS}.{name} has the shape {shape} for {rows}; {AGAIN}")
@@ -51,59 +54,57 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor of neurons."""
     from safetensors import SafetensorError, safe_open
 
-    found = {}
+    headers = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118, it is no mapping
                     if key.startswith(f"{NEURONS}."):
                         part = tensors.get_slice(key)
-                        found[key.removeprefix(f"{NEURONS}.")] = part.get_dtype(), part.get_shape()
+                        headers[key.removeprefix(f"{NEURONS}.")] = (
+                            part.get_dtype(),
+                            part.get_shape(),
+                        )
         except (OSError, SafetensorError) as error:
             raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    return found
+    return headers
 
 
-# --- dataclasses in a config -----------------------------------------------------------------------
+def describe(
+    conversion: Conversion, transform: Transform, prefix: tuple[int, ...] = ()
+) -> SpikingConfig:
+    """Describe a conversion as a checkpoint's config does."""
+    neurons = conversion.neurons
+    return SpikingConfig(
+        coding=encode(conversion.coding),
+        sites=list(neurons.sites),
+        parameters={name: list(value.shape) for name, value in neurons.fit.params.items()},
+        transform=encode(transform),
+        prefix=list(prefix),
+        versions=_versions(),
+    )
 
 
-def encoded(value: Any) -> Any:
-    """A registered dataclass as plain values: its name and version with its fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        name = identity(type(value))
-        if name is None:
-            raise TypeError(f"{type(value).__qualname__} has no registered name")
-        return {"class": name} | {f.name: encoded(getattr(value, f.name)) for f in fields(value)}
-    return [encoded(each) for each in value] if isinstance(value, list | tuple) else value
+def _versions() -> dict[str, str]:
+    """Those of what writes a checkpoint; a source tree that is not installed has none."""
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def decoded_coding(spec: SpikingConfig) -> Coding:
-    """The coding of a config; InputError where it names none of this version's."""
-    found = _decoded(spec.coding)
-    if not isinstance(found, Coding):
+    """Return the coding of a config; InputError where it names none of this version's."""
+    coding = decode(spec.coding)
+    if not isinstance(coding, Coding) or not coding.converts:
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
-    return found
+    return coding
 
 
 def decoded_transform(spec: SpikingConfig) -> Transform:
-    """The transform of a config; InputError where it names none of this version's."""
-    found = _decoded(spec.transform)
-    if not isinstance(found, Transform):
+    """Return the transform of a config; InputError where it names none of this version's."""
+    transform = decode(spec.transform)
+    if not isinstance(transform, Transform):
         raise InputError(f"a config gives as transform {spec.transform}, which is none; {AGAIN}")
-    return found
-
-
-def _decoded(value: Any) -> Any:
-    """The inverse of `encoded`; InputError for a name that is not registered."""
-    if isinstance(value, list):
-        return tuple(_decoded(each) for each in value)
-    if not isinstance(value, Mapping):
-        return value
-    kind: Any = lookup(str(value.get("class")))
-    try:
-        return kind(**{key: _decoded(each) for key, each in value.items() if key != "class"})
-    except TypeError as error:  # an unknown field, or one that is missing
-        raise InputError(
-            f"a config gives {kind.__name__} what it does not take ({error}); load it with the "
-            "version that wrote it"
-        ) from error
+    return transform

@@ -13,7 +13,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-METHOD = "spiking"  # as `quantization_config.quant_method` in the config.json of an export
 METHODS = "transformers.quantizers.auto"
 PLUGIN = "stages.checkpoint.quantizer"
 
@@ -46,7 +45,7 @@ class _Loader(Loader):
 
 
 def install() -> None:
-    """Registers at once if transformers' methods are imported already, else as soon as they are."""
+    """Register at once if transformers' methods are imported already, else as soon as they are."""
     if METHODS in sys.modules:
         importlib.import_module(PLUGIN)
     else:

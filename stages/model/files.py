@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def stored(folder: Path, config: Any) -> dict[str, Stored]:
-    """Every tensor of the file or the shards that transformers reads in a folder.
+    """List every tensor of the file or the shards that transformers reads in a folder.
 
     Raises InputError where the files and their index disagree.
     """
@@ -78,7 +78,7 @@ def _headers(file: Path) -> dict[str, Stored]:
 
 
 def _agree(folder: Path, shards: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
-    """Raises InputError unless every tensor is in the shard that the index gives for it."""
+    """Raise InputError unless every tensor is in the shard that the index gives for it."""
     for name in sorted(shards):
         if name not in tensors or tensors[name].file.name != Path(shards[name]).name:
             raise InputError(
@@ -94,7 +94,7 @@ def _agree(folder: Path, shards: Mapping[str, str], tensors: Mapping[str, Stored
 def check_fit(
     model: PreTrainedModel, checkpoint: Checkpoint, report: Mapping[str, Iterable[Any]]
 ) -> None:
-    """Raises InputError unless the files hold exactly the weights that the model has.
+    """Raise InputError unless the files hold exactly the weights that the model has.
 
     `report` is what transformers says of missing_keys, unexpected_keys and mismatched_keys (name,
     shape in the file, shape in the model).
@@ -134,7 +134,7 @@ def _counted(model: PreTrainedModel, names: set[str]) -> list[str]:
 
 
 def keep_apart(model: PreTrainedModel, source: str, pairs: Mapping[str, str]) -> None:
-    """Says and records that weights which the config ties are two in the files: {one: the other}.
+    """Warn of, and record, weights which the config ties but are two in the files: {one: the other}.
 
     transformers computes with both then. With the config as it was, a model that is saved, or that
     is tied once more, would have one of them.
@@ -152,7 +152,7 @@ def keep_apart(model: PreTrainedModel, source: str, pairs: Mapping[str, str]) ->
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Without transformers' table of weights that do not fit and its word on ties: both are said here."""
+    """Silence transformers' table of weights that do not fit and its note on ties: both are said here."""
     logger = logging.getLogger("transformers.modeling_utils")
     before, logger.disabled = logger.disabled, True
     try:

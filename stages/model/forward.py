@@ -26,7 +26,7 @@ def windows(
     through: Callable[[int], None] = lambda layer: None,
     logits: int = 0,
 ) -> None:
-    """Runs full windows ids [W, S], `batch` at a time, without a cache.
+    """Run full windows ids [W, S], `batch` at a time, without a cache.
 
     `consume` gets the tokens and logits of every batch. `after` is called once a batch has passed,
     where one layer at a time is in memory once it has passed each of them; `through` with a layer's
@@ -86,7 +86,7 @@ def _enter(
     batches: Sequence[Tensor],
     boundary: Sequence[Tensor],
 ) -> dict[int, list[Call]]:
-    """Fills the boundary in front of the first layer; the further arguments of every layer, by the
+    """Fill the boundary in front of the first layer; the further arguments of every layer, by the
     number of windows of a batch: masks and positions of full windows are the same in all of them."""
     calls: dict[int, list[Call]] = {}
     for tokens, hidden in zip(batches, boundary, strict=True):
@@ -126,7 +126,7 @@ class _Entered(Exception):
 
 @contextmanager
 def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Lets every layer compute forward(index, hidden, ...) while the context is open."""
+    """Let every layer compute forward(index, hidden, ...) while the context is open."""
 
     def bound(index: int) -> Callable[..., Tensor]:
         def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -24,7 +24,7 @@ _WHOLE |= {"midm-2.0", "pixtral", "tekken"}
 
 
 def read_tokenizer(gguf: Path, metadata: Mapping[str, Any], source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a file, which splits text as `tokenizer.ggml.pre` of the file names it.
+    """Read the tokenizer of a file, which splits text as `tokenizer.ggml.pre` of the file names it.
 
     Raises InputError for a name that is not known here: other ids would be made of the same text.
     """
@@ -78,7 +78,7 @@ def _default() -> Any:
 def check_read(
     model: PreTrainedModel, architecture: str, names: Sequence[str], source: str
 ) -> None:
-    """Raises InputError if a tensor of the file is none that transformers gives to the model.
+    """Raise InputError if a tensor of the file is none that transformers gives to the model.
 
     It says so itself for the architectures of its newer reader; the older one is silent.
     """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """How many tokens a text may have: the rows of a learned position table, or as many as the rotary
+    """Count the tokens a text may have: the rows of a learned position table, or as many as the rotary
     embedding was made for, with the factor of its scaling; None where its config sets no limit.
 
     `rope_type: dynamic` sets none: it rescales itself to the length of the text.
@@ -31,15 +31,15 @@ def positions(config: PreTrainedConfig) -> int | None:
 
 
 def learned(config: PreTrainedConfig) -> bool:
-    """Whether positions are rows of a table, behind whose end there is nothing to read."""
+    """Return whether positions are rows of a table, behind whose end there is nothing to read."""
     return not _ropes(config.get_text_config())
 
 
 def _ropes(text: Any) -> list[Mapping[str, Any]]:
     """The parameters of every rotary embedding: one, or one a kind of layer."""
-    found = getattr(text, "rope_parameters", None) or {}
-    nested = [each for each in found.values() if isinstance(each, Mapping)]
-    return nested or ([found] if found else [])
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [each for each in rope.values() if isinstance(each, Mapping)]
+    return nested or ([rope] if rope else [])
 
 
 def check_positions(
@@ -49,7 +49,7 @@ def check_positions(
     allowed: int | None = None,
     prefix: int = 0,
 ) -> None:
-    """Raises InputError where a text, by the option that gives its length, has too many tokens.
+    """Raise InputError where a text, by the option that gives its length, has too many tokens.
 
     `allowed` replaces what a rotary embedding was made for; a table has the rows it has. `prefix`
     tokens stand in front of every text.
@@ -68,13 +68,13 @@ def check_positions(
 
 
 def vocabulary(config: PreTrainedConfig) -> int:
-    """The number of rows of a model's embedding."""
+    """Return the number of rows of a model's embedding."""
     text: Any = config.get_text_config()
     return int(text.vocab_size)
 
 
 def check_tokens(ids: Any, rows: int, what: str, tokenizer: Any) -> None:
-    """Raises InputError for a token among ids (a tensor or list) that an embedding of `rows` lacks."""
+    """Raise InputError for a token among ids (a tensor or list) that an embedding of `rows` lacks."""
     highest = max(ids, default=0) if isinstance(ids, list) else int(ids.max()) if ids.numel() else 0
     if highest >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)

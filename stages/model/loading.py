@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint.plugin import METHOD
 from stages.errors import InputError
 from stages.model.files import Checkpoint, check_fit, keep_apart, stored, unreported
 from stages.model.gguf_file import check_read, read_tokenizer
-from stages.model.quantised import check_method, check_plain, dequantise, scaled
+from stages.model.quantised import SPIKING, check_method, check_plain, dequantise, scaled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +27,7 @@ _DOWNLOADED: dict[str, Any] = {
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Dequantises a GGUF file to float32 safetensors and its tokenizer, in the folder `out`.
+    """Dequantise a GGUF file to float32 safetensors and its tokenizer, in the folder `out`.
 
     Raises InputError where that would leave out a tensor, or split text otherwise than the file has it.
     """
@@ -61,7 +60,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 def load(
     source: str, *, dtype: str, device: str, revision: str | None, device_map: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model (in evaluation mode) and tokenizer of a local folder or hub id.
+    """Load the causal language model (in evaluation mode) and tokenizer of a local folder or hub id.
 
     With `device_map` accelerate places the layers and `device` is not used. Raises InputError where
     the files hold anything but the weights of that model.
@@ -96,8 +95,10 @@ def load(
 def load_offloaded(
     source: str, *, dtype: str, device: str, revision: str | None, offload: Offload
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load`, with the weights left in their files until the layer that needs them computes on
-    `device`; files on the hub are downloaded first."""
+    """Load as `load` does, with the weights left in their files until their layer computes on `device`.
+
+    Files on the hub are downloaded first.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -113,7 +114,7 @@ def load_offloaded(
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or hub id alone, refused where its model would be."""
+    """Load the tokenizer of a local folder or hub id alone, refused where its model would be."""
     from transformers import AutoTokenizer
 
     folder = Path(source).expanduser()
@@ -129,7 +130,7 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase
 
 
 def configuration(source: str, revision: str | None) -> PreTrainedConfig:
-    """The config of a dense model in a local folder, which may lack all other files, or on the hub."""
+    """Read the config of a dense model on the hub or in a local folder, which may lack all other files."""
     from transformers import AutoConfig
 
     folder = Path(source).expanduser()
@@ -147,7 +148,7 @@ def configuration(source: str, revision: str | None) -> PreTrainedConfig:
 
 
 def dims_config(dims: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of a model from its dimensions and model_type."""
+    """Make the config of a model from its dimensions and model_type."""
     from transformers import AutoConfig
 
     if "model_type" not in dims:
@@ -163,7 +164,7 @@ def dims_config(dims: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def meta_model(described: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
-    """A model without weights, on the meta device, from its config or its dimensions."""
+    """Make a model without weights, on the meta device, from its config or its dimensions."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -199,7 +200,7 @@ def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
 
 
 def check_folder(folder: Path) -> None:
-    """Names the file that is missing, before transformers looks for it elsewhere."""
+    """Raise InputError that names a missing file, before transformers looks for it elsewhere."""
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     for what, names in {
         "config.json": ["config.json"],
@@ -214,9 +215,9 @@ def check_folder(folder: Path) -> None:
 
 
 def _refuse_spiking(config: Any, source: str) -> None:
-    """Raises InputError for the config of an exported model."""
-    found = getattr(config, "quantization_config", None)
-    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+    """Raise InputError for the config of an exported model."""
+    spec = getattr(config, "quantization_config", None)
+    if isinstance(spec, dict) and spec.get("quant_method") == SPIKING:
         raise InputError(
             f"model {source} is a spiking model already: stages.load reads it, "
             "python -m pipeline generate runs it; a conversion starts from a dense one"
@@ -227,7 +228,7 @@ def _refuse_spiking(config: Any, source: str) -> None:
 def readable(
     what: str, instead: str = "a folder on this machine is used by model.path=FOLDER"
 ) -> Iterator[None]:
-    """Turns what transformers raises for a missing, gated or damaged model into one line."""
+    """Turn what transformers raises for a missing, gated or damaged model into one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 

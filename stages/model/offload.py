@@ -41,7 +41,7 @@ class Offload:
 
     @contextmanager
     def states(self, shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
-        """An unfilled CPU tensor for hidden states [windows, length, hidden]."""
+        """Give an unfilled CPU tensor for hidden states [windows, length, hidden]."""
         if self.boundary == "memory":
             yield torch.empty(*shape, dtype=dtype)
             return
@@ -78,13 +78,13 @@ class Weights:
 
     @property
     def layers(self) -> nn.ModuleList:
-        found = self._model.get_submodule(self._path)
-        assert isinstance(found, nn.ModuleList)
-        return found
+        layers = self._model.get_submodule(self._path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
     @contextmanager
     def resident(self, group: int) -> Iterator[None]:
-        """The group's weights on the device while the context is open."""
+        """Hold the group's weights on the device while the context is open."""
         from safetensors import safe_open
 
         try:
@@ -99,7 +99,7 @@ class Weights:
             self._release()
 
     def _fill(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
-        """Lets transformers name, convert and place tensors as it does for a whole model."""
+        """Let transformers name, convert and place tensors as it does for a whole model."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -123,7 +123,7 @@ class Weights:
         self._model.get_submodule(path)._parameters[last] = parameter
 
     def _check(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Raises InputError unless the files hold every weight in its shape, and nothing else.
+        """Raise InputError unless the files hold every weight in its shape, and nothing else.
 
         Returns the pairs that the config ties and of which the files hold both.
         """
@@ -151,7 +151,7 @@ class Weights:
         return {name: origin for name, origin in pairs.items() if not absent & {name, origin}}
 
     def _untie(self, both: Mapping[str, str], source: str) -> None:
-        """Ties the pairs that are equal in the files, and lets the others be two weights."""
+        """Tie the pairs that are equal in the files, and let the others be two weights."""
         if not both:
             return
         for name in both:
@@ -178,7 +178,7 @@ class Weights:
 
 
 def skeleton(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of a config, weights on the meta device, buffers (such as RoPE frequencies) real."""
+    """Make the model of a config, weights on the meta device, buffers (such as RoPE frequencies) real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -197,7 +197,7 @@ def attach(
     dtype: torch.dtype,
     spec: Offload,
 ) -> None:
-    """Names the files that the weights of a `skeleton` are read from."""
+    """Name the files that the weights of a `skeleton` are read from."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -205,18 +205,18 @@ def attach(
 
 
 def offloaded(model: PreTrainedModel) -> Weights | None:
-    """The weights of a model that is run layer by layer, None for one in memory."""
-    found: Weights | None = model.__dict__.get(_RECORD)
-    return found
+    """Return the weights of a model that is run layer by layer, None for one in memory."""
+    weights: Weights | None = model.__dict__.get(_RECORD)
+    return weights
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model computes."""
+    """Return where the model computes."""
     weights = offloaded(model)
     return model.device if weights is None else weights.device
 
 
 def refuse_offloaded(model: PreTrainedModel, what: str, instead: str) -> None:
-    """Raises InputError for a model in files, which `what` cannot work with."""
+    """Raise InputError for a model in files, which `what` cannot work with."""
     if offloaded(model) is not None:
         raise InputError(f"runtime=offload: {what} needs the whole model in memory; {instead}")

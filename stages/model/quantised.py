@@ -13,6 +13,7 @@ from stages.model.files import Stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SPIKING = "spiking"  # as `quantization_config.quant_method` in the config.json of an export
 FP8 = "fp8"  # one scale a block of weights, or one a matrix; transformers multiplies them out
 _SCALE = "_scale_inv"
 _PACKAGES = {  # what transformers needs beside itself, for methods that a user is likely to meet
@@ -34,7 +35,7 @@ _INSTEAD = "dequantise it, write it by save_pretrained and give that folder as m
 
 
 def method(config: Any) -> str | None:
-    """The method of a config's `quantization_config`, None for a checkpoint that has none."""
+    """Return the method of a config's `quantization_config`, None for a checkpoint that has none."""
     spec = _spec(config)
     if not spec:
         return None
@@ -51,7 +52,7 @@ def _spec(config: Any) -> dict[str, Any]:
 
 
 def check_method(config: Any, folder: Path, source: str) -> None:
-    """Raises InputError unless weights are stored as they are, or by the method that is dequantised."""
+    """Raise InputError unless weights are stored as they are, or by the method that is dequantised."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     name = method(config)
@@ -73,7 +74,7 @@ def check_method(config: Any, folder: Path, source: str) -> None:
 
 
 def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset[str]:
-    """The tensors that the method of the config reads; InputError where one has no scale that fits."""
+    """Return the tensors that the config's method reads; InputError where one has no scale that fits."""
     if method(config) != FP8:
         return frozenset()
     block = _spec(config).get("weight_block_size", (128, 128)) or ()  # null: one for a matrix
@@ -95,7 +96,7 @@ def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset
 
 
 def dequantise(config: Any) -> None:
-    """Lets transformers multiply the scales out, on every device.
+    """Let transformers multiply the scales out, on every device.
 
     Without it a device that computes in FP8 would round the activations to FP8 too.
     """
@@ -105,7 +106,7 @@ def dequantise(config: Any) -> None:
 
 
 def quantiser(model: PreTrainedModel) -> Any:
-    """What transformers dequantises the weights of a `skeleton` with, None where there are no scales."""
+    """Return what transformers dequantises a `skeleton` with, None where there are no scales."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     if method(model.config) is None:
@@ -117,7 +118,7 @@ def quantiser(model: PreTrainedModel) -> Any:
 
 
 def check_plain(model: PreTrainedModel, source: str) -> None:
-    """Raises InputError if a weight is still quantised, as an embedding in FP8 is."""
+    """Raise InputError if a weight is still quantised, as an embedding in FP8 is."""
     small = [name for name, weight in model.named_parameters() if weight.dtype.itemsize < 2]
     if small:
         raise InputError(f"model {source}: {small[0]} stays quantised; {_INSTEAD}")

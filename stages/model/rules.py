@@ -47,7 +47,7 @@ class Architecture:
     experts: Mapping[str, Rule] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> tuple[int, str]:
-        """The decoder layer of a module or weight and its name in there; -1 outside of all layers."""
+        """Return the decoder layer of a module or weight and its name in there; -1 outside of layers."""
         prefix = f"{self.layers}."
         if not name.startswith(prefix):
             return -1, name
@@ -55,26 +55,26 @@ class Architecture:
         return int(number), rest
 
     def activation_of(self, layer: int, routed: bool) -> str:
-        """The module of a layer's nonlinearity; experts have their own."""
+        """Return the module of the nonlinearity of a layer, or of its experts."""
         experts = self.experts["mlp.act"].port.rpartition(":")[0] if routed else ""
         inner = f"{experts}.act_fn" if routed else self.activation
         return f"{self.layers}.{layer}.{inner}"
 
 
 def module_name(model_type: str) -> str | None:
-    """The module of a family's rules, None where there is none."""
+    """Return the module of a family's rules, None where there is none."""
     name = f"{PACKAGE}.{model_type.replace('-', '_')}"
     return name if importlib.util.find_spec(name) else None
 
 
 def known() -> list[str]:
-    """Every `model_type` that has rules."""
+    """List every `model_type` that has rules."""
     package = importlib.import_module(PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 def architecture(model: PreTrainedModel) -> Architecture:
-    """The role rules of a model; raises InputError, with what has no place, where none is known."""
+    """Return the role rules of a model; InputError, with what has no place, where none is known."""
     kind = model.config.model_type
     name = module_name(kind)
     if name is None:
@@ -83,18 +83,18 @@ def architecture(model: PreTrainedModel) -> Architecture:
             f"not be placed: {_shortened(multiplying(model))}; rules are one file in "
             f"{PACKAGE.replace('.', '/')}/"
         )
-    found: Architecture = importlib.import_module(name).ARCHITECTURE
-    return found
+    rules: Architecture = importlib.import_module(name).ARCHITECTURE
+    return rules
 
 
 def multiplying(model: nn.Module) -> list[str]:
-    """Modules that hold the matrix of a product themselves: linear ones, routers, fused experts."""
+    """List the modules that hold the matrix of a product themselves: linear, routers, fused experts."""
     return [name for name, module in model.named_modules() if _multiplies(module)]
 
 
 def _multiplies(module: nn.Module) -> bool:
-    own: Any = [p for _, p in module.named_parameters(recurse=False)]
-    matrices = any(p.dim() in (2, FUSED) for p in own)
+    weights: Any = [p for _, p in module.named_parameters(recurse=False)]
+    matrices = any(p.dim() in (2, FUSED) for p in weights)
     return matrices and not isinstance(module, nn.Embedding)
 
 

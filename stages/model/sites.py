@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.experts import EXPERT_PORTS, check_experts
 from stages.model.rules import Architecture, Rule, architecture, multiplying
-from stages.ports.experts import EXPERT_PORTS, check_experts
 
 ROLES = (
     "attn.in",
@@ -86,7 +86,7 @@ class Site:
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
-    """Every site of the model in forward order, the head last.
+    """Find every site of the model in forward order, the head last.
 
     Raises InputError if a rule names a module the model lacks, or if a module that multiplies is fed
     by no site (it would silently stay dense).
@@ -124,7 +124,7 @@ class Matrix:
 
 
 def matrix(module: Any, site: Site, config: Any) -> Matrix:
-    """The matrix of a consumer, or of experts the matrices that a token is routed to."""
+    """Return the matrix of a consumer, or of experts the matrices that a token is routed to."""
     if isinstance(module, nn.Linear):
         return Matrix(module.in_features, module.out_features, module.out_features)
     if isinstance(getattr(module, "weight", None), nn.Parameter):  # a router
@@ -139,19 +139,19 @@ def matrix(module: Any, site: Site, config: Any) -> Matrix:
 
 
 def fused(module: Any) -> bool:
-    """Whether a module holds the matrices of all its experts."""
+    """Return whether a module holds the matrices of all its experts."""
     return isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
 def pooled(site: str) -> str:
-    """The name that all experts of a layer share for one operand; of any other site its own."""
+    """Return the name that all experts of a layer share for one operand; of any other site its name."""
     head, _, port = site.rpartition(":")
     kind, numbered, _ = port.partition("[")
     return f"{head}:{kind}[*]" if numbered and kind in EXPERT_PORTS else site
 
 
 def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
-    """The sites whose role is selected, without those that are excluded.
+    """Select the sites of the chosen roles, without those that are excluded.
 
     Raises InputError where an excluded name is that of no site, or where nothing is left.
     """

@@ -35,7 +35,7 @@ class SplitFile(PackageFile):
     """A file too large for one wheel: `parts` are files of the wheels of so many packages, which joined
     in their order give the file `member`, whose digest `sha256` is; each has the version of the whole.
 
-    `terms` are those of its author, told to whoever fetches it.
+    `terms` are those of its author, printed when it is fetched.
     """
 
     parts: tuple[tuple[str, str], ...]  # (package, member)

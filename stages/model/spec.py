@@ -99,14 +99,14 @@ class ModelSpec:
         return {"name": self.name or origin.name, "hub": origin.hub, "gguf": origin.gguf}
 
     def check_begin(self, vocabulary: int) -> None:
-        """Raises InputError if the model has no token `begin`."""
+        """Raise InputError if the model has no token `begin`."""
         if self.begin is not None and not 0 <= self.begin < vocabulary:
             raise InputError(
                 f"model.begin={self.begin}: {self.name} has the tokens 0 to {vocabulary - 1}"
             )
 
     def config(self) -> PreTrainedConfig:
-        """Its config: that of its folder, its published dimensions, or the hub's."""
+        """Return its config: that of its folder, its published dimensions, or the hub's."""
         if self.path is not None:
             return configuration(self.path, None)
         if self.hub is not None and not self.dims:
@@ -115,7 +115,7 @@ class ModelSpec:
 
 
 def folder_name(path: str) -> str:
-    """What the model of a folder is called: as the folder, or in the hub's cache as on the hub."""
+    """Name the model of a folder: as the folder, or in the hub's cache as on the hub."""
     parts = Path(os.path.abspath(Path(path).expanduser())).parts
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].rpartition("--")[2]  # of models--ORG--NAME/snapshots/COMMIT

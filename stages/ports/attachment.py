@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-
-if TYPE_CHECKING:
-    from stages.patching import Conversion
+from stages.fitted import Conversion
 
 _RECORD = "spiking_attachment"
 _COPY, _PICKLE = "__deepcopy__", "__reduce_ex__"  # looked up on the model before its class
@@ -32,7 +30,7 @@ class Attachment:
 def record(
     model: PreTrainedModel, bound: Attachment, copied: Callable[[dict[int, Any]], PreTrainedModel]
 ) -> None:
-    """Says what keeps the neurons of a model on until it is closed, and how the model is copied."""
+    """Record what keeps the neurons of a model on until it is closed, and how the model is copied."""
     model.__dict__[_RECORD] = bound
     model.__dict__[_COPY] = copied
     bound.stack.callback(model.__dict__.pop, _RECORD)
@@ -40,7 +38,7 @@ def record(
 
 @contextmanager
 def pinned(model: PreTrainedModel) -> Iterator[None]:
-    """Refuses copies of a model while the context is open: its hooks are bound to what is in it."""
+    """Refuse copies of a model while the context is open: its hooks are bound to what is in it."""
 
     def copied(memo: Any) -> NoReturn:
         raise InputError("a model is not copied while its sites are patched: copy the dense one")
@@ -60,13 +58,13 @@ def pinned(model: PreTrainedModel) -> Iterator[None]:
 
 
 def attachment(model: PreTrainedModel) -> Attachment | None:
-    """What binds the neurons of a loaded spiking model; None of a dense one."""
-    found: Attachment | None = model.__dict__.get(_RECORD)
-    return found
+    """Return what binds the neurons of a loaded spiking model; None of a dense one."""
+    present: Attachment | None = model.__dict__.get(_RECORD)
+    return present
 
 
 def refuse_spiking(model: PreTrainedModel) -> None:
-    """Raises InputError for a loaded spiking model, which would be coded twice."""
+    """Raise InputError for a loaded spiking model, which would be coded twice."""
     if attachment(model) is not None:
         raise InputError(
             "the model is a spiking one already, and this needs the dense one: "

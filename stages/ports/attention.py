@@ -25,11 +25,11 @@ class Port(Protocol):
     """What a value passes on its way into a matmul."""
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        """Passes x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
+        """Pass x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
         `fanout` is the number of multiplications each value of a row enters."""
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        """Attention probabilities of scores [B, H, Q, K], zero where `view.mask` forbids."""
+        """Compute attention probabilities of scores [B, H, Q, K], zero where `view.mask` forbids."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class View:
     real: Tensor | None
 
     def block(self, start: int, keys: int) -> View:
-        """The block of queries from `start` on, which reads `keys` keys."""
+        """Return the block of queries from `start` on, which reads `keys` keys."""
         stop = start + QUERY_BLOCK
         real = None if self.real is None else self.real[:, start:stop]
         # Contiguous, so that compiled kernels see one layout only.
@@ -74,7 +74,7 @@ class ForwardState:
         self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
 
     def begin(self, attention_mask: Tensor | None, length: int) -> None:
-        """Starts a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
+        """Start a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
         self._visibility.clear()
         self.real = None
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -117,7 +117,7 @@ class AttentionPorts:
 
 
 def set_ports(module: nn.Module, ports: AttentionPorts | None) -> None:
-    """Binds ports to an attention module, or takes them off."""
+    """Bind ports to an attention module, or take them off."""
     if ports is None:
         module.__dict__.pop(_PORTS, None)
     else:
@@ -134,7 +134,7 @@ def ported_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over grouped heads with q, k, v and the probabilities ported."""
+    """Compute scaled dot-product attention over grouped heads, q, k, v and the probabilities ported."""
     _refuse(attention_mask, dropout, kwargs)
     assert attention_mask is not None
     ports: AttentionPorts = module.__dict__[_PORTS]
@@ -182,7 +182,7 @@ def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None
 
 
 def ported_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A boolean mask [B, 1, Q, K] that is always built, never left to a kernel's causal flag."""
+    """Return a boolean mask [B, 1, Q, K] that is always built, never left to a kernel's causal flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 

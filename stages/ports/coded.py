@@ -1,8 +1,8 @@
-"""Spike-coded tensors: whoever multiplies one adds up what its spikes select, step by step.
+"""Spike-coded tensors: a product with one adds up what its spikes select, step by step.
 
 A `Coded` tensor holds a decoded value and the planes it consists of. Laying it out lays out the planes;
 a product with it has a ternary operand at every step; anything else that would read its value is
-refused. So the model's own code runs as a spiking network without being rewritten.
+refused. So the code of the model runs as a spiking network without being rewritten.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Coded(Tensor):
                 return _product(args[0], args[1], torch.mul)
             elif name == "linear":
                 return _linear(*args, **kwargs)
-            found = func(*args, **kwargs)
-        parts = found if isinstance(found, tuple) else (found,)
+            result = func(*args, **kwargs)
+        parts = result if isinstance(result, tuple) else (result,)
         if name in MADE or not any(isinstance(part, Tensor) for part in parts):
-            return found
+            return result
         raise InputError(
             f"runtime.execution=stepped: {name} of a spike-coded value is no step of a spiking network; "
             "use runtime.execution=fast"
@@ -69,10 +69,10 @@ class _Joined(Coded):
     parts: tuple[Tensor, ...]
 
 
-def coded(found: Planes, dtype: torch.dtype) -> Coded:
-    """The values of planes, decoded in `dtype`."""
-    value = found.value().to(dtype).as_subclass(Coded)
-    value.planes = found
+def coded(spikes: Planes, dtype: torch.dtype) -> Coded:
+    """Decode the values of planes in `dtype`."""
+    value = spikes.value().to(dtype).as_subclass(Coded)
+    value.planes = spikes
     return value
 
 
@@ -108,10 +108,10 @@ def _product(a: Tensor, b: Tensor, multiply: Multiply) -> Tensor:
 def _one(x: Coded, select: Callable[[Tensor], Tensor]) -> Tensor:
     total: Tensor | float = 0.0
     for accumulator in x.planes.accumulators:
-        own = Sum(accumulator)
+        products = Sum(accumulator)
         for plane, weight, _ in accumulator.spikes:
-            own.add(select(plane.to(x.dtype)).float(), weight)
-        total = own.value() + total
+            products.add(select(plane.to(x.dtype)).float(), weight)
+        total = products.value() + total
     assert isinstance(total, Tensor)
     return _scaled(total, x).to(x.dtype)
 
@@ -122,19 +122,19 @@ def _both(a: Coded, b: Coded, multiply: Multiply) -> Tensor:
     dtype = a.dtype
     traces = a.planes.none(), b.planes.none()
     operands = (a.planes, b.planes)
-    sums = [[Sum(each) for each in found.accumulators] for found in operands]
-    for step in range(max(found.steps for found in operands)):
+    sums = [[Sum(each) for each in operand.accumulators] for operand in operands]
+    for step in range(max(operand.steps for operand in operands)):
         b.planes.arrive(traces[1], step)
-        for index, found in enumerate(operands):
+        for index, operand in enumerate(operands):
             trace = traces[1 - index].to(dtype)
-            for accumulator, total in zip(found.accumulators, sums[index], strict=True):
+            for accumulator, total in zip(operand.accumulators, sums[index], strict=True):
                 for plane, weight, at in accumulator.spikes:
                     if at == step:
                         spikes = plane.to(dtype)
                         pair = (trace, spikes) if index else (spikes, trace)
                         total.add(multiply(*pair).float(), weight)
         a.planes.arrive(traces[0], step)
-    values = [total.value() for own in sums for total in own]
+    values = [total.value() for row in sums for total in row]
     return _scaled(torch.stack(values).sum(0), a).to(dtype)
 
 

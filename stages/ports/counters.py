@@ -22,7 +22,7 @@ class Counters:
         self.sums = torch.zeros(len(sites), len(FIELDS), dtype=torch.float64, device=device)
 
     def frame(self, coded: set[str]) -> pd.DataFrame:
-        """One row a site; spikes and acs of sites that are not coded are missing, not zero."""
+        """Return one row a site; spikes and acs of sites that are not coded are missing, not zero."""
         frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
         frame.insert(0, "site", [site.name for site in self.sites])
         frame.insert(1, "role", [site.role for site in self.sites])
@@ -46,7 +46,7 @@ class SiteCounter:
         fanout: Tensor | int,
         values: Tensor | None = None,
     ) -> None:
-        """Counts rows of shape [..., C].
+        """Count rows of shape [..., C].
 
         spikes [...]: spikes of every row, None where the site is dense; real [...] bool: rows that
         are new, real tokens (None: all); fanout: multiplications each value of a row enters, zero
@@ -62,8 +62,8 @@ class SiteCounter:
         if spikes is None:
             return
         spikes = spikes.view(rows).double()
-        own = spikes if real is None else spikes * real
-        total = own.sum()
+        counted = spikes if real is None else spikes * real
+        total = counted.sum()
         self._row[1] += total
         if isinstance(fanout, int):
             self._row[3] += total * fanout
@@ -71,6 +71,6 @@ class SiteCounter:
             self._row[3] += (spikes * fanout).sum()
 
     def add_error(self, error: Tensor, power: Tensor) -> None:
-        """Adds sums of squared error and of squared values."""
+        """Add sums of squared error and of squared values."""
         self._row[4] += error
         self._row[5] += power

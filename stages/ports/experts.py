@@ -1,7 +1,7 @@
 """Mixtures of experts whose operands pass through ports, one port an expert and role.
 
 transformers keeps the experts of a layer as fused weights, gate_up_proj [E, 2 I, H] and down_proj
-[E, H, I], so that no linear module could be hooked; this is an experts function of its own.
+[E, H, I], so that no linear module could be hooked; so this function replaces that of the experts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stages.errors import InputError
 from stages.ports.attention import ForwardState, Port
 
 NAME = "ported"
-EXPERT_PORTS = ("act", "up", "down")
 _PORTS = "expert_ports"
 
 
@@ -35,7 +33,7 @@ class ExpertPorts:
 
 
 def set_expert_ports(module: nn.Module, ports: ExpertPorts | None) -> None:
-    """Binds ports to a module of experts, or takes them off."""
+    """Bind ports to a module of experts, or take them off."""
     if ports is None:
         module.__dict__.pop(_PORTS, None)
     else:
@@ -48,7 +46,7 @@ def ported_experts(
     top_k_index: Tensor,  # [N, k]
     top_k_weights: Tensor,  # [N, k]
 ) -> Tensor:
-    """Every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
+    """Run every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
     ports: ExpertPorts = module.__dict__[_PORTS]
     expert, order = top_k_index.flatten().sort(stable=True)
     token = order // top_k_index.shape[1]
@@ -75,33 +73,7 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, ported_experts)
 
 
 def switch_experts(model: PreTrainedModel, name: str) -> str:
-    """Makes `name` the function of all experts; the name of the one before."""
+    """Make `name` the function of all experts; return the name of the one before."""
     before: str = model.config._experts_implementation
     model.set_experts_implementation(name)
     return before
-
-
-def refuse_experts(sites: Sequence[Any], what: str, instead: str) -> None:
-    """Raises InputError where a site belongs to an expert, whose rows are tokens of any window."""
-    if any(site.expert is not None for site in sites):
-        raise InputError(f"{what} is not defined on experts, which see few tokens each: {instead}")
-
-
-def check_experts(name: str, module: Any) -> None:
-    """Raises InputError on experts of another layout than two concatenated, unbiased weights."""
-    odd = [
-        flag
-        for flag, usual in (
-            ("is_transposed", False),
-            ("has_bias", False),
-            ("has_gate", True),
-            ("is_concatenated", True),
-            ("has_post_expert_norm", False),
-        )
-        if getattr(module, flag, None) is not usual
-    ]
-    if odd:
-        raise InputError(
-            f"experts {name} of {type(module).__name__} have another layout ({', '.join(odd)}) than "
-            "gate_up_proj [E, 2 I, H] and down_proj [E, H, I] without biases, which is what is ported"
-        )

@@ -14,52 +14,41 @@ from stages.errors import InputError
 from stages.ports.attention import NAME, ForwardState
 from stages.ports.experts import NAME as EXPERTS
 
-PREFIX = "prefix_ids"  # the record of what stands in front of every text
 _GROWING = "dynamic"  # the RoPE type whose frequencies follow the longest text so far
 
 
-def prefix_length(model: PreTrainedModel) -> int:
-    """Number of tokens kept in front of every text; 0 for a model without a prefix."""
-    return len(prefix_ids(model))
-
-
-def prefix_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens kept in front of every text."""
-    return tuple(model.__dict__.get(PREFIX, ()))
-
-
 def decoder(model: PreTrainedModel) -> Any:
-    """The module that every pass goes through, also one that asks for hidden states alone."""
+    """Return the module that every pass goes through, also one that asks for hidden states alone."""
     return model.get_decoder()
 
 
 def argument_names(module: Any) -> tuple[str, ...]:
-    """The names of forward's arguments, in order."""
+    """Return the names of forward's arguments, in order."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a pass by name; a cache is `cache` under its former name, too."""
+    """Return all arguments of a pass by name; a cache is `cache` under its former name, too."""
     given = dict(zip(names, args, strict=False)) | kwargs
     old = given.pop("past_key_values", None)
     return given if old is None else given | {"cache": old}
 
 
 def new_tokens(given: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and new tokens of a pass."""
+    """Return rows and new tokens of a pass."""
     tokens = given.get("input_ids")
     shape = (given["inputs_embeds"] if tokens is None else tokens).shape
     return shape[0], shape[1]
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int:
-    """Tokens that stand in the cache of a pass."""
+    """Count the tokens that stand in the cache of a pass."""
     cache = given.get("cache")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def positions(mask: Tensor, length: int) -> Tensor:
-    """Positions [B, length] of the last tokens of mask [B, S], which count no pad, as in `generate`.
+    """Number the last tokens of mask [B, S] [B, length] without counting pads, as `generate` does.
 
     A plain forward pass of transformers counts pads on the left. Neurons code queries and keys behind
     RoPE, so the same text would spike otherwise in another batch.
@@ -69,7 +58,7 @@ def positions(mask: Tensor, length: int) -> Tensor:
 
 
 def restart_rope(model: PreTrainedModel) -> None:
-    """Lets dynamic RoPE begin as in a fresh process, so that a pass depends on its length alone.
+    """Let dynamic RoPE begin as in a fresh process, so that a pass depends on its length alone.
 
     transformers keeps the frequencies of the longest text so far until a shorter one than the trained
     length comes.
@@ -98,15 +87,18 @@ class Pass(ForwardState):
     length = 0
 
     def __init__(self, model: PreTrainedModel, prefix: int, experts: bool, counted: bool) -> None:
-        """prefix: tokens that stand in the cache of a text's first pass; experts: whether some are
-        ported; counted: whether a port counts."""
+        """Take what determines a pass.
+
+        prefix: tokens that stand in the cache of a text's first pass; experts: whether some are
+        ported; counted: whether a port counts.
+        """
         super().__init__()
         self._model, self._prefix, self._counted = model, prefix, counted
         self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
         self._names = argument_names(decoder(model))
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Begins the pass; a hook in front of the decoder's forward."""
+        """Begin the pass; a hook in front of the decoder's forward."""
         self._check_implementations()
         given = named(self._names, args, kwargs)
         mask, (_, length) = given.get("attention_mask"), new_tokens(given)

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.neurons import Params, Spikes, SpikeTime
 from stages.neurons.ranges import Bank, RangeSpikes
-
-
-@runtime_checkable
-class SpikingSoftmax(Protocol):
-    """A coding that computes the attention probabilities as spikes."""
-
-    def softmax_spikes(
-        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
-    ) -> tuple[SpikeTime, Tensor, Tensor]:
-        """Spikes of scores [B, H, Q, K], the weight of every step [T], and what scales the sum of
-        each row [B, H, Q, 1]."""
+from stages.neurons.spikes import Params, Spikes, SpikeTime
 
 
 @dataclass(frozen=True)
@@ -59,12 +47,12 @@ class Sum:
         self._total: Tensor | None = None
 
     def add(self, product: Tensor, weight: float) -> None:
-        """Adds what the spikes of the next plane, of that weight, have selected."""
-        own = product * weight if self._shift is None else product
+        """Add what the spikes of the next plane, of that weight, have selected."""
+        term = product * weight if self._shift is None else product
         if self._total is None:
-            self._total = own
+            self._total = term
         else:
-            self._total = (self._total + self._total if self._shift else self._total) + own
+            self._total = (self._total + self._total if self._shift else self._total) + term
 
     def value(self) -> Tensor:
         assert self._total is not None
@@ -85,7 +73,7 @@ class Planes:
         return 1 + max(step for each in self.accumulators for step in each.step)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Planes:
-        """The planes laid out as `change` lays out the values."""
+        """Lay the planes out as `change` lays out the values."""
         return Planes(
             tuple(
                 replace(each, plane=tuple(change(plane) for plane in each.plane))
@@ -95,7 +83,7 @@ class Planes:
         )
 
     def first(self, steps: int) -> Planes:
-        """What has arrived after the first `steps` steps."""
+        """Return what has arrived after the first `steps` steps."""
         kept = []
         for each in self.accumulators:
             number = sum(step < steps for step in each.step)
@@ -105,19 +93,19 @@ class Planes:
         return replace(self, accumulators=tuple(kept))
 
     def value(self) -> Tensor:
-        """The decoded values [*X] float32."""
+        """Return the decoded values [*X] float32."""
         total = self.none()
         for step in range(self.steps):
             self.arrive(total, step)
         return total if self.row is None else total * self.row
 
     def none(self) -> Tensor:
-        """The decoded values before the first step: zeros [*X] float32."""
+        """Return the decoded values before the first step: zeros [*X] float32."""
         plane = self.accumulators[0].plane[0]
         return torch.zeros(plane.shape, device=plane.device)
 
     def arrive(self, total: Tensor, step: int) -> None:
-        """Adds what the spikes of one step are worth, without the scale of the rows."""
+        """Add what the spikes of one step are worth, without the scale of the rows."""
         for each in self.accumulators:
             for plane, weight, at in each.spikes:
                 if at == step:
@@ -125,8 +113,8 @@ class Planes:
 
 
 def check_ternary(coding: Coding) -> None:
-    """Raises InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
-    if not coding.neuron or getattr(coding, "tokenwise", False):
+    """Raise InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
+    if not coding.neuron or coding.tokenwise:
         raise InputError(
             f"coding={coding.name} has no steps in {{-1, 0, 1}}: a bound has no spikes, and gif emits "
             "whole numbers on a range of each token; use runtime.execution=fast, or another coding"
@@ -134,7 +122,7 @@ def check_ternary(coding: Coding) -> None:
 
 
 def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
-    """The planes of x [*X], and the spikes of every value [*X]."""
+    """Code x [*X] as planes; also the spikes of every value [*X]."""
     spikes = coding.encode(x, p)
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
@@ -144,7 +132,7 @@ def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 
 
 def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
-    """One plane a step; silence, where it has a weight, is a spike of the last step.
+    """Return one plane a step; silence, where it has a weight, is a spike of the last step.
 
     weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1].
     """
@@ -160,15 +148,15 @@ def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Plane
 def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
     """One accumulator a neuron, and one for the spike of every floor above zero."""
     widths, floors, steps = (t.tolist() for t in (bank.width, bank.floor, bank.steps))
-    found = []
+    accumulators = []
     for grain, (width, floor, count) in enumerate(zip(widths, floors, steps, strict=True)):
         sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
-        own = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
-        if own:
-            found.append(_accumulator(sign, spikes.train[: len(own)], own))
+        weights = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
+        if weights:
+            accumulators.append(_accumulator(sign, spikes.train[: len(weights)], weights))
         if floor > 0:
-            found.append(_accumulator(sign, spikes.floor[None], [floor]))
-    return Planes(tuple(found))
+            accumulators.append(_accumulator(sign, spikes.floor[None], [floor]))
+    return Planes(tuple(accumulators))
 
 
 def _trains(spikes: Spikes, table: Tensor) -> Planes:
@@ -176,15 +164,15 @@ def _trains(spikes: Spikes, table: Tensor) -> Planes:
     steps = len(spikes.train)
     grains = len(table) >> steps
     places = [1 << shift for shift in range(steps - 1, -1, -1)]
-    found = []
+    accumulators = []
     for grain in range(grains):
         sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
         weight = table[[(grain << steps) + place for place in places]]
-        found.append(_accumulator(sign, spikes.train, weight.tolist()))
-    return Planes(tuple(found))
+        accumulators.append(_accumulator(sign, spikes.train, weight.tolist()))
+    return Planes(tuple(accumulators))
 
 
 def _accumulator(sign: Tensor, train: Tensor, weight: Sequence[float]) -> Accumulator:
-    """train [T, *X], of which the neuron with `sign` [*X] takes its own."""
+    """train [T, *X], of which the neuron takes the spikes where its `sign` [*X] is set."""
     plane = tuple(sign * spikes.to(torch.int8) for spikes in train)
     return Accumulator(plane, tuple(weight), tuple(range(len(plane))))

@@ -2,61 +2,30 @@
 
 At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
 select is added up, and the sums are multiplied by the weights of the phases. What stays real-valued
-tells `real_valued`.
+is listed by `stages.analysis.real_valued`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stages.analysis.operations import Operation, operations
-from stages.codings.base import Coding, ReplacesSoftmax
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.model.sites import find_sites
-from stages.neurons.neurons import Params
+from stages.neurons.spikes import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax
-from stages.ports.planes import Planes, SpikingSoftmax, check_ternary, planes, timed
-from stages.ports.ports import allowed, real_rows
+from stages.ports.planes import Planes, check_ternary, planes, timed
+from stages.ports.port import allowed, real_rows
 
 EXECUTIONS = ("fast", "stepped")
-REAL = {
-    "norm": "normalisation",
-    "rope": "rotary position embedding",
-    "softmax": "softmax",
-    "activation": "activation function",
-    "residual": "residual and bias additions",
-    "hadamard": "online rotation before down_proj",
-    "mixing": "online rotation before down_proj",
-}
-
-
-def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
-    """What a stepped run of the model computes on real values."""
-    plan = operations(model, find_sites(model))
-    told = dict(REAL)
-    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
-        told["norm"] += " and its scale (transform=fuse puts it into weights)"
-    kinds = {operation.kind for operation in plan}
-    found = [told[kind] for kind in REAL if kind in kinds]
-    if any(operation.name.endswith(":weighting") for operation in plan):
-        found.append("weights of the experts' outputs")
-    return tuple(dict.fromkeys(found))
-
-
-def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:
-    norms = [model.get_submodule(o.name) for o in plan if o.kind == "norm"]
-    return [norm for norm in norms if getattr(norm, "weight", None) is not None]
 
 
 class SteppedPort:
-    """Codes a value by its time-stepped neuron and passes its spikes on to whoever multiplies it.
+    """Codes a value by its time-stepped neuron and passes its spikes on to what multiplies it.
 
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
@@ -72,36 +41,35 @@ class SteppedPort:
         self._steps = steps
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        found, spikes = planes(self._coding, x.contiguous(), self._params)
+        coded_x, spikes = planes(self._coding, x.contiguous(), self._params)
         if self._counter is not None:
             self._counter.add(x.shape, spikes.sum(-1).float(), real, fanout)
-        return self._passed(found, x)
+        return self._passed(coded_x, x)
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         coding = self._coding
-        if isinstance(coding, ReplacesSoftmax):
-            assert isinstance(coding, SpikingSoftmax)  # see check_steps
+        if coding.replaces_softmax:
             fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
-            found, spikes = timed(fired, weight, row), fired.count
+            probs, spikes = timed(fired, weight, row), fired.count
         else:
-            probs = masked_softmax(scores, scaling, view.mask)
-            found, spikes = planes(coding, probs, self._params)
+            dense = masked_softmax(scores, scaling, view.mask)
+            probs, spikes = planes(coding, dense, self._params)
         if self._counter is not None:
             values = allowed(view, scores.shape[1])
             counted = (spikes * view.mask).sum(-1).float()
             self._counter.add(scores.shape, counted, real_rows(view), fanout, values)
-        return self._passed(found, scores)
+        return self._passed(probs, scores)
 
-    def _passed(self, found: Planes, x: Tensor) -> Tensor:
+    def _passed(self, value: Planes, x: Tensor) -> Tensor:
         if self._steps is None:
-            return coded(found, x.dtype)
-        return found.first(self._steps).value().to(x.dtype)
+            return coded(value, x.dtype)
+        return value.first(self._steps).value().to(x.dtype)
 
 
 def check_steps(coding: Coding) -> None:
-    """Raises InputError for a coding that has no step-by-step form."""
+    """Raise InputError for a coding that has no step-by-step form."""
     check_ternary(coding)
-    if isinstance(coding, ReplacesSoftmax) and not isinstance(coding, SpikingSoftmax):
+    if coding.replaces_softmax and not coding.softmax_in_steps:
         raise InputError(f"coding={coding.name} has no softmax in steps: use execution=fast")
 
 
@@ -111,9 +79,9 @@ def stepped_ports(
     counters: Mapping[str, SiteCounter],
     steps: int | None = None,
 ) -> dict[str, SteppedPort]:
-    """A stepped port for every site that has parameters."""
+    """Return a stepped port for every site that has parameters."""
     check_steps(coding)
     return {
-        name: SteppedPort(coding, own, counters.get(name), steps)
-        for name, own in parameters.items()
+        name: SteppedPort(coding, params, counters.get(name), steps)
+        for name, params in parameters.items()
     }

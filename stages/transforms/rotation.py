@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.experts import refuse_experts
 from stages.model.offload import refuse_offloaded
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, find_sites
-from stages.ports.experts import refuse_experts
 
 _RECORD = "online_rotation"
 _ROWS = 8192  # of an embedding, rotated in double precision at a time
@@ -74,7 +74,7 @@ class Orthogonal:
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Computes in float32 at least and returns the dtype of x."""
+        """Compute in float32 at least and return the dtype of x."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         signs, left, right = self._on(x.device, dtype)
         parts = (x.to(dtype) * signs).reshape(-1, left.shape[0], right.shape[0])
@@ -108,7 +108,7 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate(model: PreTrainedModel, seed: int) -> None:
-    """Rotates a loaded model in place; embedding and head are untied.
+    """Rotate a loaded model in place; embedding and head are untied.
 
     Raises InputError on an architecture without rules, on weights that are quantised or absent,
     and on norms that are not x / rms(x) * weight. ValueError if it is rotated already.
@@ -137,7 +137,7 @@ def rotate(model: PreTrainedModel, seed: int) -> None:
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Puts the scales of the norms of a loaded model into the weights behind them, in place;
+    """Put the scales of the norms of a loaded model into the weights behind them, in place;
     embedding and head are untied. Raises what `rotate` does."""
     sites, norms = _rotatable(model)
     modules = dict(model.named_modules())
@@ -177,7 +177,7 @@ def _drawn(
 
 
 def rotate_online(model: PreTrainedModel, seed: int) -> None:
-    """What a rotated model does while it runs: the input of every down_proj is rotated."""
+    """Rotate the input of every down_proj while the model runs."""
     sites = find_sites(model)
     _rotate_online(model, sites, _drawn(model, sites, seed)[2])
 
@@ -190,14 +190,14 @@ def _rotate_online(model: PreTrainedModel, sites: list[Site], online: Orthogonal
 
 
 def declare(model: PreTrainedModel) -> None:
-    """Records that the model rotates while it runs; alone for a model without weights."""
+    """Record that the model rotates while it runs; alone for a model without weights."""
     model.__dict__[_RECORD] = OnlineRotation(model.config.intermediate_size)
 
 
 def online_rotation(model: PreTrainedModel) -> OnlineRotation | None:
-    """What a rotated model does at every down_proj; None for any other model."""
-    found: OnlineRotation | None = model.__dict__.get(_RECORD)
-    return found
+    """Return what a rotated model does at every down_proj; None for any other model."""
+    online: OnlineRotation | None = model.__dict__.get(_RECORD)
+    return online
 
 
 def _online(rotation: Orthogonal) -> Callable[..., Any]:
@@ -268,7 +268,7 @@ def _weight(module: Any) -> Tensor:
 
 
 def _map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Replaces the rows of weight [rows, width] in place, in double precision."""
+    """Replace the rows of weight [rows, width] in place, in double precision."""
     for part in weight.split(_ROWS):
         part.copy_(change(part.double()))
 
@@ -298,11 +298,11 @@ def _write(linear: Any, stream: Orthogonal, inner: Orthogonal) -> None:
 def _rotate_heads(linear: Any, head: Orthogonal, groups: int) -> None:
     """The values of every key head: v <- v R, as rows of the weight and as parts of the bias.
 
-    They are all rows of a projection of their own, and the last of one of q, k and v in turn.
+    They are all rows of a separate projection, and the last of one of q, k and v in turn.
     """
     rows = groups * head.width
     for part in linear.weight[-rows:].split(head.width):
         part.copy_(head(part.double().t()).t())
     if linear.bias is not None:
-        own = linear.bias[-rows:]
-        own.copy_(head(own.double().view(-1, head.width)).flatten())
+        values = linear.bias[-rows:]
+        values.copy_(head(values.double().view(-1, head.width)).flatten())

@@ -24,11 +24,13 @@ from pipeline.run import runner
 from pipeline.run.settings import Settings
 from pipeline.run.texts import load_tokens
 from stages.codings.base import site_params
+from stages.compiler import compiled
 from stages.distribution import Densities, Distribution
+from stages.fitted import Conversion
 from stages.model.sites import find_sites, select
-from stages.neurons import neurons
-from stages.patching import Conversion, patched
-from stages.ports.kernels import compiled, row_kernel
+from stages.neurons.spikes import decode
+from stages.ports.kernels import row_kernel
+from stages.ports.patched import patched
 from stages.text import corpus
 from tests.benchmarks import timed
 
@@ -116,7 +118,7 @@ def fast_path(
 
     def stepped() -> Any:
         spikes = coding.encode(x, params)
-        return neurons.decode(spikes, coding.table(params)), spikes.count.sum(-1)
+        return decode(spikes, coding.table(params)), spikes.count.sum(-1)
 
     slow, fast = in_turn(stepped, lambda: kernel(x, params))
     show(figures, "encode_decode_over_fast_path", slow / fast, ">= 5")

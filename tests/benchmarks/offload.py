@@ -30,11 +30,11 @@ from stages.capture import Capture
 from stages.codings.gated import Gated
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload, offloaded
 from stages.model.sites import find_sites
-from stages.patching import Conversion
 from tests.benchmarks import timed
 
 CONF = Path(__file__).parents[2] / "conf/model"
@@ -179,7 +179,7 @@ def convert(folder: Path, dtype: str, boundary: str) -> dict[str, Any]:
     sites, coding = find_sites(model), Gated("gated", 6, 2)
     sketches = stage("capture", lambda: Capture().run(model, ids[:-1], sites, 1))
     densities = stage("distribution", lambda: Distribution().run(sketches))
-    fitting = Fitting("atoms", 1, 0, None)
+    fitting = Fitting("atoms", 1, 0)
     neurons = stage("fitting", lambda: fitting.run(densities, coding))
     conversion = Conversion(coding, neurons)
     result = stage("perplexity", lambda: perplexity(model, ids[-1:], conversion, 1, "random"))

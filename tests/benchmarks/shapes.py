@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.capture import Capture
 from stages.codings.gated import Gated
+from stages.compiler import compiled
 from stages.distribution import Distribution
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports.counters import Counters
-from stages.ports.kernels import compiled
+from stages.ports.patched import patched
 from tests.benchmarks import timed
 from tests.benchmarks.offload import LENGTH, WINDOWS, shape
 
@@ -59,7 +60,7 @@ def main() -> None:
     stage("capture_first", lambda: Capture().run(model, windows[:1], sites, 1))
     sketches = stage("capture", lambda: Capture().run(model, windows, sites, WINDOWS))
     densities = stage("distribution", lambda: Distribution().run(sketches))
-    neurons = stage("fitting", lambda: Fitting("atoms", 1, 0, None).run(densities, coding))
+    neurons = stage("fitting", lambda: Fitting("atoms", 1, 0).run(densities, coding))
     conversion = Conversion(coding, neurons)
     text = ids[-1:, :TOKENS]
     stage("perplexity_first", lambda: perplexity(model, text, conversion, 1, "random"))

@@ -21,14 +21,16 @@ from stages.distribution import Distribution
 from stages.energy import Energy, account
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model import rules
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload
 from stages.model.sites import ROLES, find_sites
-from stages.patching import Conversion, patched
 from stages.ports.counters import Counters
-from stages.ports.ports import DensePort, SpikingPort, attached, stream
+from stages.ports.hooks import attached, stream
+from stages.ports.patched import patched
+from stages.ports.port import DensePort, SpikingPort
 from stages.sketch import SketchSet
 from tests.conftest import FAMILIES, TINY
 
@@ -334,7 +336,7 @@ def test_or_stays_dense_and_costs_multiplications(
     sketches.save(tmp_path)
     assert SketchSet.load(tmp_path).unreached == lost
     densities = Distribution(atoms=64).run(sketches)
-    conversion = Conversion(GATED, Fitting("atoms", 1, 0, None).run(densities, GATED))
+    conversion = Conversion(GATED, Fitting("atoms", 1, 0).run(densities, GATED))
     del lonely.model.layers[1].mlp.gate.forward  # now tokens come there
     found = perplexity(lonely, tokens(3, 16, seed=2), conversion, 2, "text")
     counters = found.counters.set_index("site")

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stages
-from stages.checkpoint.saved import save
+from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.errors import InputError
 from stages.evaluation import perplexity
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload
-from stages.transforms.transforms import Untouched
+from stages.transforms.transform import Untouched
 
 Tensors = dict[str, Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

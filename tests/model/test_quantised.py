@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import stages
-from stages.checkpoint.saved import save
+from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.model.loading import load
-from stages.transforms.transforms import Untouched
+from stages.transforms.transform import Untouched
 from tests.model.test_files import configure, loaded, losses, refused, rewrite
 
 Tensors = dict[str, Tensor]

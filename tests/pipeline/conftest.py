@@ -51,7 +51,7 @@ class Tiny:
             *("calibration.windows=4", "calibration.length=48"),
             *("evaluation.windows=3", "evaluation.length=48"),
             *("evaluation.tasks=[]", f"tasks.piqa.path={self.folder}/piqa.jsonl"),
-            *("evaluation.items=6", "distribution.atoms=64", "fitting.algorithm1.rounds=1"),
+            *("evaluation.items=6", "distribution.atoms=64"),
             *("runtime.compile=false", "runtime.figures=false", "tracking.enabled=false"),
         ]
 
@@ -168,7 +168,7 @@ def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
     """`python -m pipeline` in a folder; leaves environment, logging and compiler as they were."""
     from pipeline.commands.cli import main
     from pipeline.commands.launch import RUN_ID
-    from stages.ports.kernels import compiled, use_compiler
+    from stages.compiler import compiled, use_compiler
 
     compiles, root = compiled(), logging.getLogger()
     handlers, level = root.handlers[:], root.level

@@ -8,9 +8,9 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.errors import InputError
 from stages.model.sites import find_sites
-from stages.patching import patched
 from stages.ports import attention
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 KINDS = ["llama", "mistral", "qwen2"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

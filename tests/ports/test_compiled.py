@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages import compiler
 from stages.codings.base import Coding, site_params
 from stages.codings.gated import Gated
 from stages.codings.multigrain import Multigrain
@@ -14,15 +15,8 @@ from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
-from stages.ports import kernels
-from stages.ports.kernels import (
-    EAGER_BELOW,
-    compiled,
-    masked_softmax,
-    row_kernel,
-    softmax_kernel,
-    use_compiler,
-)
+from stages.compiler import compiled, use_compiler
+from stages.ports.kernels import EAGER_BELOW, masked_softmax, row_kernel, softmax_kernel
 from tests.codings.reference import around_breakpoints, fitted, heavy_tailed, reference
 
 pytestmark = pytest.mark.skipif(
@@ -150,10 +144,10 @@ def test_a_failing_compiler_is_logged_and_replaced(
     def fails(*args: object) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no C++ here\nand much more")
 
-    monkeypatch.setattr(kernels._Compiler, "enabled", True)
-    monkeypatch.setattr(kernels._Compiler, "failure", None)
+    monkeypatch.setattr(compiler._Compiler, "enabled", True)
+    monkeypatch.setattr(compiler._Compiler, "failure", None)
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: fails)
-    twice = kernels.fused(lambda x: 2 * x)
+    twice = compiler.fused(lambda x: 2 * x)
     assert twice(4) == 8
     assert not compiled()
     assert "no C++ here" in caplog.text and "much more" not in caplog.text

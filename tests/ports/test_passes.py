@@ -12,8 +12,8 @@ from stages.evaluation import negative_log_likelihood, perplexity
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload
 from stages.model.sites import find_sites
-from stages.patching import patched
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}

@@ -22,10 +22,11 @@ from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
+from stages.fitted import Conversion
 from stages.model.sites import ROLES, find_sites
-from stages.patching import Conversion, patched
 from stages.ports.coded import coded
 from stages.ports.counters import Counters
+from stages.ports.patched import patched
 from stages.ports.planes import planes
 from tests.conftest import FAMILIES
 from tests.ports.products import real_products, watched

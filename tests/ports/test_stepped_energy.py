@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.analysis.operations import operations
+from stages.analysis.real_valued import real_valued
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
@@ -19,11 +20,11 @@ from stages.codings.oat import Oat
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.energy import Energy, HardwareProfile, account
+from stages.fitted import Conversion
 from stages.model.sites import find_sites
-from stages.patching import Conversion, patched
 from stages.ports import attention
 from stages.ports.counters import Counters
-from stages.ports.stepped import real_valued
+from stages.ports.patched import patched
 from stages.transforms.rotation import fuse
 from tests.ports.products import watched
 

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import stages
-from stages.checkpoint.saved import attachment, save
+from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.errors import InputError
-from stages.patching import patched
+from stages.ports.attachment import attachment
+from stages.ports.patched import patched
 from stages.transforms.prefix import PrefixSearch
-from stages.transforms.transforms import RotatePrefix, Untouched, applied
+from stages.transforms.transform import RotatePrefix, Untouched, applied
 
 GATED = Gated("gated", 4, 2)
 PREFIX = (7, 3, 48)

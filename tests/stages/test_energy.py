@@ -20,7 +20,8 @@ from stages.errors import InputError
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, SiteCounter
-from stages.ports.ports import DensePort, SpikingPort, attached
+from stages.ports.hooks import attached
+from stages.ports.port import DensePort, SpikingPort
 from stages.transforms.prefix import attach_prefix
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -15,7 +15,7 @@ from stages.codings.lloyd_max import LloydMax
 from stages.errors import InputError
 from stages.evaluation import Evaluation, Perplexity, accuracy, negative_log_likelihood, perplexity
 from stages.model.sites import find_sites
-from stages.patching import patched
+from stages.ports.patched import patched
 from stages.text.harness import TaskSpec
 
 COARSE, FINE = Las("coarse", 2, "half_step"), Gated("fine", 12, 2)

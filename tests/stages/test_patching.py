@@ -12,13 +12,16 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
+from stages.compiler import compiled, use_compiler
 from stages.errors import InputError
-from stages.fitting import Fit
+from stages.fitted import Conversion, Fit
 from stages.model.sites import ROLES, find_sites
-from stages.neurons import neurons
-from stages.patching import Conversion, Patching, patched
+from stages.neurons.bank import bank_quantise
+from stages.neurons.spikes import decode
+from stages.patching import Patching
 from stages.ports import kernels
-from stages.ports.ports import attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
 
 CODINGS = [
     Las("las", 5, "zero"),
@@ -39,7 +42,7 @@ class Stepped:
 
     def __call__(self, x, real, fanout):
         spikes = self.coding.encode(x, self.params)
-        value = neurons.decode(spikes, self.coding.table(self.params))
+        value = decode(spikes, self.coding.table(self.params))
         self.pairs.append((x, value, spikes.count))
         return value if self.passes_on else x
 
@@ -123,9 +126,9 @@ def test_generation_is_that_of_stepped_neurons(model, tokens, convert):
 def test_compiled_kernels_are_the_stepped_neurons(model, tokens, convert, monkeypatch):
     conversion = convert(model, CODINGS[3])
     monkeypatch.setattr(kernels, "EAGER_BELOW", 0)
-    kernels.use_compiler(True)
+    use_compiler(True)
     assert is_stepped(model, conversion, conversion, tokens)
-    if not kernels.compiled():
+    if not compiled():
         pytest.skip("torch.compile does not work here")
 
 
@@ -151,7 +154,7 @@ class FastPathFloors(Las):
     """A coding whose fast path forgot v0."""
 
     def quantise(self, x, p):
-        return neurons.bank_quantise(x, p, self.timesteps, 0.0)
+        return bank_quantise(x, p, self.timesteps, 0.0)
 
 
 def test_a_fast_path_of_another_code_fails_the_comparison(model, tokens, convert):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stages import sketch
+from stages.compiler import use_compiler
 from stages.errors import InputError
-from stages.ports.kernels import use_compiler
 from stages.sketch import CHUNK, Accumulator, Grid, SketchSet
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from stages.capture import Capture
 from stages.codings.las import Las
 from stages.errors import InputError
 from stages.evaluation import negative_log_likelihood, perplexity
+from stages.model.prefix import prefix_length
 from stages.model.sites import find_sites
-from stages.patching import patched
-from stages.ports.passes import prefix_length
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
+from stages.ports.port import DensePort
 from stages.text.harness import _in_memory
 from stages.transforms.prefix import PrefixSearch, attach_prefix
 from stages.transforms.rotation import rotate

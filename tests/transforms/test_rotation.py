@@ -12,7 +12,8 @@ from stages.analysis.operations import operations
 from stages.errors import InputError
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites
-from stages.ports.ports import DensePort, attached
+from stages.ports.hooks import attached
+from stages.ports.port import DensePort
 from stages.transforms import rotation
 from stages.transforms.rotation import OnlineRotation, Orthogonal, fuse, online_rotation, rotate
 from tests.conftest import FAMILIES

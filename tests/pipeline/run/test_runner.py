@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.run import inputs, runner, stages, texts
 from pipeline.run.settings import Settings
 from stages.errors import InputError
-from stages.statistics.statistics import RunningMaximum
+from stages.fits.statistics import RunningMaximum
 from stages.transforms.rotation import online_rotation
 
 Make = Callable[..., Settings]
@@ -89,7 +89,7 @@ def test_codings_share_what_comes_before_fitting(settings, built, loads):
 
 def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
     plain = runner.execute(settings(built))[0]["keys"]
-    other = ("fitting.seed=7", "fitting.algorithm1.rounds=3", "tasks.piqa.metric=acc")
+    other = ("fitting.seed=7", "fitting.samples=9", "tasks.piqa.metric=acc")
     assert runner.execute(settings(built, *other))[0]["keys"] == plain
     assert runner.execute(settings(built, "label=other"))[0]["keys"] == plain
 
@@ -286,7 +286,7 @@ def test_every_transform_has_its_own_model_in_memory(settings, tmp_path, loads):
 
 def test_the_scales_of_norms_are_fused_where_that_is_asked(settings, tmp_path, monkeypatch):
     fused: list[object] = []
-    monkeypatch.setattr("stages.transforms.transforms.fuse", fused.append)
+    monkeypatch.setattr("stages.transforms.transform.fuse", fused.append)
     plain, asked = (runner.start(settings(tmp_path, *t)).model for t in ((), ("transform=fuse",)))
     assert asked.key() != plain.key()
     plain.load()

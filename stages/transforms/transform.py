@@ -17,27 +17,27 @@ _RECORD = "transform"
 
 @runtime_checkable
 class Transform(Protocol):
-    """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` found."""
+    """`apply` changes a freshly loaded model in place; `prefix` are the ids that `search` gives."""
 
     @property
     def name(self) -> str: ...
     @property
     def search(self) -> PrefixSearch | None:
-        """How the ids of a prefix are found on calibration; None for a transform without one."""
+        """How the ids of a prefix are searched on calibration; None for a transform without one."""
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None: ...
 
     def declare(self, model: PreTrainedModel) -> None:
-        """Records on a model without weights what its operations will be."""
+        """Record on a model without weights what its operations will be."""
 
     def restore(self, model: PreTrainedModel) -> None:
-        """What `apply` did beside changing weights, on a model whose saved weights are changed."""
+        """Return what `apply` did beside changing weights, on a model whose saved weights are changed."""
 
 
 def applied(model: PreTrainedModel) -> Transform:
-    """The transform that a model has behind it, in this process or when it was saved."""
-    found: Transform = model.__dict__.get(_RECORD, Untouched())
-    return found
+    """Return the transform that a model has behind it, in this process or when it was saved."""
+    transform: Transform = model.__dict__.get(_RECORD, Untouched())
+    return transform
 
 
 def _record(model: PreTrainedModel, transform: Transform) -> None:
@@ -52,10 +52,10 @@ class _WithoutPrefix:
         return None
 
     def declare(self, model: PreTrainedModel) -> None:
-        """Nothing: the operations stay what they are."""
+        """Do nothing: the operations stay what they are."""
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Nothing that works: it is all in the weights."""
+        """Record the transform: all that it does is in the weights."""
         _record(model, self)  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ class Untouched(_WithoutPrefix):
     name: str = "none"
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @register("transform/fuse", was="stages.llm.transforms.Fuse")
@@ -118,10 +118,10 @@ class RotatePrefix:
 
     def declare(self, model: PreTrainedModel) -> None:
         raise InputError(
-            f"transform={self.name}: its prefix is found on calibration, so dimensions alone do not "
+            f"transform={self.name}: its prefix is searched on calibration, so dimensions alone do not "
             "give its operations; transform=rotate differs by the prefix keys only"
         )
 
     def restore(self, model: PreTrainedModel) -> None:
-        rotate_online(model, self.seed)  # the prefix is attached by whoever knows its ids
+        rotate_online(model, self.seed)  # its prefix is attached where the ids are known
         _record(model, self)

@@ -1,4 +1,4 @@
-"""What passes a site: the dense value, its spike code, or an observer; and how it is attached."""
+"""How ports are attached to a model: hooks on its modules, its attention and its experts."""
 
 from __future__ import annotations
 
@@ -10,109 +10,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.model.forward import windows
+from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
-from stages.ports.attention import NAME, AttentionPorts, ForwardState, Port, View, set_ports
-from stages.ports.counters import SiteCounter
+from stages.ports.attention import NAME, AttentionPorts, ForwardState, Port, set_ports
 from stages.ports.experts import NAME as EXPERTS
 from stages.ports.experts import ExpertPorts, set_expert_ports, switch_experts
-from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
-from stages.ports.passes import Pass, decoder, prefix_length
-
-
-class DensePort:
-    """Passes the value as it is and counts its multiplications."""
-
-    def __init__(self, counter: SiteCounter | None = None) -> None:
-        self.counter = counter
-
-    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        if self.counter is not None:
-            self.counter.add(x.shape, None, real, fanout)
-        return x
-
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        if self.counter is not None:
-            values = allowed(view, scores.shape[1])
-            self.counter.add(scores.shape, None, real_rows(view), fanout, values)
-        return masked_softmax(scores, scaling, view.mask).to(scores.dtype)
-
-
-class SpikingPort:
-    """Replaces the value by its spike code and counts the spikes."""
-
-    def __init__(
-        self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
-    ) -> None:
-        self.params = dict(params)
-        self.counter = counter
-        self._rows = row_kernel(coding, counter is not None and coding.neuron)
-        self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
-        self._neuron = coding.neuron
-
-    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        value, spikes = self._rows(x, self._on(x.device))
-        if self.counter is not None:
-            self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
-        return value
-
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
-        if self.counter is not None:
-            values = allowed(view, scores.shape[1])
-            counted = spikes if self._neuron else None
-            self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
-        return value
-
-    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
-        """The parameters where the values are: a model may move after it was patched."""
-        if any(value.device != device for value in self.params.values()):
-            self.params = {name: value.to(device) for name, value in self.params.items()}
-        return self.params
-
-
-class ErrorPort(SpikingPort):
-    """Passes the dense value, and adds up what its code would cost: error, power and spikes."""
-
-    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        value = super().__call__(x, real, fanout)
-        self._add(x, value, real)
-        return x
-
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        value = super().softmax(scores, scaling, view, fanout)
-        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
-        self._add(probs, value, real_rows(view))
-        return probs
-
-    def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
-        assert self.counter is not None
-        error = (value.float() - x.float()).square_().sum(-1, dtype=torch.float64)
-        power = x.float().square().sum(-1, dtype=torch.float64)
-        if real is not None:
-            error, power = error * real, power * real
-        self.counter.add_error(error.sum(), power.sum())
-
-
-def allowed(view: View, heads: int) -> Tensor:
-    """Number of probabilities that real queries of this block compute."""
-    seen = view.seen if view.real is None else view.seen * view.real
-    return seen.sum() * heads
-
-
-def real_rows(view: View) -> Tensor | None:
-    """Which query rows are real, [B, 1, Q], or None for all."""
-    return None if view.real is None else view.real[:, None]
+from stages.ports.passes import Pass, decoder
+from stages.ports.port import DensePort
 
 
 @contextmanager
 def attached(
     model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]
 ) -> Iterator[ForwardState]:
-    """Lets every site's value pass through its port while the context is open.
+    """Let every site's value pass through its port while the context is open.
 
     `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
     site is unknown, and for a loaded spiking model. Leaving the context restores the model exactly.
@@ -167,7 +81,7 @@ def stream(
     through: Callable[[int], None] = lambda layer: None,
     logits: int = 0,
 ) -> None:
-    """Runs full windows ids [W, S] through the dense model with `ports` on its sites.
+    """Run full windows ids [W, S] through the dense model with `ports` on its sites.
 
     `after`, `through` and `logits` are those of `stages.model.forward.windows`.
     """
@@ -221,9 +135,9 @@ def _hooks(
     index, parts = map(int, site.port.removeprefix("out[").removesuffix("]").split("/"))
 
     def replaced(_: nn.Module, args: Any, x: Tensor) -> Tensor:
-        own = list(x.chunk(parts, -1))
-        own[index] = passed(own[index].contiguous())
-        return torch.cat(own, -1)
+        pieces = list(x.chunk(parts, -1))
+        pieces[index] = passed(pieces[index].contiguous())
+        return torch.cat(pieces, -1)
 
     return [module.register_forward_hook(replaced)]
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stages
-from stages.checkpoint.saved import save
+from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
+from stages.compiler import use_compiler
 from stages.errors import InputError
-from stages.patching import Conversion
-from stages.ports.kernels import use_compiler
-from stages.transforms.transforms import Untouched
+from stages.fitted import Conversion
+from stages.transforms.transform import Untouched
 
 SCALE = "spiking_neurons.scale"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -135,9 +135,10 @@ def coding(name: str, value: Any) -> Callable[[Config], object]:
         (coding("class", "stages.absent.Coding"), "'stages.absent.Coding', which is none"),
         (coding("class", 7), "'7', which is none"),
         (
-            spiking("coding", {"class": "stages.transforms.transforms.Untouched"}),
+            spiking("coding", {"class": "stages.llm.transforms.Untouched"}),
             "as coding .*Untouched.*, which is none",
         ),
+        (spiking("coding", {"class": "transform/none@1"}), "as coding .*none@1.*, which is none"),
         (lambda c: c.update(hidden_size="wide"), "cannot be loaded: .*hidden_size.*wide"),
         (lambda c: c.update(hidden_size=64), "21 tensors have another shape"),
         (lambda c: c.update(num_hidden_layers=1), "neurons at model.layers.1"),

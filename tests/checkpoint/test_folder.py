@@ -23,7 +23,7 @@ from transformers import (
 
 import stages
 from stages.capture import Capture
-from stages.checkpoint.saved import attachment, save
+from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
 from stages.codings.las import Las
@@ -33,13 +33,16 @@ from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.distribution import Distribution
 from stages.errors import InputError
-from stages.fitting import Algorithm1, Fitting
+from stages.fitted import Conversion
+from stages.fitting import Fitting
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload
 from stages.model.sites import find_sites
-from stages.patching import Conversion, Patching, patched
+from stages.patching import Patching
+from stages.ports.attachment import attachment
+from stages.ports.patched import patched
 from stages.transforms.prefix import PrefixSearch, attach_prefix
-from stages.transforms.transforms import Rotate, RotatePrefix, Untouched
+from stages.transforms.transform import Rotate, RotatePrefix, Untouched
 from tests.conftest import FAMILIES
 
 GATED = Gated("gated", 4, 2)
@@ -197,7 +200,7 @@ def spiking_llama(
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
     sketches = Capture().run(tiny_llama, ids, find_sites(tiny_llama), 4)
     densities = Distribution(atoms=64).run(sketches)
-    conversion = Conversion(GATED, Fitting("atoms", 1, 0, Algorithm1()).run(densities, GATED))
+    conversion = Conversion(GATED, Fitting("atoms", 1, 0).run(densities, GATED))
     save(tiny_llama, conversion, Untouched(), (), tmp_path / "spiking")
     byte_tokenizer.save_pretrained(tmp_path / "spiking")
     return tmp_path / "spiking"
@@ -335,7 +338,7 @@ def test_a_source_tree_that_is_not_installed_saves_too(
             raise PackageNotFoundError(name)
         return "1"
 
-    monkeypatch.setattr("stages.checkpoint.saved.version", version)
+    monkeypatch.setattr("stages.checkpoint.format.version", version)
     _, _, folder = saved()
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["versions"] == {"torch": "1", "transformers": "1"}

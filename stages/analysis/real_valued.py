@@ -1,0 +1,39 @@
+"""What a time-stepped run of a model computes on real values instead of spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from stages.analysis.operations import Operation, operations
+from stages.model.sites import find_sites
+
+REAL = {
+    "norm": "normalisation",
+    "rope": "rotary position embedding",
+    "softmax": "softmax",
+    "activation": "activation function",
+    "residual": "residual and bias additions",
+    "hadamard": "online rotation before down_proj",
+    "mixing": "online rotation before down_proj",
+}
+
+
+def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
+    """List what a stepped run of the model computes on real values."""
+    plan = operations(model, find_sites(model))
+    names = dict(REAL)
+    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
+        names["norm"] += " and its scale (transform=fuse puts it into weights)"
+    kinds = {operation.kind for operation in plan}
+    listed = [names[kind] for kind in REAL if kind in kinds]
+    if any(operation.name.endswith(":weighting") for operation in plan):
+        listed.append("weights of the experts' outputs")
+    return tuple(dict.fromkeys(listed))
+
+
+def _norms(model: PreTrainedModel, plan: Sequence[Operation]) -> list[Any]:
+    norms = [model.get_submodule(o.name) for o in plan if o.kind == "norm"]
+    return [norm for norm in norms if getattr(norm, "weight", None) is not None]

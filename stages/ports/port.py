@@ -1,0 +1,98 @@
+"""What passes a site: the dense value, its spike code, or the dense value with the error of its code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stages.codings.base import Coding
+from stages.ports.attention import View
+from stages.ports.counters import SiteCounter
+from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
+
+
+class DensePort:
+    """Passes the value as it is and counts its multiplications."""
+
+    def __init__(self, counter: SiteCounter | None = None) -> None:
+        self.counter = counter
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        if self.counter is not None:
+            self.counter.add(x.shape, None, real, fanout)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            self.counter.add(scores.shape, None, real_rows(view), fanout, values)
+        return masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+
+
+class SpikingPort:
+    """Replaces the value by its spike code and counts the spikes."""
+
+    def __init__(
+        self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
+    ) -> None:
+        self.params = dict(params)
+        self.counter = counter
+        self._rows = row_kernel(coding, counter is not None and coding.neuron)
+        self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
+        self._neuron = coding.neuron
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value, spikes = self._rows(x, self._on(x.device))
+        if self.counter is not None:
+            self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
+        return value
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
+        if self.counter is not None:
+            values = allowed(view, scores.shape[1])
+            counted = spikes if self._neuron else None
+            self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
+        return value
+
+    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
+        """The parameters where the values are: a model may move after it was patched."""
+        if any(value.device != device for value in self.params.values()):
+            self.params = {name: value.to(device) for name, value in self.params.items()}
+        return self.params
+
+
+class ErrorPort(SpikingPort):
+    """Passes the dense value, and adds up what its code would cost: error, power and spikes."""
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        value = super().__call__(x, real, fanout)
+        self._add(x, value, real)
+        return x
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        value = super().softmax(scores, scaling, view, fanout)
+        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        self._add(probs, value, real_rows(view))
+        return probs
+
+    def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
+        assert self.counter is not None
+        error = (value.float() - x.float()).square_().sum(-1, dtype=torch.float64)
+        power = x.float().square().sum(-1, dtype=torch.float64)
+        if real is not None:
+            error, power = error * real, power * real
+        self.counter.add_error(error.sum(), power.sum())
+
+
+def allowed(view: View, heads: int) -> Tensor:
+    """Count the probabilities that real queries of this block compute."""
+    seen = view.seen if view.real is None else view.seen * view.real
+    return seen.sum() * heads
+
+
+def real_rows(view: View) -> Tensor | None:
+    """Return which query rows are real, [B, 1, Q], or None for all."""
+    return None if view.real is None else view.real[:, None]
