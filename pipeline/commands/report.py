@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.results import naming
+from pipeline.results.folders import RunFolder
 from pipeline.tables import paper
 from stages.errors import InputError
 
@@ -77,7 +77,7 @@ def render(study: Any, rows: Mapping[str, Sequence[Row]], command: str) -> str:
     from pipeline.store import provenance
 
     environment = Environment(
-        loader=PackageLoader("pipeline", "."),
+        loader=PackageLoader("pipeline.commands", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -146,12 +146,12 @@ def cells(name: str, sheet: Sheet) -> dict[str, Any]:
 
 def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
     """What a sweep over these rows draws, as data URIs with captions."""
-    from pipeline.figures import sweep
+    from pipeline.commands import sweep
 
     with tempfile.TemporaryDirectory() as place:
-        folder, into = Path(place, "sweep"), Path(place, "figures")
+        folder, into = RunFolder(Path(place, "sweep")), Path(place, "figures")
         for number, row in enumerate(rows):
-            _leave(row, folder / str(number))
+            _leave(row, RunFolder(folder.path / str(number)))
         into.mkdir()
         drawn = [path for path in sweep.draw(folder, "figure", into) if path.suffix == ".png"]
         return [
@@ -163,14 +163,15 @@ def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
         ]
 
 
-def _leave(row: Row, folder: Path) -> None:
+def _leave(row: Row, job: RunFolder) -> None:
     """The files that a job of a sweep leaves, which its figures are drawn from."""
     from omegaconf import OmegaConf
 
-    (folder / ".hydra").mkdir(parents=True)
-    OmegaConf.save(row.job.config, folder / ".hydra/config.yaml")
-    (folder / "result.json").write_text(json.dumps(row.result))
-    row.sites.to_parquet(folder / "per_site.parquet")
+    from pipeline.results.results import energy_by_kind
+
+    (job.path / ".hydra").mkdir(parents=True)
+    OmegaConf.save(row.job.config, job.path / ".hydra/config.yaml")
+    job.leave(row.result, row.sites, energy_by_kind(row.run))
 
 
 def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:

@@ -14,7 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from pipeline.figures.figures import STYLE, WIDTH, Array, noted
+from pipeline.figures.style import (
+    STYLE,
+    WIDTH,
+    Array,
+    entry,
+    legend_above,
+    legend_beside,
+    noted,
+)
 from pipeline.results.columns import DIVERGED
 from pipeline.results.rows import result_frame, short_setting, variant
 
@@ -134,7 +142,7 @@ def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
                 points = points.sort_values(axis)
                 axes.plot(points[axis], points["height"], **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel(noted(AXES[axis], _diverged(frame)), fontsize=8)
+    figure.supxlabel(noted(AXES[axis], _diverged(frame)))
     return figure
 
 
@@ -145,7 +153,7 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     frame = frame.dropna(subset=["ppl", "energy_J"])
     drawn = frame[frame["ppl"] <= DIVERGED]
     lines = max((len(_front(runs)) for _, runs in drawn.groupby("panel")), default=0) > 1
-    legend = Line2D([], [], **FRONT, label="Pareto front of all, with T")
+    legend = entry("Pareto front of all, with T", **FRONT)
     figure, cells = _panels(frame, rows, {}, [legend] * lines)
     for axes, runs, own in cells:
         axes.margins(0.08)  # for the T beside the points
@@ -168,7 +176,7 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
                 va="top",
             )
     label = "energy of a prefill [J], causal convention"
-    figure.supxlabel(noted(label, _diverged(frame)), fontsize=8)
+    figure.supxlabel(noted(label, _diverged(frame)))
     return figure
 
 
@@ -203,7 +211,7 @@ def _panels(
     rows = [row for row in rows if row] or [{}]
     columns = min(len(names), PANELS_A_ROW)
     blocks = -(-len(names) // columns)  # of panels, in each row of series
-    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)))
     grid = figure.subplots(len(rows) * blocks, columns, squeeze=False, sharex=True, sharey=True)
     cells, shown, others = [], np.zeros(grid.shape, bool), False
     for number, row in enumerate(rows):
@@ -222,19 +230,14 @@ def _panels(
                 grid[at].axhline(0 if relative else dense[name], **DENSE)
             last = at if not shown[number * blocks :].any() or at[0] == last[0] else last
             shown[at] = True
-        handles = [
-            Line2D([], [], **row[name], label=_wrapped(labels.get(name, name))) for name in row
-        ]
-        grid[last].legend(
-            handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-        )
+        names_of_row = {name: textwrap.fill(labels.get(name, name), 20) for name in row}
+        legend_beside(grid[last], [entry(names_of_row[name], **row[name]) for name in row])
     _remove(grid, shown)
     _scale(cells[0][0], relative)
-    handles = [Line2D([], [], **DENSE, label="dense")] if len(dense) else []
-    if others:
-        handles.append(Line2D([], [], **OTHER, label="series of the other rows"))
-    figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=3, frameon=False)
-    figure.supylabel("perplexity over the dense model's" if relative else "perplexity", fontsize=8)
+    handles = [entry("dense", **DENSE)] if len(dense) else []
+    handles += [entry("series of the other rows", **OTHER)] if others else []
+    legend_above(figure, [*handles, *more])
+    figure.supylabel("perplexity over the dense model's" if relative else "perplexity")
     return figure, cells
 
 
@@ -282,7 +285,3 @@ def _diverged(frame: pd.DataFrame) -> str:
     lost = frame[~(frame["ppl"] <= DIVERGED)].groupby("series", sort=False).size()
     parts = ", ".join(f"{series} {count}" for series, count in lost.items())
     return f"points not drawn, perplexity above {DIVERGED:g}: {parts}" if parts else ""
-
-
-def _wrapped(name: str) -> str:
-    return "\n".join(textwrap.wrap(name, 20))

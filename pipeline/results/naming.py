@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.results.folders import RunFolder
+from pipeline.results.rows import sweep_results
+
 # Overrides of these say where and how results are made, not what they are; a name has its experiment.
 CIRCUMSTANCES = re.compile(
     r"[+~]*((store|runtime|tracking|export|hydra)\b|experiment=|(table|study)\.(fill|folder|columns|wide)=)"
@@ -14,6 +17,17 @@ CIRCUMSTANCES = re.compile(
 # What the name of a single run says in words of its own.
 SINGLE = ("model=", "transform=", "coding=", "timesteps=", "coding.timesteps=", "coding.grains=")
 LONGEST = 48  # characters of overrides that stay readable in a name; of others their hash is taken
+
+
+def run_name(folder: RunFolder) -> str:
+    """What the tables and figures of a run are called: after its experiment, or else what was asked.
+
+    That is its label, or its model, coding, T and n, or the axes of a sweep.
+    """
+    first = next(iter(sweep_results(folder.path).values()))
+    if folder.experiment is not None:
+        return stem(folder.experiment, folder.overrides, first["model"])
+    return run_stem(first, folder.overrides, folder.swept)
 
 
 def stem(base: str, overrides: Iterable[str], model: str) -> str:
