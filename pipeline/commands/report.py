@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from pipeline.results import naming
 from pipeline.results.folders import RunFolder
-from pipeline.tables import paper
+from pipeline.tables import html, paper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
-    from pipeline.tables.sheet import Sheet
 
 FIGURES = {
     "ppl_timesteps": "Perplexity against the number of steps.",
@@ -84,14 +85,16 @@ def render(study: Any, rows: Mapping[str, Sequence[Row]], command: str) -> str:
         lstrip_blocks=True,
     )
     environment.globals["revision"] = revision
-    artifacts, environments = paper.origins([row for own in rows.values() for row in own])
+    artifacts, environments = paper.origins([row for each in rows.values() for row in each])
     return environment.get_template("report.html.j2").render(
         title=study.title,
         about=study.about,
         command=command,
         tree=provenance.git_state(),
-        experiments=[experiment(name, study.experiments[name], own) for name, own in rows.items()],
-        artifacts=artifacts,
+        experiments=[
+            experiment(name, study.experiments[name], each, artifacts)
+            for name, each in rows.items()
+        ],
         environments=environments,
     )
 
@@ -103,45 +106,51 @@ def revision(git: Mapping[str, Any]) -> str:
     return str(git["revision"])[:12] + (" with changes" if git["dirty"] else "")
 
 
-def experiment(name: str, tables: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page shows of one experiment."""
-    sheets = [paper.lay_out(paper.loaded("table", table, []), rows) for table in tables]
+def experiment(
+    name: str,
+    tables: Sequence[str],
+    rows: Sequence[Row],
+    artifacts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the page shows of one experiment; `artifacts` are the origins of every key."""
+    sheets = {f"{name}-{t}": paper.lay_out(paper.loaded("table", t, []), rows) for t in tables}
     common, different = configurations(rows)
+    names = [row.run.settings.name for row in rows]
+    texts = [", ".join(f"{key}={value}" for key, value in each.items()) for each in different]
     return {
         "name": name,
-        "tables": [cells(f"{name}-{t}", s) for t, s in zip(tables, sheets, strict=True)],
+        "tables": [
+            {"name": key, "caption": sheet.caption, "html": html.styled(sheet, key)}
+            for key, sheet in sheets.items()
+        ],
         "figures": figures(rows),
         "common": common,
+        "differences": html.plain(pd.DataFrame({"row": names, "what differs": texts})),
         "rows": [
             {
                 "name": row.run.settings.name,
                 "command": row.job.command,
-                "different": own,
-                "keys": row.result["keys"],
-                "seconds": sum(row.result["seconds"].values()),
+                "cost": f"{sum(row.result['seconds'].values()):.0f} s in {len(row.result['keys'])} steps",
+                "steps": html.plain(steps(row.result["keys"], artifacts)),
             }
-            for row, own in zip(rows, different, strict=True)
+            for row in rows
         ],
     }
 
 
-def cells(name: str, sheet: Sheet) -> dict[str, Any]:
-    """A sheet as the template reads it: heads, groups with their widths, rows of cells."""
-    from itertools import groupby
-
-    by_group = groupby(column.group for column in sheet.columns)
-    groups = [(group, len(list(columns))) for group, columns in by_group]
-    words = [column.words for column in sheet.columns]
-    return {
-        "name": name,
-        "caption": sheet.caption,
-        "groups": groups if any(group for group, _ in groups) else [],
-        "heads": [(column.head, column.words) for column in sheet.columns],
-        "rows": [
-            {"start": start, "cells": list(zip(texts, bold, words, strict=True))}
-            for texts, bold, start in zip(sheet.texts(), sheet.bold(), sheet.starts(), strict=True)
-        ],
-    }
+def steps(keys: Mapping[str, str], artifacts: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The steps of a run by their artifacts: what each took, when, and from which source it was built."""
+    made = {label: artifacts[key] for label, key in keys.items()}
+    return pd.DataFrame(
+        {
+            "step": list(keys),
+            "key": list(keys.values()),
+            "seconds": [f"{a['seconds']:.1f}" for a in made.values()],
+            "built": [a["created"] for a in made.values()],
+            "source": [revision(a["git"]) for a in made.values()],
+            "environment": [str(a["environment"] + 1) for a in made.values()],
+        }
+    )
 
 
 def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
