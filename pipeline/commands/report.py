@@ -31,11 +31,11 @@ FIGURES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the page of study=NAME; returns the exit status, 1 for missing cells and bad input."""
-    return paper.told(lambda: _main(arguments))
+    return paper.status(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> None:
-    name, mine, rest = paper.own(arguments, "study")
+    name, mine, rest = paper.parted(arguments, "study")
     study = paper.loaded("study", name, mine)
     if any(a.startswith("experiment=") for a in rest):
         raise InputError(f"got experiment=; the experiments of study={name} are in its file")
@@ -196,25 +196,25 @@ def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
 
 def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The part that nested mappings have in common."""
-    found: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for key, value in configs[0].items():
         members = [config[key] for config in configs if key in config]
         if len(members) == len(configs):
             if all(member == value for member in members):
-                found[key] = value
+                shared[key] = value
             elif all(isinstance(m, Mapping) for m in members) and (inner := _shared(members)):
-                found[key] = inner
-    return found
+                shared[key] = inner
+    return shared
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     """A nested mapping by dotted key; lists and empty mappings are values."""
     if not isinstance(value, Mapping) or not value:
         return {path: value}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, member in value.items():
-        found |= _flat(member, f"{path}.{key}" if path else str(key))
-    return found
+        leaves |= _flat(member, f"{path}.{key}" if path else str(key))
+    return leaves
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
     beyond = []
     for number, ((run, timesteps, transform), points) in enumerate(runs):
         color, marker = LOOKS[number % len(LOOKS)]
-        told = "" if transform == "none" else f", {transform}"
+        suffix = "" if transform == "none" else f", {transform}"
         shown = points["ppl"] <= DIVERGED
-        label, lost = f"{run}, T={timesteps:.0f}{told}", points.loc[~shown, "steps"]
+        label, lost = f"{run}, T={timesteps:.0f}{suffix}", points.loc[~shown, "steps"]
         beyond += [f"{label} at t = {', '.join(map(str, lost))}"] if len(lost) else []
         if shown.any():
             x, y = points.loc[shown, "steps"], points.loc[shown, "ppl"]

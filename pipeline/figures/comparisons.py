@@ -27,7 +27,7 @@ from pipeline.results.columns import DIVERGED
 from pipeline.results.rows import result_frame, short_setting, variant
 
 Looks = dict[str, dict[str, Any]]
-# A row of panels shows this many series and the others in grey: more cannot be told apart on a
+# A row of panels shows this many series and the others in grey: more look alike on a
 # page. The colours are Okabe and Ito's, safe for colour-blind readers; none tells a series alone.
 LOOKS = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")),
@@ -75,13 +75,13 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
         given.setdefault(variant(result), set()).add(setting)
         if result.get("grains") != result.get("timesteps"):
             grains.setdefault(variant(result), set()).add(result.get("grains"))
-    found = []
+    names = []
     for result, setting in zip(results, settings, strict=True):
         name = variant(result)
-        told = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
-        told += [short_setting(setting)] if setting and len(given[name]) > 1 else []
-        found.append(" ".join([name, *told]))
-    return found
+        parts = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
+        parts += [short_setting(setting)] if setting and len(given[name]) > 1 else []
+        names.append(" ".join([name, *parts]))
+    return names
 
 
 def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -133,9 +133,9 @@ def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
     frame = frame.dropna(subset=["ppl"])
     placed = frame["dense"] | frame["series"].map(level) | frame[axis].notna()
     figure, cells = _panels(frame[placed], rows, fixed)
-    for axes, runs, own in cells:
+    for axes, runs, coloured in cells:
         for series, points in runs[~runs["dense"]].groupby("series", sort=False):
-            look = own.get(str(series), OTHER)
+            look = coloured.get(str(series), OTHER)
             if level[series]:
                 axes.axhline(points["height"].iloc[0], **look)
             else:
@@ -155,22 +155,22 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     lines = max((len(_front(runs)) for _, runs in drawn.groupby("panel")), default=0) > 1
     legend = entry("Pareto front of all, with T", **FRONT)
     figure, cells = _panels(frame, rows, {}, [legend] * lines)
-    for axes, runs, own in cells:
+    for axes, runs, coloured in cells:
         axes.margins(0.08)  # for the T beside the points
         front = _front(runs)
         axes.plot(front["energy_J"], front["height"], **FRONT)
         for series, points in runs.groupby("series", sort=False):
-            look = own.get(str(series), OTHER | {"linestyle": "", "marker": "."})
+            look = coloured.get(str(series), OTHER | {"linestyle": "", "marker": "."})
             look = {"color": "black", "marker": "*"} if points["dense"].any() else look
             points = points.sort_values("energy_J")
             axes.plot(points["energy_J"], points["height"], **THIN | look)
-        for _, run in front[front["series"].isin(list(own))].iterrows():
+        for _, run in front[front["series"].isin(list(coloured))].iterrows():
             axes.annotate(  # below and left of a point of the front there is no other point
                 f"{run['timesteps']:.0f}",
                 (run["energy_J"], run["height"]),
                 (-2, -2),
                 textcoords="offset points",
-                color=own[run["series"]]["color"],
+                color=coloured[run["series"]]["color"],
                 fontsize=7,
                 ha="right",
                 va="top",

@@ -71,30 +71,30 @@ def _named(
     groups: Mapping[str, dict[float, pd.DataFrame]],
 ) -> dict[str, dict[float, pd.DataFrame]]:
     """The groups of several slopes, by coding with T and n and numbered where that is not enough."""
-    found: dict[str, dict[float, pd.DataFrame]] = {}
+    named: dict[str, dict[float, pd.DataFrame]] = {}
     for text, slopes in groups.items():
         if len(slopes) > 1:
             coding = json.loads(text)["coding"]
             name = f"{coding['name']} T={coding['timesteps']} n={coding['grains']}"
-            again = sum(other.startswith(name) for other in found)
-            found[f"{name} #{again + 1}" if again else name] = slopes
-    return found
+            again = sum(other.startswith(name) for other in named)
+            named[f"{name} #{again + 1}" if again else name] = slopes
+    return named
 
 
 def _fits(neurons: FittedNeurons) -> pd.DataFrame:
     """rho, C, C / first loss, last loss / first loss and R^2 of every site, and whether it settled."""
     curve = neurons.fit.curve
     assert curve is not None
-    found, first = fit_decay(curve), curve[:, 0].double()
+    decay, first = fit_decay(curve), curve[:, 0].double()
     return pd.DataFrame(
         {
             "role": neurons.roles,
-            "rho": found.rate.numpy(),
-            "C": found.limit.numpy(),
-            "C_relative": (found.limit / first).numpy(),
+            "rho": decay.rate.numpy(),
+            "C": decay.limit.numpy(),
+            "C_relative": (decay.limit / first).numpy(),
             "last_relative": (curve[:, -1] / first).numpy(),
-            "R2": found.r2.numpy(),
-            "settled": (found.rate ** (curve.shape[1] - 1) < SETTLED).numpy(),
+            "R2": decay.r2.numpy(),
+            "settled": (decay.rate ** (curve.shape[1] - 1) < SETTLED).numpy(),
         }
     )
 

@@ -56,17 +56,17 @@ class SiteLevels:
 def site_levels(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[list[SiteLevels], str]:
     """Typical sites of the middle layer with the level density of every coding, and what is shown.
 
-    Of the jobs: those of the first distribution, one a coding. Codings without levels of
-    their own, because they scale every token, are left out and named.
+    Of the jobs: those of the first distribution, one a coding. Codings that scale every token,
+    and so have other levels in each, are left out and named.
     """
     shown, steps = chosen(jobs)
     if len(shown) < 2:
         return [], ""
     first = next(iter(shown.values()))
     densities = Densities.load(first.artifact("distribution"))
-    found: dict[str, dict[str, Array]] = {}
+    by_coding: dict[str, dict[str, Array]] = {}
     left_out: list[str] = []
-    others: list[str] = []  # codings of a T of their own
+    others: list[str] = []  # codings of another T
     seen = set()
     for name, job in shown.items():
         coding: Coding = instantiate(job.config.coding, _convert_="all")
@@ -75,14 +75,14 @@ def site_levels(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[list[SiteL
         elif coding not in seen:
             seen.add(coding)
             neurons = FittedNeurons.load(job.artifact("fitting"))
-            found[name] = _of_coding(coding, neurons, densities)
+            by_coding[name] = _of_coding(coding, neurons, densities)
             others += [f"{name} T = {coding.timesteps}"] if coding.timesteps != steps else []
-    if len(found) < 2:
+    if len(by_coding) < 2:
         return [], ""
     note = ", ".join([f"T = {steps}", *others])
     if left_out:
         note += f"; levels differ from token to token: {', '.join(left_out)}"
-    return [_site(index, densities, found) for index in _typical(densities)], note
+    return [_site(index, densities, by_coding) for index in _typical(densities)], note
 
 
 def chosen(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[dict[str, RunFolder], int]:
@@ -118,24 +118,26 @@ def _typical(densities: Densities) -> list[int]:
 def _of_coding(coding: Coding, neurons: FittedNeurons, densities: Densities) -> dict[str, Array]:
     """Level density of a coding by site, at the sites that it codes."""
     rows = {site: row for row, site in enumerate(neurons.sites)}
-    found = {}
+    by_site = {}
     for index in _typical(densities):
         site = densities.sites[index]
         if site in rows:
             params = site_params(neurons.fit.params, rows[site])
             levels = reached(coding, params, float(densities.atoms.maximum[index]))
-            found[site] = level_density(levels, _grid(densities))
-    return found
+            by_site[site] = level_density(levels, _grid(densities))
+    return by_site
 
 
-def _site(index: int, densities: Densities, found: Mapping[str, Mapping[str, Array]]) -> SiteLevels:
+def _site(
+    index: int, densities: Densities, by_coding: Mapping[str, Mapping[str, Array]]
+) -> SiteLevels:
     site = densities.sites[index]
     return SiteLevels(
         f"{densities.roles[index]}, layer {densities.layers[index]}",
         _grid(densities),
         densities.tensors["density"][index].numpy(),
         densities.tensors["optimal"][index].numpy(),
-        {name: levels[site] for name, levels in found.items() if site in levels},
+        {name: levels[site] for name, levels in by_coding.items() if site in levels},
     )
 
 

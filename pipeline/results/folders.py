@@ -32,7 +32,7 @@ _started: list[Path] = []
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a job, or that of a sweep, whose jobs have folders of their own.
+    """The folder of a job, or that of a sweep, whose jobs have folders below it.
 
     All files that a run leaves are read and written here. What is read is read once.
     """

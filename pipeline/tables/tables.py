@@ -111,11 +111,11 @@ def choice(
     """
     if not names:
         return made
-    frame, own = made.frame, {column.name: column for column in made.columns}
+    frame, known_columns = made.frame, {column.name: column for column in made.columns}
     known = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
     check(names, [*known, *empty])
     meant = [name for each in names for name in _meant(each, known)]
-    columns = [own.get(name) or column(name, frame, names) for name in meant]
+    columns = [known_columns.get(name) or column(name, frame, names) for name in meant]
     return replace(made, columns=columns)
 
 
@@ -169,7 +169,7 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:
     """A coding with the variant and the setting that tell its rows apart."""
-    told = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
-    variant = told.get("variant", coding)
+    texts = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
+    variant = texts.get("variant", coding)
     name = variant if variant.startswith(coding) else f"{coding} {variant}"
-    return " ".join(filter(None, [name, short_setting(told.get("setting", ""))]))
+    return " ".join(filter(None, [name, short_setting(texts.get("setting", ""))]))

@@ -215,11 +215,6 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
         return None
 
 
-def lost(spec: TrackingSpec) -> bool:
-    """Whether this process has given the address up."""
-    return spec.uri in _lost
-
-
 def unreachable(error: BaseException) -> bool:
     """Whether an error is of the way to the database or its disk, not of what was sent."""
     from sqlalchemy.exc import OperationalError
@@ -277,8 +272,8 @@ def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by their names joined with `/`."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
-    return found
+        leaves |= flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
+    return leaves

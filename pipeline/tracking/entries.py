@@ -47,7 +47,7 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     }
     return Entry(
         name=f"{axes['model']} {result['label']}",
-        identity=_identity(job),
+        identity=identity(job),
         started=run["started"],
         ended=run["ended"],
         tags={COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
@@ -74,7 +74,7 @@ def failed_entry(job: RunFolder) -> Entry:
     config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
     return Entry(
         name=" ".join(str(part) for part in (axes.get("model"), label) if part) or "failed",
-        identity=_identity(job),
+        identity=identity(job),
         started=config.stat().st_mtime,
         ended=(job.path / FAILED).stat().st_mtime,
         status="FAILED",
@@ -138,7 +138,8 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
     )
 
 
-def _identity(job: RunFolder) -> dict[str, str]:
+def identity(job: RunFolder) -> dict[str, str]:
+    """The tags that only the run of this job has."""
     return {"sweep": job.path.parent.name, "job": job.path.name}
 
 
@@ -192,7 +193,7 @@ def _table(name: str) -> dict[str, str]:
 
 
 def _origin(result: Mapping[str, Any]) -> dict[str, str]:
-    """Source revision, versions and machine; the dashboard shows the revision in its own column."""
+    """Source revision, versions and machine; the dashboard has a column for the revision."""
     run = result["run"]
     origin = {
         "mlflow.source.name": "python -m pipeline",
@@ -209,7 +210,7 @@ def _origin(result: Mapping[str, Any]) -> dict[str, str]:
 def _inputs(job: RunFolder) -> list[DatasetInput]:
     """The texts and questions that a job has read, by the keys of their tokens."""
     calibration, evaluation = job.config.calibration, job.config.evaluation
-    found = []
+    inputs = []
     read = [
         (name, "evaluation", evaluation, f"evaluation ppl_{name}") for name in evaluation.corpora
     ]
@@ -222,13 +223,13 @@ def _inputs(job: RunFolder) -> list[DatasetInput]:
         kind = ORIGINS.get(type(origin), "local")
         source = {"uri": str(origin)} if kind == "local" else asdict(origin)
         shape = {"windows": spec.windows, "length": spec.length}
-        found.append(dataset(name, context, _read(job, stage, "tokens"), kind, source, shape))
+        inputs.append(dataset(name, context, _read(job, stage, "tokens"), kind, source, shape))
     for name in evaluation.tasks:
         digest = _read(job, f"evaluation acc_{name}", "data")
         task = {"task": name, "path": job.config.tasks[name].get("path")}
         shape = {"items": evaluation["items"]}  # .items is the method
-        found.append(dataset(name, "evaluation", digest, "questions", task, shape))
-    return found
+        inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
+    return inputs
 
 
 def _read(job: RunFolder, stage: str, name: str) -> str:

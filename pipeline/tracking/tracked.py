@@ -17,7 +17,7 @@ from pipeline.run.errors import REFUSED
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from pipeline.tracking.database import LOGGED, Database, Entry, EntryError
-from pipeline.tracking.entries import failed_entry, job_entry, opened_sweep, sweep_entry
+from pipeline.tracking.entries import failed_entry, identity, job_entry, opened_sweep, sweep_entry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,8 +53,7 @@ def log_job(spec: TrackingSpec, job: RunFolder, draw: Draw) -> str:
 
     def send(db: Database) -> str:
         digest, sweep = _digest(job.outcome), job.sweep
-        identity = {"sweep": job.path.parent.name, "job": job.path.name}
-        if db.find(identity | {LOGGED: digest}):
+        if db.find(identity(job) | {LOGGED: digest}):
             return "known"
         entry = made(make)
         parent = None if sweep is None else _parent(db, sweep)
