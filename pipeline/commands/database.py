@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -35,9 +36,9 @@ def sync(runs: Path, close: bool, overrides: tuple[str, ...]) -> int:
     python -m pipeline sync
     python -m pipeline sync --close tracking.uri=http://HOST:5000
     """
-    from pipeline.tracking import sync
+    from pipeline.commands import sync
 
-    return sync.log_missing(runs, overrides, close)
+    return sync.main(partial(sync.log_missing, runs, close), overrides)
 
 
 @click.command()
@@ -50,6 +51,6 @@ def relocate(overrides: tuple[str, ...]) -> int:
     \b
     python -m pipeline relocate
     """
-    from pipeline.tracking import sync
+    from pipeline.commands import sync
 
-    return sync.relocate_all(overrides)
+    return sync.main(sync.relocate_all, overrides)

@@ -20,7 +20,7 @@ COSTS = ("macs_G", "acs_G", "energy_J")
 
 
 def main(overrides: Sequence[str], conf: Path = CONF) -> int:
-    """Prints the tables; returns the exit status, 1 for bad input, which is told in one line."""
+    """Prints the tables; returns the exit status, 1 for bad input, which is one line."""
     from pipeline.run.errors import told
 
     return told(lambda: _report(*_configured(list(overrides), conf)))

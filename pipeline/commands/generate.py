@@ -57,7 +57,7 @@ class Generated:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the comparison; returns the exit status, 1 for bad input, which is told in one line."""
+    """Prints the comparison; returns the exit status, 1 for bad input, which is one line."""
     from pipeline.run.errors import told
 
     return told(lambda: _report(parsed(arguments)))
@@ -72,7 +72,7 @@ def parsed(arguments: Sequence[str]) -> Request:
 
     kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Request)}
     places = [name for name in PLACES if not any(a.startswith(f"{name}=") for a in arguments)]
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not (equals and name in kinds):
@@ -81,13 +81,13 @@ def parsed(arguments: Sequence[str]) -> Request:
                 raise InputError(f"got {argument!r}: {near}give key=value with {', '.join(kinds)}")
             name, value = places.pop(0), argument
         try:
-            found[name] = kinds[name](value)
+            values[name] = kinds[name](value)
         except ValueError:
             raise InputError(f"{name}={value!r}: give a number") from None
-    absent = [name for name in PLACES if name not in found]
+    absent = [name for name in PLACES if name not in values]
     if absent:
         raise InputError(f"give {' and '.join(f'{name}=…' for name in absent)}")
-    return Request(**found)
+    return Request(**values)
 
 
 def _report(request: Request) -> None:

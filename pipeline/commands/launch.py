@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results import folders
+from pipeline.results.folders import RunFolder
 from pipeline.run import failures, options
 from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.overrides import settled
@@ -57,11 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _folder() -> Path:
+def _folder() -> RunFolder:
     """Where Hydra has put the run: a sweep's folder, or that of the one job or of its id."""
     default = RUNS / os.environ[RUN_ID]
     folder = folders.started() or default
-    return default if folder == default / "0" else folder
+    return RunFolder(default if folder == default / "0" else folder)
 
 
 def _launch() -> list[dict[str, Any]]:
@@ -81,26 +81,33 @@ def _job(cfg: DictConfig) -> None:
     """One job. An error of the user is a line in failed.json and the log, never a lost sweep."""
     folder = folders.enter()
     from pipeline.run.devices import placed
+    from pipeline.tables import tables
 
     try:
         settings = options.settings(cfg)
+        read = settings.evaluation
+        tables.check_columns(settings.table.columns, read.corpora, read.tasks)
         settings.check_places()
         with placed(settings) as settings:
             _run(settings, folder)
     except Exception as error:
-        swept = HydraConfig.get().mode == RunMode.MULTIRUN
-        failures.record(folder, _overrides(), failures.reason(error), swept)
+        line = failures.reason(error)
+        failures.record(line, HydraConfig.get().mode == RunMode.MULTIRUN)
+        folder.fail(_overrides(), line)
         failures.release(error)
         _log_failure(folder)
 
 
-def _log_failure(folder: Path) -> None:
+def _log_failure(folder: RunFolder) -> None:
+    """Log a job that has failed, where that is not of its tracking itself."""
     from pipeline.tracking import tracked
 
-    tracked.log_failure(folder)
+    if (spec := tracked.known_spec(folder)) is not None:
+        tracked.log_job(spec, folder, lambda job: ())
 
 
-def _run(settings: Settings, folder: Path) -> None:
+def _run(settings: Settings, folder: RunFolder) -> None:
+    from pipeline.commands import sweep
     from pipeline.run import jobs, runner
     from pipeline.run.measured import energy_by_kind
     from pipeline.tracking import tracked
@@ -110,13 +117,10 @@ def _run(settings: Settings, folder: Path) -> None:
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s on %s", settings.name, settings.model.name)
     result, sites, run = runner.execute(settings, jobs.command(_overrides()))
-    result["run"] = _provenance(folder) | {"device": run.store.runtime["device"]}
+    result["run"] = _provenance(folder.path) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
-    sites.to_parquet(folder / "per_site.parquet")
-    energy_by_kind(run.measured).to_csv(folder / "energy_by_kind.csv", index=False)
-    # last: a folder with a result is one that is whole
-    (folder / folders.RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
-    tracked.log_job(settings.tracking, folder)
+    folder.leave(result, sites, energy_by_kind(run.measured))
+    tracked.log_job(settings.tracking, folder, sweep.job_figures)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -137,19 +141,20 @@ def _overrides() -> list[str]:
     return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
 
 
-def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
+def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
     """Prints and writes the sweep's table and figures, ends its parent run, lists the failed jobs."""
-    from pipeline.figures import sweep
+    from pipeline.commands import sweep
+    from pipeline.results import naming
     from pipeline.tables import tables
     from pipeline.tracking import tracked
 
-    failed = [*failures.listed(folder), *stopped]
-    finished = folders.finished(folder)
+    failed = [*folder.failures, *stopped]
+    finished = folder.finished
     if finished:
         print()
-        name = sweep.name(folder)
+        name = naming.run_name(folder)
         tables.sweep_table(folder, name, TABLES)
-        print(f"\nresults: {folders.pattern(folder, finished)}")
+        print(f"\nresults: {folder.pattern(finished)}")
         print(f"table: {TABLES / name}.md, .csv, .tex")
         files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:
@@ -157,7 +162,9 @@ def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
                 kinds = dict.fromkeys(path.stem.removeprefix(f"{name}_") for path in written)
                 print(f"and: {TABLES / name}_{{{','.join(kinds)}}}")
                 files += written
-        except Exception as error:  # the table stands; what a figure lacks is told as a failed job
+        except (
+            Exception
+        ) as error:  # the table stands; what a figure lacks is listed as a failed job
             log.exception("figures")
             failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
         tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)
@@ -168,7 +175,7 @@ def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:
     return 1 if failed else 0
 
 
-def _interrupted(folder: Path) -> None:
+def _interrupted(folder: RunFolder) -> None:
     """Ends the sweep's parent run, whose finished jobs are logged; the table waits for the rest."""
     from pipeline.tracking import tracked
 

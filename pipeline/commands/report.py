@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from pipeline.results import naming
-from pipeline.tables import paper
+from pipeline.results.folders import RunFolder
+from pipeline.tables import html, paper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
-    from pipeline.tables.sheet import Sheet
 
 FIGURES = {
     "ppl_timesteps": "Perplexity against the number of steps.",
@@ -30,11 +31,11 @@ FIGURES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the page of study=NAME; returns the exit status, 1 for missing cells and bad input."""
-    return paper.told(lambda: _main(arguments))
+    return paper.status(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> None:
-    name, mine, rest = paper.own(arguments, "study")
+    name, mine, rest = paper.parted(arguments, "study")
     study = paper.loaded("study", name, mine)
     if any(a.startswith("experiment=") for a in rest):
         raise InputError(f"got experiment=; the experiments of study={name} are in its file")
@@ -77,21 +78,23 @@ def render(study: Any, rows: Mapping[str, Sequence[Row]], command: str) -> str:
     from pipeline.store import provenance
 
     environment = Environment(
-        loader=PackageLoader("pipeline", "."),
+        loader=PackageLoader("pipeline.commands", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.globals["revision"] = revision
-    artifacts, environments = paper.origins([row for own in rows.values() for row in own])
+    artifacts, environments = paper.origins([row for each in rows.values() for row in each])
     return environment.get_template("report.html.j2").render(
         title=study.title,
         about=study.about,
         command=command,
         tree=provenance.git_state(),
-        experiments=[experiment(name, study.experiments[name], own) for name, own in rows.items()],
-        artifacts=artifacts,
+        experiments=[
+            experiment(name, study.experiments[name], each, artifacts)
+            for name, each in rows.items()
+        ],
         environments=environments,
     )
 
@@ -103,55 +106,61 @@ def revision(git: Mapping[str, Any]) -> str:
     return str(git["revision"])[:12] + (" with changes" if git["dirty"] else "")
 
 
-def experiment(name: str, tables: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page shows of one experiment."""
-    sheets = [paper.lay_out(paper.loaded("table", table, []), rows) for table in tables]
+def experiment(
+    name: str,
+    tables: Sequence[str],
+    rows: Sequence[Row],
+    artifacts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the page shows of one experiment; `artifacts` are the origins of every key."""
+    sheets = {f"{name}-{t}": paper.lay_out(paper.loaded("table", t, []), rows) for t in tables}
     common, different = configurations(rows)
+    names = [row.run.settings.name for row in rows]
+    texts = [", ".join(f"{key}={value}" for key, value in each.items()) for each in different]
     return {
         "name": name,
-        "tables": [cells(f"{name}-{t}", s) for t, s in zip(tables, sheets, strict=True)],
+        "tables": [
+            {"name": key, "caption": sheet.caption, "html": html.styled(sheet, key)}
+            for key, sheet in sheets.items()
+        ],
         "figures": figures(rows),
         "common": common,
+        "differences": html.plain(pd.DataFrame({"row": names, "what differs": texts})),
         "rows": [
             {
                 "name": row.run.settings.name,
                 "command": row.job.command,
-                "different": own,
-                "keys": row.result["keys"],
-                "seconds": sum(row.result["seconds"].values()),
+                "cost": f"{sum(row.result['seconds'].values()):.0f} s in {len(row.result['keys'])} steps",
+                "steps": html.plain(steps(row.result["keys"], artifacts)),
             }
-            for row, own in zip(rows, different, strict=True)
+            for row in rows
         ],
     }
 
 
-def cells(name: str, sheet: Sheet) -> dict[str, Any]:
-    """A sheet as the template reads it: heads, groups with their widths, rows of cells."""
-    from itertools import groupby
-
-    by_group = groupby(column.group for column in sheet.columns)
-    groups = [(group, len(list(columns))) for group, columns in by_group]
-    words = [column.words for column in sheet.columns]
-    return {
-        "name": name,
-        "caption": sheet.caption,
-        "groups": groups if any(group for group, _ in groups) else [],
-        "heads": [(column.head, column.words) for column in sheet.columns],
-        "rows": [
-            {"start": start, "cells": list(zip(texts, bold, words, strict=True))}
-            for texts, bold, start in zip(sheet.texts(), sheet.bold(), sheet.starts(), strict=True)
-        ],
-    }
+def steps(keys: Mapping[str, str], artifacts: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The steps of a run by their artifacts: what each took, when, and from which source it was built."""
+    made = {label: artifacts[key] for label, key in keys.items()}
+    return pd.DataFrame(
+        {
+            "step": list(keys),
+            "key": list(keys.values()),
+            "seconds": [f"{a['seconds']:.1f}" for a in made.values()],
+            "built": [a["created"] for a in made.values()],
+            "source": [revision(a["git"]) for a in made.values()],
+            "environment": [str(a["environment"] + 1) for a in made.values()],
+        }
+    )
 
 
 def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
     """What a sweep over these rows draws, as data URIs with captions."""
-    from pipeline.figures import sweep
+    from pipeline.commands import sweep
 
     with tempfile.TemporaryDirectory() as place:
-        folder, into = Path(place, "sweep"), Path(place, "figures")
+        folder, into = RunFolder(Path(place, "sweep")), Path(place, "figures")
         for number, row in enumerate(rows):
-            _leave(row, folder / str(number))
+            _leave(row, RunFolder(folder.path / str(number)))
         into.mkdir()
         drawn = [path for path in sweep.draw(folder, "figure", into) if path.suffix == ".png"]
         return [
@@ -163,14 +172,15 @@ def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
         ]
 
 
-def _leave(row: Row, folder: Path) -> None:
+def _leave(row: Row, job: RunFolder) -> None:
     """The files that a job of a sweep leaves, which its figures are drawn from."""
     from omegaconf import OmegaConf
 
-    (folder / ".hydra").mkdir(parents=True)
-    OmegaConf.save(row.job.config, folder / ".hydra/config.yaml")
-    (folder / "result.json").write_text(json.dumps(row.result))
-    row.sites.to_parquet(folder / "per_site.parquet")
+    from pipeline.run.measured import energy_by_kind
+
+    (job.path / ".hydra").mkdir(parents=True)
+    OmegaConf.save(row.job.config, job.path / ".hydra/config.yaml")
+    job.leave(row.result, row.sites, energy_by_kind(row.run.measured))
 
 
 def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
@@ -186,25 +196,25 @@ def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
 
 def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The part that nested mappings have in common."""
-    found: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for key, value in configs[0].items():
         members = [config[key] for config in configs if key in config]
         if len(members) == len(configs):
             if all(member == value for member in members):
-                found[key] = value
+                shared[key] = value
             elif all(isinstance(m, Mapping) for m in members) and (inner := _shared(members)):
-                found[key] = inner
-    return found
+                shared[key] = inner
+    return shared
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     """A nested mapping by dotted key; lists and empty mappings are values."""
     if not isinstance(value, Mapping) or not value:
         return {path: value}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, member in value.items():
-        found |= _flat(member, f"{path}.{key}" if path else str(key))
-    return found
+        leaves |= _flat(member, f"{path}.{key}" if path else str(key))
+    return leaves
 
 
 if __name__ == "__main__":

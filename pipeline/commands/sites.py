@@ -2,7 +2,7 @@
 
 Takes the overrides of `python -m pipeline`, of which model, sites, capture and coding count.
 Nothing is loaded but the model's config: that of the folder model.path, of model.hub, or the dimensions in
-its yaml. `python -m pipeline energy` tells the joules.
+its yaml. `python -m pipeline energy` gives the joules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(overrides: Sequence[str], conf: Path = CONF) -> int:
-    """Prints the table; returns the exit status, 1 for bad input, which is told in one line."""
+    """Prints the table; returns the exit status, 1 for bad input, which is one line."""
     from pipeline.run.errors import told
 
     model = [override for override in overrides if re.match(r"model[.=]", override)]

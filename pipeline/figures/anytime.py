@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.figures.comparisons import LOOKS, comparison_frame
-from pipeline.figures.figures import STYLE, WIDTH, noted
+from pipeline.figures.style import STYLE, WIDTH, noted
 from pipeline.results.columns import DIVERGED
+from pipeline.results.folders import RunFolder
 
 CAPTION = (
     "Perplexity on the first corpus where only the spikes of the first `steps` timesteps of every "
@@ -23,7 +23,7 @@ DASHES = ("-", "--", ":", "-.")  # where there are more runs than looks
 ENTRY = 0.16  # inches of a legend's entry
 
 
-def anytime_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
+def anytime_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run and number of steps, of the runs with evaluation.anytime: model, transform, run,
     timesteps, steps, ppl."""
     series = list(comparison_frame(list(jobs.values()))["series"])
@@ -48,14 +48,14 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
     """Perplexity against the steps that have arrived, a line a run; a note says what is not drawn."""
     runs = frame.groupby(["run", "timesteps", "transform"], sort=False)
     height = max(2.6, 0.4 + ENTRY * len(runs))
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
     beyond = []
     for number, ((run, timesteps, transform), points) in enumerate(runs):
         color, marker = LOOKS[number % len(LOOKS)]
-        told = "" if transform == "none" else f", {transform}"
+        suffix = "" if transform == "none" else f", {transform}"
         shown = points["ppl"] <= DIVERGED
-        label, lost = f"{run}, T={timesteps:.0f}{told}", points.loc[~shown, "steps"]
+        label, lost = f"{run}, T={timesteps:.0f}{suffix}", points.loc[~shown, "steps"]
         beyond += [f"{label} at t = {', '.join(map(str, lost))}"] if len(lost) else []
         if shown.any():
             x, y = points.loc[shown, "steps"], points.loc[shown, "ppl"]

@@ -14,12 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from pipeline.figures.figures import STYLE, WIDTH, Array, noted
+from pipeline.figures.style import (
+    STYLE,
+    WIDTH,
+    Array,
+    entry,
+    legend_above,
+    legend_beside,
+    noted,
+)
 from pipeline.results.columns import DIVERGED
 from pipeline.results.rows import result_frame, short_setting, variant
 
 Looks = dict[str, dict[str, Any]]
-# A row of panels shows this many series and the others in grey: more cannot be told apart on a
+# A row of panels shows this many series and the others in grey: more look alike on a
 # page. The colours are Okabe and Ito's, safe for colour-blind readers; none tells a series alone.
 LOOKS = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")),
@@ -67,13 +75,13 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
         given.setdefault(variant(result), set()).add(setting)
         if result.get("grains") != result.get("timesteps"):
             grains.setdefault(variant(result), set()).add(result.get("grains"))
-    found = []
+    names = []
     for result, setting in zip(results, settings, strict=True):
         name = variant(result)
-        told = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
-        told += [short_setting(setting)] if setting and len(given[name]) > 1 else []
-        found.append(" ".join([name, *told]))
-    return found
+        parts = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
+        parts += [short_setting(setting)] if setting and len(given[name]) > 1 else []
+        names.append(" ".join([name, *parts]))
+    return names
 
 
 def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -125,16 +133,16 @@ def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
     frame = frame.dropna(subset=["ppl"])
     placed = frame["dense"] | frame["series"].map(level) | frame[axis].notna()
     figure, cells = _panels(frame[placed], rows, fixed)
-    for axes, runs, own in cells:
+    for axes, runs, coloured in cells:
         for series, points in runs[~runs["dense"]].groupby("series", sort=False):
-            look = own.get(str(series), OTHER)
+            look = coloured.get(str(series), OTHER)
             if level[series]:
                 axes.axhline(points["height"].iloc[0], **look)
             else:
                 points = points.sort_values(axis)
                 axes.plot(points[axis], points["height"], **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel(noted(AXES[axis], _diverged(frame)), fontsize=8)
+    figure.supxlabel(noted(AXES[axis], _diverged(frame)))
     return figure
 
 
@@ -145,30 +153,30 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
     frame = frame.dropna(subset=["ppl", "energy_J"])
     drawn = frame[frame["ppl"] <= DIVERGED]
     lines = max((len(_front(runs)) for _, runs in drawn.groupby("panel")), default=0) > 1
-    legend = Line2D([], [], **FRONT, label="Pareto front of all, with T")
+    legend = entry("Pareto front of all, with T", **FRONT)
     figure, cells = _panels(frame, rows, {}, [legend] * lines)
-    for axes, runs, own in cells:
+    for axes, runs, coloured in cells:
         axes.margins(0.08)  # for the T beside the points
         front = _front(runs)
         axes.plot(front["energy_J"], front["height"], **FRONT)
         for series, points in runs.groupby("series", sort=False):
-            look = own.get(str(series), OTHER | {"linestyle": "", "marker": "."})
+            look = coloured.get(str(series), OTHER | {"linestyle": "", "marker": "."})
             look = {"color": "black", "marker": "*"} if points["dense"].any() else look
             points = points.sort_values("energy_J")
             axes.plot(points["energy_J"], points["height"], **THIN | look)
-        for _, run in front[front["series"].isin(list(own))].iterrows():
+        for _, run in front[front["series"].isin(list(coloured))].iterrows():
             axes.annotate(  # below and left of a point of the front there is no other point
                 f"{run['timesteps']:.0f}",
                 (run["energy_J"], run["height"]),
                 (-2, -2),
                 textcoords="offset points",
-                color=own[run["series"]]["color"],
+                color=coloured[run["series"]]["color"],
                 fontsize=7,
                 ha="right",
                 va="top",
             )
     label = "energy of a prefill [J], causal convention"
-    figure.supxlabel(noted(label, _diverged(frame)), fontsize=8)
+    figure.supxlabel(noted(label, _diverged(frame)))
     return figure
 
 
@@ -203,7 +211,7 @@ def _panels(
     rows = [row for row in rows if row] or [{}]
     columns = min(len(names), PANELS_A_ROW)
     blocks = -(-len(names) // columns)  # of panels, in each row of series
-    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + max(2.2, 1.4 * len(rows) * blocks)))
     grid = figure.subplots(len(rows) * blocks, columns, squeeze=False, sharex=True, sharey=True)
     cells, shown, others = [], np.zeros(grid.shape, bool), False
     for number, row in enumerate(rows):
@@ -222,19 +230,14 @@ def _panels(
                 grid[at].axhline(0 if relative else dense[name], **DENSE)
             last = at if not shown[number * blocks :].any() or at[0] == last[0] else last
             shown[at] = True
-        handles = [
-            Line2D([], [], **row[name], label=_wrapped(labels.get(name, name))) for name in row
-        ]
-        grid[last].legend(
-            handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-        )
+        names_of_row = {name: textwrap.fill(labels.get(name, name), 20) for name in row}
+        legend_beside(grid[last], [entry(names_of_row[name], **row[name]) for name in row])
     _remove(grid, shown)
     _scale(cells[0][0], relative)
-    handles = [Line2D([], [], **DENSE, label="dense")] if len(dense) else []
-    if others:
-        handles.append(Line2D([], [], **OTHER, label="series of the other rows"))
-    figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=3, frameon=False)
-    figure.supylabel("perplexity over the dense model's" if relative else "perplexity", fontsize=8)
+    handles = [entry("dense", **DENSE)] if len(dense) else []
+    handles += [entry("series of the other rows", **OTHER)] if others else []
+    legend_above(figure, [*handles, *more])
+    figure.supylabel("perplexity over the dense model's" if relative else "perplexity")
     return figure, cells
 
 
@@ -282,7 +285,3 @@ def _diverged(frame: pd.DataFrame) -> str:
     lost = frame[~(frame["ppl"] <= DIVERGED)].groupby("series", sort=False).size()
     parts = ", ".join(f"{series} {count}" for series, count in lost.items())
     return f"points not drawn, perplexity above {DIVERGED:g}: {parts}" if parts else ""
-
-
-def _wrapped(name: str) -> str:
-    return "\n".join(textwrap.wrap(name, 20))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.figures.figures import ROLES, STYLE, WIDTH
-from pipeline.figures.levels import artifact, job_config
+from pipeline.figures.style import ROLES, STYLE, WIDTH, entry
+from pipeline.results.folders import RunFolder
 from stages.analysis.convergence import fit_decay
 from stages.fitted import FittedNeurons
 
@@ -28,19 +26,19 @@ PANELS = {
 SETTLED = 0.1  # of the falling term may be left at the end of a curve that has settled
 
 
-def convergence_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
+def convergence_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     """Medians over the sites of a role of rho, C, C / first loss and R^2, by role and slope.
 
-    Of the jobs by folder those that differ from another one in the slope alone; empty without.
+    Of the jobs those that differ from another one in the slope alone; empty without.
     `sites` counts the curves, `fell` those with a term that falls (others have no rho), `settled`
     those of them where it is nearly gone at the end: C of the others is an extrapolation.
     """
     groups: dict[str, dict[float, pd.DataFrame]] = {}
-    for folder, result in jobs.items():
+    for job, result in jobs.items():
         if "fitting" not in result.get("keys", {}):
             continue
-        config = job_config(folder)
-        neurons = FittedNeurons.load(artifact(config, result, "fitting"))
+        config = job.config
+        neurons = FittedNeurons.load(job.artifact("fitting"))
         if neurons.fit.curve is not None:
             slopes = groups.setdefault(_all_but_slope(config, result), {})
             slopes.setdefault(float(config.coding.algorithm1.slope), _fits(neurons))
@@ -73,30 +71,30 @@ def _named(
     groups: Mapping[str, dict[float, pd.DataFrame]],
 ) -> dict[str, dict[float, pd.DataFrame]]:
     """The groups of several slopes, by coding with T and n and numbered where that is not enough."""
-    found: dict[str, dict[float, pd.DataFrame]] = {}
+    named: dict[str, dict[float, pd.DataFrame]] = {}
     for text, slopes in groups.items():
         if len(slopes) > 1:
             coding = json.loads(text)["coding"]
             name = f"{coding['name']} T={coding['timesteps']} n={coding['grains']}"
-            again = sum(other.startswith(name) for other in found)
-            found[f"{name} #{again + 1}" if again else name] = slopes
-    return found
+            again = sum(other.startswith(name) for other in named)
+            named[f"{name} #{again + 1}" if again else name] = slopes
+    return named
 
 
 def _fits(neurons: FittedNeurons) -> pd.DataFrame:
     """rho, C, C / first loss, last loss / first loss and R^2 of every site, and whether it settled."""
     curve = neurons.fit.curve
     assert curve is not None
-    found, first = fit_decay(curve), curve[:, 0].double()
+    decay, first = fit_decay(curve), curve[:, 0].double()
     return pd.DataFrame(
         {
             "role": neurons.roles,
-            "rho": found.rate.numpy(),
-            "C": found.limit.numpy(),
-            "C_relative": (found.limit / first).numpy(),
+            "rho": decay.rate.numpy(),
+            "C": decay.limit.numpy(),
+            "C_relative": (decay.limit / first).numpy(),
             "last_relative": (curve[:, -1] / first).numpy(),
-            "R2": found.r2.numpy(),
-            "settled": (found.rate ** (curve.shape[1] - 1) < SETTLED).numpy(),
+            "R2": decay.r2.numpy(),
+            "settled": (decay.rate ** (curve.shape[1] - 1) < SETTLED).numpy(),
         }
     )
 
@@ -135,7 +133,7 @@ def limit_by_slope(frame: pd.DataFrame) -> Figure:
     if "variant" in frame:
         frame = frame[frame["variant"] == frame["variant"].iloc[0]]
     kinds = [kind for kind in PANELS if frame[kind].notna().any()]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2))
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     handles = []
     for role, rows in frame.dropna(subset=kinds, how="all").groupby("role", sort=False):
@@ -144,12 +142,12 @@ def limit_by_slope(frame: pd.DataFrame) -> Figure:
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
         for axes, kind in zip(panels, kinds, strict=True):
             axes.plot(rows["slope"], rows[kind], **look, label=role)
-        handles.append(Line2D([], [], **look, label=str(role)))
+        handles.append(entry(str(role), **look))
     slopes = sorted(frame["slope"].unique())
     for axes, kind in zip(panels, kinds, strict=True):
         axes.set(xscale="log", xlabel="slope of the surrogate")
         axes.set_xticks(slopes, [f"{slope:g}" for slope in slopes])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(ylabel=PANELS[kind][0], title=PANELS[kind][1])
-    figure.legend(handles=handles, loc="outside right center", frameon=False, handlelength=3)
+    figure.legend(handles=handles, loc="outside right center", handlelength=3)
     return figure

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,21 @@ from hydra.utils import instantiate
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from pipeline.figures.comparisons import Looks, series_names
-from pipeline.figures.figures import SHOWN_DECADES, STYLE, WIDTH, Array, noted
+from pipeline.figures.sites import SHOWN_DECADES
+from pipeline.figures.style import (
+    STYLE,
+    WIDTH,
+    Array,
+    entry,
+    legend_above,
+    legend_beside,
+    noted,
+)
+from pipeline.results.folders import RunFolder
 from stages.codings.base import Coding, site_params
 from stages.distribution import Densities
 from stages.fitted import FittedNeurons
@@ -47,58 +53,39 @@ class SiteLevels:
     levels: Mapping[str, Array]
 
 
-def job_config(folder: Path) -> DictConfig:
-    """The configuration of a finished job, which nothing changes any more."""
-    return _read((folder / ".hydra/config.yaml").resolve())
-
-
-@functools.lru_cache(maxsize=1024)  # every table and figure of a sweep asks for that of each job
-def _read(file: Path) -> DictConfig:
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
-    OmegaConf.set_readonly(config, True)
-    return config
-
-
-def artifact(config: DictConfig, result: Mapping[str, Any], stage: str) -> Path:
-    """The folder in the store of a job's artifact."""
-    return Path(config.store.path) / stage / result["keys"][stage]
-
-
-def site_levels(jobs: Mapping[Path, Mapping[str, Any]]) -> tuple[list[SiteLevels], str]:
+def site_levels(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[list[SiteLevels], str]:
     """Typical sites of the middle layer with the level density of every coding, and what is shown.
 
-    Of the jobs by folder: those of the first distribution, one a coding. Codings without levels of
-    their own, because they scale every token, are left out and named.
+    Of the jobs: those of the first distribution, one a coding. Codings that scale every token,
+    and so have other levels in each, are left out and named.
     """
     shown, steps = chosen(jobs)
     if len(shown) < 2:
         return [], ""
     first = next(iter(shown.values()))
-    densities = Densities.load(artifact(job_config(first), jobs[first], "distribution"))
-    found: dict[str, dict[str, Array]] = {}
+    densities = Densities.load(first.artifact("distribution"))
+    by_coding: dict[str, dict[str, Array]] = {}
     left_out: list[str] = []
-    others: list[str] = []  # codings of a T of their own
+    others: list[str] = []  # codings of another T
     seen = set()
-    for name, folder in shown.items():
-        config, result = job_config(folder), jobs[folder]
-        coding: Coding = instantiate(config.coding, _convert_="all")
+    for name, job in shown.items():
+        coding: Coding = instantiate(job.config.coding, _convert_="all")
         if coding.tokenwise:
             left_out.append(name)
         elif coding not in seen:
             seen.add(coding)
-            neurons = FittedNeurons.load(artifact(config, result, "fitting"))
-            found[name] = _of_coding(coding, neurons, densities)
+            neurons = FittedNeurons.load(job.artifact("fitting"))
+            by_coding[name] = _of_coding(coding, neurons, densities)
             others += [f"{name} T = {coding.timesteps}"] if coding.timesteps != steps else []
-    if len(found) < 2:
+    if len(by_coding) < 2:
         return [], ""
     note = ", ".join([f"T = {steps}", *others])
     if left_out:
         note += f"; levels differ from token to token: {', '.join(left_out)}"
-    return [_site(index, densities, found) for index in _typical(densities)], note
+    return [_site(index, densities, by_coding) for index in _typical(densities)], note
 
 
-def chosen(jobs: Mapping[Path, Mapping[str, Any]]) -> tuple[dict[str, Path], int]:
+def chosen(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[dict[str, RunFolder], int]:
     """One job of every series: of the T nearest to 6, or of the only T that it has."""
     converted = {f: r for f, r in jobs.items() if "fitting" in r.get("keys", {})}
     if not converted:
@@ -112,7 +99,7 @@ def chosen(jobs: Mapping[Path, Mapping[str, Any]]) -> tuple[dict[str, Path], int
     swept = [t for each in steps.values() if len(each) > 1 for t in each]
     every = swept or [result["timesteps"] for result in converted.values()]
     nearest = min(every, key=lambda t: (abs(t - TIMESTEPS), t))
-    shown: dict[str, Path] = {}
+    shown: dict[str, RunFolder] = {}
     for folder, result in converted.items():
         name = names[folder]
         if result["timesteps"] == nearest or steps[name] == {result["timesteps"]}:
@@ -131,24 +118,26 @@ def _typical(densities: Densities) -> list[int]:
 def _of_coding(coding: Coding, neurons: FittedNeurons, densities: Densities) -> dict[str, Array]:
     """Level density of a coding by site, at the sites that it codes."""
     rows = {site: row for row, site in enumerate(neurons.sites)}
-    found = {}
+    by_site = {}
     for index in _typical(densities):
         site = densities.sites[index]
         if site in rows:
             params = site_params(neurons.fit.params, rows[site])
             levels = reached(coding, params, float(densities.atoms.maximum[index]))
-            found[site] = level_density(levels, _grid(densities))
-    return found
+            by_site[site] = level_density(levels, _grid(densities))
+    return by_site
 
 
-def _site(index: int, densities: Densities, found: Mapping[str, Mapping[str, Array]]) -> SiteLevels:
+def _site(
+    index: int, densities: Densities, by_coding: Mapping[str, Mapping[str, Array]]
+) -> SiteLevels:
     site = densities.sites[index]
     return SiteLevels(
         f"{densities.roles[index]}, layer {densities.layers[index]}",
         _grid(densities),
         densities.tensors["density"][index].numpy(),
         densities.tensors["optimal"][index].numpy(),
-        {name: levels[site] for name, levels in found.items() if site in levels},
+        {name: levels[site] for name, levels in by_coding.items() if site in levels},
     )
 
 
@@ -191,24 +180,21 @@ def level_densities(sites: Sequence[SiteLevels], rows: Sequence[Looks], note: st
     present = {name for name, density in curves if (density > 0).any()}
     rows = [{name: look for name, look in row.items() if name in present} for row in rows]
     rows = [row for row in rows if row]
-    figure = Figure(figsize=(WIDTH, 1.1 + 1.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.1 + 1.4 * len(rows)))
     grid = figure.subplots(len(rows), len(sites), squeeze=False, sharex="col", sharey="col")
     for number, (row, looks) in enumerate(zip(grid, rows, strict=True)):
         for axes, site in zip(row, sites, strict=True):
             _levels_panel(axes, site, looks)
             axes.set_title(site.name if number == 0 else "")
         handles = [
-            Line2D([], [], color=look["color"], linewidth=2 - 0.2 * place, label=name)
+            entry(name, color=look["color"], linewidth=2 - 0.2 * place)
             for place, (name, look) in enumerate(looks.items())
         ]
-        row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    common = [
-        Line2D([], [], color="0.65", linewidth=3, label="density p(|x|)"),
-        Line2D([], [], color="black", linestyle="--", label="optimal λ* ∝ p$^{1/3}$"),
-    ]
-    figure.legend(handles=common, loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(noted("magnitude |x|", note), fontsize=8)
-    figure.supylabel("density per unit of |x|", fontsize=8)
+        legend_beside(row[-1], handles)
+    density = entry("density p(|x|)", color="0.65", linewidth=3)
+    legend_above(figure, [density, entry("optimal λ* ∝ p$^{1/3}$", color="black", linestyle="--")])
+    figure.supxlabel(noted("magnitude |x|", note))
+    figure.supylabel("density per unit of |x|")
     return figure
 
 

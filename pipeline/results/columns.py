@@ -78,9 +78,9 @@ def scientific(value: float, decimals: int) -> str:
     return re.sub(r"e([+-])0*(\d+)", _exponent, f"{value:.{decimals}e}")
 
 
-def _exponent(found: re.Match[str]) -> str:
-    sign = found[1].replace("+", "")
-    return f"e{sign}{found[2]}"
+def _exponent(parts: re.Match[str]) -> str:
+    sign = parts[1].replace("+", "")
+    return f"e{sign}{parts[2]}"
 
 
 def significant(value: float, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's jobs lie, wherever Hydra was told to put them (hydra.run.dir, hydra.sweep.dir and subdir).
+"""A run's folder, wherever Hydra was asked to put it (hydra.run.dir, hydra.sweep.dir and subdir).
 
 A sweep's folder keeps a list of its jobs' folders, each written by its job: a folder that was used
 before, or subfolders of any depth, mix in no other job.
@@ -6,24 +6,169 @@ before, or subfolders of any depth, mix in no other job.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its folder
-SWEPT = ("multirun.yaml", "parent.json", "ended.json")  # what else a sweep leaves in its folder
-RESULT = "result.json"
-RECORD = "failed.json"
-OUTCOMES = (RESULT, RECORD)
-LEFT = (*OUTCOMES, "per_site.parquet", "energy_by_kind.csv")  # by a job in its folder
+RESULT, FAILED = "result.json", "failed.json"
+SITES, KINDS = "per_site.parquet", "energy_by_kind.csv"
+MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
+TRACKED, PARENT, ENDED = "tracked.json", "parent.json", "ended.json"
+KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 _started: list[Path] = []
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a job, or that of a sweep, whose jobs have folders below it.
+
+    All files that a run leaves are read and written here. What is read is read once.
+    """
+
+    path: Path
+
+    def leave(self, result: Mapping[str, Any], sites: pd.DataFrame, kinds: pd.DataFrame) -> None:
+        """Write what a job has measured: its result, its per-site table, its energy by kind."""
+        sites.to_parquet(self.path / SITES)
+        kinds.to_csv(self.path / KINDS, index=False)
+        # last: a folder with a result is one that is whole
+        (self.path / RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
+
+    def fail(self, overrides: Sequence[str], line: str) -> None:
+        """Write why a job has no result."""
+        self.write(FAILED, {"overrides": list(overrides), "error": line})
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A json file of the folder; empty where there is none."""
+        file = self.path / name
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a json file of the folder, whole or not at all."""
+        part = self.path / f".{name}.part"
+        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        part.rename(self.path / name)
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """Every number of a job, empty where it has left no result."""
+        return self.read(RESULT)
+
+    @cached_property
+    def failure(self) -> dict[str, Any]:
+        """The overrides of a failed job and why it failed."""
+        return self.read(FAILED)
+
+    @cached_property
+    def sites(self) -> pd.DataFrame:
+        """The per-site table of a job."""
+        return pd.read_parquet(self.path / SITES)
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """The configuration of a job, which nothing changes any more."""
+        config = OmegaConf.load(self.path / ".hydra/config.yaml")
+        assert isinstance(config, DictConfig)
+        OmegaConf.set_readonly(config, True)
+        return config
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """The file that each group of a job's configuration is of."""
+        hydra = OmegaConf.load(self.path / ".hydra/hydra.yaml").hydra
+        return dict(hydra.runtime.choices)
+
+    def artifact(self, stage: str) -> Path:
+        """The folder in the store of an artifact that a job has used or made."""
+        return Path(self.config.store.path) / stage.partition(" ")[0] / self.result["keys"][stage]
+
+    @property
+    def outcome(self) -> Path:
+        """The file that says how a job ended; the later one, where it was run in its folder again."""
+        files = [self.path / name for name in (RESULT, FAILED) if (self.path / name).exists()]
+        return max(files, key=lambda path: path.stat().st_mtime)
+
+    @property
+    def swept(self) -> bool:
+        """Whether this is the folder of a sweep."""
+        return (self.path / MULTIRUN).exists()
+
+    @cached_property
+    def _multirun(self) -> Any:
+        return OmegaConf.load(self.path / MULTIRUN).hydra
+
+    @property
+    def experiment(self) -> str | None:
+        """The experiment that was chosen for a sweep; None without, and for a single run."""
+        name = self._multirun.runtime.choices.experiment if self.swept else None
+        return None if name in (None, "none") else str(name)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides that were given to a sweep as a whole, or to a job."""
+        if self.swept:
+            return list(map(str, self._multirun.overrides.task))
+        return list(map(str, OmegaConf.load(self.path / ".hydra/overrides.yaml")))
+
+    @property
+    def jobs(self) -> list[RunFolder]:
+        """The jobs of a run in the order of their numbers; of a single run itself."""
+        if (self.path / JOBS).is_dir():
+            listed = sorted((self.path / JOBS).iterdir(), key=lambda file: int(file.name))
+            places = [self.path / file.read_text(encoding="utf-8") for file in listed]
+            return [RunFolder(Path(os.path.normpath(place))) for place in places]
+        if (self.path / ".hydra").is_dir():
+            return [self]
+        names = (".hydra", RESULT)
+        places = list({path.parent for name in names for path in self.path.glob(f"*/{name}")})
+        return [RunFolder(place) for place in sorted(places, key=_number)]
+
+    @property
+    def finished(self) -> list[RunFolder]:
+        """The jobs that have left a result."""
+        return [job for job in self.jobs if (job.path / RESULT).exists()]
+
+    @property
+    def ended(self) -> list[RunFolder]:
+        """The jobs that have left a result or the reason why there is none."""
+        return [job for job in self.jobs if any((job.path / n).exists() for n in (RESULT, FAILED))]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Overrides and error of every job that did not finish."""
+        return [
+            job.failure or {"overrides": job.overrides, "error": KILLED}
+            for job in self.jobs
+            if job.failure or not (job.path / RESULT).exists()
+        ]
+
+    @property
+    def sweep(self) -> RunFolder | None:
+        """The sweep that a job is of; None of a job by itself."""
+        for folder in map(RunFolder, self.path.parents):
+            if (folder.path / JOBS).is_dir() and self in folder.jobs:
+                return folder
+        above = RunFolder(self.path.parent)
+        return above if above.swept and not (above.path / JOBS).is_dir() else None
+
+    def pattern(self, jobs: Sequence[RunFolder]) -> str:
+        """Where the results of these jobs lie, for people."""
+        if jobs == [self]:
+            return f"{self.path}/{RESULT}"
+        depth = "*" if all(job.path.parent == self.path for job in jobs) else "**"
+        return f"{self.path}/{depth}/{RESULT}"
 
 
 class Started(Callback):
@@ -39,9 +184,9 @@ class Started(Callback):
 
 
 def _start(folder: Path) -> None:
-    """Remembers a folder, in which no earlier sweep is left."""
+    """Remember a folder, in which no earlier sweep is left."""
     shutil.rmtree(folder / JOBS, ignore_errors=True)
-    for name in SWEPT:
+    for name in (MULTIRUN, PARENT, ENDED):
         (folder / name).unlink(missing_ok=True)
     _started[:] = [folder]
 
@@ -52,62 +197,22 @@ def started() -> Path | None:
 
 
 def forget() -> None:
-    """Lets go of the run before this one."""
+    """Forget the run before this one."""
     _started.clear()
 
 
-def enter() -> Path:
-    """The folder of the job that Hydra runs now, listed in its sweep and without what an earlier left."""
+def enter() -> RunFolder:
+    """The folder of the job that Hydra runs now, listed in its sweep, without files of an earlier job."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    for name in LEFT:
+    for name in (RESULT, FAILED, SITES, KINDS):
         (folder / name).unlink(missing_ok=True)
     if str(hydra.mode).endswith("MULTIRUN"):
         sweep = Path(hydra.sweep.dir)
         (sweep / JOBS).mkdir(parents=True, exist_ok=True)
         place = os.path.relpath(folder, sweep.absolute())
         (sweep / JOBS / str(hydra.job.num)).write_text(place, encoding="utf-8")
-    return folder
-
-
-def jobs(folder: Path) -> list[Path]:
-    """The folders of a run's jobs in the order of their numbers; of a single run its own."""
-    if (folder / JOBS).is_dir():
-        listed = sorted((folder / JOBS).iterdir(), key=lambda file: int(file.name))
-        return [
-            Path(os.path.normpath(folder / file.read_text(encoding="utf-8"))) for file in listed
-        ]
-    if (folder / ".hydra").is_dir():
-        return [folder]
-    found = {path.parent for name in (".hydra", RESULT) for path in folder.glob(f"*/{name}")}
-    return sorted(found, key=_number)
-
-
-def finished(folder: Path) -> list[Path]:
-    """The folders of the jobs that have left a result."""
-    return [job for job in jobs(folder) if (job / RESULT).exists()]
-
-
-def ended(folder: Path) -> list[Path]:
-    """The folders of the jobs that have left a result or the reason why there is none."""
-    return [job for job in jobs(folder) if any((job / name).exists() for name in OUTCOMES)]
-
-
-def sweep(job: Path) -> Path | None:
-    """The folder of the sweep that a job is of; None of a job by itself."""
-    for folder in job.parents:
-        if (folder / JOBS).is_dir() and job in jobs(folder):
-            return folder
-    whole = (job.parent / "multirun.yaml").exists() and not (job.parent / JOBS).is_dir()
-    return job.parent if whole else None
-
-
-def pattern(folder: Path, found: Sequence[Path]) -> str:
-    """Where the results of these jobs lie, for people."""
-    if list(found) == [folder]:
-        return f"{folder}/{RESULT}"
-    depth = "*" if all(job.parent == folder for job in found) else "**"
-    return f"{folder}/{depth}/{RESULT}"
+    return RunFolder(folder)
 
 
 def _number(job: Path) -> tuple[float, str]:

@@ -7,13 +7,27 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.results.folders import RunFolder
+from pipeline.results.rows import sweep_results
+
 # Overrides of these say where and how results are made, not what they are; a name has its experiment.
 CIRCUMSTANCES = re.compile(
     r"[+~]*((store|runtime|tracking|export|hydra)\b|experiment=|(table|study)\.(fill|folder|columns|wide)=)"
 )
-# What the name of a single run says in words of its own.
+# What the name of a single run says in other words than an override.
 SINGLE = ("model=", "transform=", "coding=", "timesteps=", "coding.timesteps=", "coding.grains=")
 LONGEST = 48  # characters of overrides that stay readable in a name; of others their hash is taken
+
+
+def run_name(folder: RunFolder) -> str:
+    """What the tables and figures of a run are called: after its experiment, or else what was asked.
+
+    That is its label, or its model, coding, T and n, or the axes of a sweep.
+    """
+    first = next(iter(sweep_results(folder.path).values()))
+    if folder.experiment is not None:
+        return stem(folder.experiment, folder.overrides, first["model"])
+    return run_stem(first, folder.overrides, folder.swept)
 
 
 def stem(base: str, overrides: Iterable[str], model: str) -> str:
@@ -22,9 +36,9 @@ def stem(base: str, overrides: Iterable[str], model: str) -> str:
     Overrides that a file name has no room or no letters for become a hash: `quickstart`,
     `quickstart_gemma3-270m`, `quickstart_timesteps=8`, `quickstart_<model>_3f2a9c01`.
     """
-    told = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
-    chosen = [each.removeprefix("model=") for each in told if each.startswith("model=")]
-    rest = [each for each in told if not each.startswith("model=")]
+    given = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
+    chosen = [each.removeprefix("model=") for each in given if each.startswith("model=")]
+    rest = [each for each in given if not each.startswith("model=")]
     if not chosen and any(re.match(r"[+~]*model\.", each) for each in rest):
         chosen = [model]
     return "_".join([base, *(_letters(name) for name in chosen), *_tail(rest)])
@@ -36,14 +50,14 @@ def run_stem(result: Mapping[str, Any], overrides: Iterable[str], swept: bool) -
     `smollm2-135m_gated_T6_n2`, `smollm2-135m_coding=gated+las_timesteps=4+6` of a sweep, and behind
     it all other overrides as those of an experiment, so that no two runs share a name.
     """
-    told = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
-    label = next((each.partition("=")[2] for each in told if each.startswith("label=")), "null")
+    given = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
+    label = next((each.partition("=")[2] for each in given if each.startswith("label=")), "null")
     model = str(result["model"])
     if label not in ("null", "") and "," not in label:
-        rest = [each for each in told if not each.startswith("label=")]
+        rest = [each for each in given if not each.startswith("label=")]
         return stem(_letters(label.strip("'\"")), rest, model)
     known = ("model=",) if swept else SINGLE
-    rest = [each for each in told if not each.startswith(known) or (swept and "," in each)]
+    rest = [each for each in given if not each.startswith(known) or (swept and "," in each)]
     parts = [_letters(model)]
     if not swept:
         parts.append(_letters(str(result["coding"])))

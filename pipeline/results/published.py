@@ -28,9 +28,9 @@ def rows(models: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def as_measured(row: Mapping[str, Any], source: int) -> dict[str, Any]:
-    """A published row in the columns of a measured one; what was not found stays open.
+    """A published row in the columns of a measured one; what was not published stays open.
 
-    A perplexity of which only a bound is told, ">100", is infinite and `printed` as told.
+    A perplexity of which only a bound is published, ">100", is infinite and `printed` as that.
     """
     bound = row["ppl"] if isinstance(row["ppl"], str) else None
     return {
@@ -47,5 +47,5 @@ def as_measured(row: Mapping[str, Any], source: int) -> dict[str, Any]:
 
 
 def printed(value: float, bound: Any) -> str:
-    """A perplexity, or the bound of it that is all that is told."""
+    """A perplexity, or the bound of it where that is all that is published."""
     return bounded_perplexity(value) if pd.isna(bound) else str(bound)

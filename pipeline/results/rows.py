@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.results import folders
+from pipeline.results.folders import RunFolder
 from stages.errors import InputError
 
 COUNTS = ("grains", "timesteps")
@@ -199,10 +199,10 @@ def _dtype(column: str) -> str:
     return "Int64" if column in COUNTS or column.endswith("_n") else "float64"
 
 
-def sweep_results(sweep_dir: Path) -> dict[Path, dict[str, Any]]:
+def sweep_results(sweep_dir: Path) -> dict[RunFolder, dict[str, Any]]:
     """The result of every job below a sweep folder by the job's folder, in the order of the jobs."""
-    found = folders.finished(sweep_dir)
-    if not found:
+    finished = RunFolder(sweep_dir).finished
+    if not finished:
         raise InputError(f"no job below {sweep_dir} has left a result.json: see the jobs' logs")
-    results = (json.loads((job / folders.RESULT).read_text(encoding="utf-8")) for job in found)
-    return dict(zip(found, apart(results), strict=True))
+    results = apart(job.result for job in finished)
+    return dict(zip(finished, results, strict=True))

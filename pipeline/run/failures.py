@@ -1,28 +1,21 @@
-"""Failed jobs of a sweep: what each leaves for the list at its end, and nothing in memory."""
+"""Failed jobs: the reason in a line, and nothing of them in memory."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from pipeline.results import folders
-from pipeline.results.folders import RECORD
 from pipeline.run.errors import REFUSED, one_line
 
 log = logging.getLogger(__name__)
-KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 INTERRUPTED = threading.Event()
 
 
@@ -60,16 +53,12 @@ def reason(error: Exception) -> str:
     return f"{line}; the traceback is in {where}" if where else line
 
 
-def record(folder: Path, overrides: Sequence[str], line: str, swept: bool) -> None:
-    """Keeps the reason in the job's folder and log; the terminal shows it at the end of the run.
-
-    A sweep may go on for hours, so the terminal shows it at once as well.
-    """
-    if swept:
+def record(line: str, swept: bool) -> None:
+    """Log the reason; the terminal shows it at the end of the run, of a sweep's job at once as well."""
+    if swept:  # which may go on for hours
         log.error("%s", line)
     else:
         _to_files(line)
-    (folder / RECORD).write_text(json.dumps({"overrides": list(overrides), "error": line}))
 
 
 def _to_files(line: str, error: Exception | None = None) -> str | None:
@@ -95,19 +84,6 @@ def release(error: BaseException) -> None:
     inputs.forget()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def listed(folder: Path) -> list[dict[str, Any]]:
-    """Overrides and error of every job in a run's folder that did not finish, in their order."""
-    found = []
-    for job in folders.jobs(folder):
-        recorded = job / RECORD
-        if recorded.exists():
-            found.append(json.loads(recorded.read_text()))
-        elif not (job / folders.RESULT).exists():
-            overrides = OmegaConf.to_container(OmegaConf.load(job / ".hydra/overrides.yaml"))
-            found.append({"overrides": overrides, "error": KILLED})
-    return found
 
 
 def stopped(error: Exception) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.results.rows import column_names
 from pipeline.run.errors import choose
-from pipeline.tables.tables import check
-from pipeline.tracking.tracking import TrackingSpec
+from pipeline.run.specs import TrackingSpec
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.distribution import Distribution
@@ -135,8 +133,6 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
-        columns = column_names(self.evaluation.corpora, self.evaluation.tasks)
-        check(self.table.columns or (), columns)
         if self.export.enabled and not self.coding.converts:
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
 

@@ -49,10 +49,10 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
     against = any(name.startswith("over_dense_") for name in shown)
     dense = "; vs dense: against the dense model of the same transform" if against else ""
     grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
-    costs = [told for name, told in COSTS.items() if name in shown]
+    costs = [head for name, head in COSTS.items() if name in shown]
     counted = ", ".join(part for part in ("causal convention", profile) if part)
     saving = ", saving against the dense model" if "saving" in shown else ""
-    return told(
+    return sentences(
         f"{subject}.",
         f"Perplexity: {', '.join(texts)}{dense}." if texts else "",
         f"Accuracy ± standard error: {', '.join(questions)}." if questions else "",
@@ -77,12 +77,12 @@ def _questions(frame: pd.DataFrame, name: str) -> str:
 
 def model(frame: pd.DataFrame) -> str:
     """The model and the transform, where all rows share them."""
-    told = [
+    parts = [
         f"{name} {frame[name].iloc[0]}"
         for name in ("model", "transform")
         if name in frame and frame[name].nunique() == 1
     ]
-    text = ", ".join(told)
+    text = ", ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
@@ -119,8 +119,8 @@ def conversion(rows: Sequence[Row]) -> str:
         for row in rows
         if "fitting" in row.run.artifacts
     }
-    told = f" on {', '.join(sorted(machines))}" if machines else ""
-    return f"Conversion: capture to patching, as measured when they were computed{told}."
+    places = f" on {', '.join(sorted(machines))}" if machines else ""
+    return f"Conversion: capture to patching, as measured when they were computed{places}."
 
 
 def energy(row: Row) -> str:
@@ -135,11 +135,11 @@ def energy(row: Row) -> str:
 
 
 def published(sources: Sequence[str]) -> str:
-    """Where published rows were found, by the number that marks them."""
-    told = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+    """The sources of published rows, by the number that marks them."""
+    cited = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
     return (
         f"Published rows were not measured here: mean perplexity over {PUBLISHED[0]}, mean accuracy "
-        f"over {PUBLISHED[1]}, conversion on their authors' machines; {told}."
+        f"over {PUBLISHED[1]}, conversion on their authors' machines; {cited}."
     )
 
 
@@ -149,6 +149,6 @@ def diverged(frame: pd.DataFrame) -> str:
     return f"{BEYOND}: diverged." if (perplexities > DIVERGED).any(axis=None) else ""
 
 
-def told(*parts: str) -> str:
+def sentences(*parts: str) -> str:
     """A caption of the parts that there are."""
     return " ".join(part for part in parts if part)

@@ -46,7 +46,7 @@ def main(
     rows = _ordered(rows)
     frame = _with_means(_frame(rows, names))
     rivals, sections = _rivals(frame), _sections(frame)
-    told = captions.told(
+    caption = captions.sentences(
         captions.model(frame),
         captions.perplexity(rows[0]),
         captions.accuracy(rows[0]),
@@ -63,9 +63,9 @@ def main(
         rivals += [False] * len(published)
         sections += [(row["model"],) for row in published]
         ppl = replace(ppl, show=printed, beside=("printed",))
-        told = captions.told(told, captions.published(sources))
+        caption = captions.sentences(caption, captions.published(sources))
     columns = _filled([*_names(frame), SECONDS, ppl, accuracy], frame)
-    return Sheet(frame, columns, told, sections, rivals)
+    return Sheet(frame, columns, caption, sections, rivals)
 
 
 def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
@@ -75,8 +75,8 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     parts = []
     for phase in ("prefill", "decode"):
         part = named.assign(phase=phase)
-        for (convention, own), place in ENERGIES.items():
-            if own == phase:
+        for (convention, other), place in ENERGIES.items():
+            if other == phase:
                 totals = [row.result[place] if place else row.result for row in rows]
                 for cost in COSTS:
                     part[f"{cost}_{convention}"] = [total[cost] for total in totals]
@@ -91,7 +91,7 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
             Column(f"energy_J_{group}", "energy [J]", lambda v: small(v, 3), "min", group),
             Column(f"saving_{group}", "saving [%]", _tenths, "max", group),
         ]
-    told = captions.told(
+    caption = captions.sentences(
         captions.model(frame),
         captions.energy(rows[0]),
         captions.perplexity(rows[0]),
@@ -99,7 +99,7 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         captions.diverged(frame),
     )
     sections = [(p, *s) for p, s in zip(frame["phase"], _sections(frame), strict=True)]
-    return Sheet(frame, columns, told, sections, _rivals(frame))
+    return Sheet(frame, columns, caption, sections, _rivals(frame))
 
 
 def grains(rows: Sequence[Row]) -> Sheet:
@@ -126,10 +126,10 @@ def grains(rows: Sequence[Row]) -> Sheet:
     columns = [*names, *(f"ppl_T{t}" for t in steps)]
     table = pd.DataFrame([dict(zip(names, p, strict=True)) | v for p, v in lines.items()])
     table = table.reindex(columns=columns).astype({"grains": "Int64"})
-    table["environment"] = [environment({"environments": own}) for own in places.values()]
+    table["environment"] = [environment({"environments": each}) for each in places.values()]
     group = _means(rows[0])[0].head
     over = [Column(f"ppl_T{t}", f"T = {t}", bounded_perplexity, "min", group) for t in steps]
-    told = captions.told(
+    caption = captions.sentences(
         captions.model(table),
         captions.perplexity(rows[0]),
         captions.GRAINS,
@@ -137,7 +137,7 @@ def grains(rows: Sequence[Row]) -> Sheet:
         captions.diverged(table),
     )
     rivals = list(table["method"] != "dense")
-    return Sheet(table, [*_names(table), *over], told, [0] * len(table), rivals)
+    return Sheet(table, [*_names(table), *over], caption, [0] * len(table), rivals)
 
 
 def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
@@ -159,7 +159,7 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         Column("saving", "saving [%]", _tenths, "max"),
         SECONDS,
     ]
-    told = captions.told(
+    caption = captions.sentences(
         captions.model(frame),
         captions.perplexity(rows[0]),
         captions.accuracy(rows[0]),
@@ -169,7 +169,7 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         captions.BEST,
         captions.diverged(frame),
     )
-    return Sheet(frame, _filled(columns, frame), told, _sections(frame), _rivals(frame))
+    return Sheet(frame, _filled(columns, frame), caption, _sections(frame), _rivals(frame))
 
 
 def per_site(rows: Sequence[Row]) -> Sheet:
@@ -193,11 +193,11 @@ def per_site(rows: Sequence[Row]) -> Sheet:
         Column("values", "values", "{:.0f}".format),
     ]
     settings = row.run.settings
-    told = (
+    caption = (
         f"Sites of {settings.name}, model {settings.model.name}. nmse: on held-out calibration "
         f"windows; spikes and values: on {captions.windows(row, settings.evaluation.corpora[:1])}."
     )
-    return Sheet(frame, columns, told, list(frame["role"]))
+    return Sheet(frame, columns, caption, list(frame["role"]))
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
@@ -213,7 +213,7 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
     axes = [row.result for row in rows]
     places = {n: list(dict.fromkeys(a[n] for a in axes)) for n in ("model", "transform")}
     keys = [
-        (*(found.index(a[name]) for name, found in places.items()), a["timesteps"] or 0)
+        (*(order.index(a[name]) for name, order in places.items()), a["timesteps"] or 0)
         for a in axes
     ]
     return [rows[i] for i in sorted(range(len(rows)), key=keys.__getitem__)]

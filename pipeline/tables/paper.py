@@ -31,7 +31,7 @@ CIRCUMSTANCES = ("store", "runtime", "tracking", "table")
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: the table's own configuration, and the overrides of its jobs.
+    """What a command line asks for: the configuration of the table, and the overrides of its jobs.
 
     `stem` is the name of its files for a model of that name.
     """
@@ -45,10 +45,10 @@ class Request:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes table=NAME and its sidecar; the exit status, 1 for missing cells and bad input."""
-    return told(lambda: _main(arguments))
+    return status(lambda: _main(arguments))
 
 
-def told(command: Callable[[], object]) -> int:
+def status(command: Callable[[], object]) -> int:
     """Runs a command that the store makes good to interrupt; the exit status."""
     from pipeline.run import errors
 
@@ -69,7 +69,7 @@ def _main(arguments: Sequence[str]) -> None:
     try:
         rows = lookup.rows(asked.overrides, asked.config.fill)
     except lookup.Missing as error:
-        if asked.config.fill:  # what failed is told
+        if asked.config.fill:  # what failed is in the error
             raise
         again = f"{asked.command} table.fill=true"
         raise lookup.Missing(f"{error}\nor, without an entry in the dashboard: {again}") from None
@@ -86,7 +86,7 @@ def log_to_terminal() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]]:
+def parted(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]]:
     """The name that `group`=NAME gives, the overrides of its file, and the overrides of its jobs.
 
     Raises InputError where no name or an unknown one is given.
@@ -106,7 +106,7 @@ def own(arguments: Sequence[str], group: str) -> tuple[str, list[str], list[str]
 
 
 def loaded(group: str, name: str, overrides: Sequence[str]) -> Any:
-    """The configuration in conf/`group`/`name`.yaml with its own overrides."""
+    """The configuration in conf/`group`/`name`.yaml with overrides of its keys."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -115,7 +115,7 @@ def loaded(group: str, name: str, overrides: Sequence[str]) -> Any:
 
 def request(arguments: Sequence[str]) -> Request:
     """The table that a command line asks for; its experiment is the file's unless one is given."""
-    name, mine, rest = own(arguments, "table")
+    name, mine, rest = parted(arguments, "table")
     config = loaded("table", name, mine)
     given = [*mine, *rest]
     rest = settled(rest, default=config.experiment)
@@ -187,15 +187,15 @@ def origins(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]], list[dict[s
     An environment is the versions and the machine that built some of them.
     """
     environments: list[dict[str, Any]] = []
-    found = {}
+    artifacts = {}
     for artifact in (artifact for row in rows for artifact in row.run.artifacts.values()):
         built = artifact.manifest
         environment = {name: built[name] for name in ("versions", "machine")}
         if environment not in environments:
             environments.append(environment)
         kept = {name: built[name] for name in ("stage", "seconds", "created", "git")}
-        found[artifact.key] = kept | {"environment": environments.index(environment)}
-    return found, environments
+        artifacts[artifact.key] = kept | {"environment": environments.index(environment)}
+    return artifacts, environments
 
 
 def spec(asked: Request, rows: Sequence[Row]) -> str:

@@ -170,14 +170,14 @@ def _widths(
     columns: Sequence[Column], cells: Mapping[str, Sequence[str]], broken: bool = False
 ) -> list[int]:
     """Characters that columns take; `broken`: with heads and words in as many lines as need be."""
-    found = []
+    widths = []
     for column in columns:
         widest = max((len(text) for text in cells[column.name]), default=0)
         if broken and column.words:
             widest = min(widest, NARROW)
         head = f"{column.group} {column.head}".split(" ") if broken else [column.group, column.head]
-        found.append(max(widest, *map(len, head)))
-    return found
+        widths.append(max(widest, *map(len, head)))
+    return widths
 
 
 def _heads(columns: Sequence[Column], widths: Sequence[int]) -> list[tuple[str, ...]]:

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from pipeline.results import folders
 from pipeline.results.columns import Column, excess, percent, perplexity, scientific, small
+from pipeline.results.folders import RunFolder
 from pipeline.results.rows import (
     OVER_DENSE,
     TEXT,
@@ -72,23 +72,20 @@ def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
     return sheet.write(sheet.Sheet(frame, columns, caption), stem)
 
 
-def sweep_table(sweep_dir: Path, name: str, tables_dir: Path) -> pd.DataFrame:
-    """Read every job's result.json below a sweep folder; print its table and write its two tables.
+def sweep_table(folder: RunFolder, name: str, tables_dir: Path) -> pd.DataFrame:
+    """Print the table of a run's folder and write it as `name`, and its energy as `name`_energy.
 
-    They are the comparison by `name` and the energy by `name`_energy.
-
-    Rows are in the order of the job numbers that begin the folders' names, repeated ones left
-    out. Raises InputError where no job has left a result.
+    Rows are in the order of the jobs, repeated ones left out. Raises InputError where no job has left
+    a result.
     """
-    results = distinct(sweep_results(sweep_dir).values())
+    results = distinct(sweep_results(folder.path).values())
     write(energy_frame(results), tables_dir / f"{name}_energy", ENERGY_CAPTION)
-    frame, config = result_frame(results), _config(sweep_dir)
-    chosen = config.get("table") or {}
-    made = run_sheet(results, chosen.get("columns"), config.get("energy") or {})
-    sheet.write(made, tables_dir / name, bool(chosen.get("wide")))
+    config: Any = OmegaConf.to_container(folder.finished[0].config)
+    made = run_sheet(results, config["table"]["columns"], config["energy"])
+    sheet.write(made, tables_dir / name, config["table"]["wide"])
     print(sheet.printed(made))
     print(f"energy, both conventions, also of a decoded token: {tables_dir / name}_energy.md")
-    return frame
+    return made.frame
 
 
 def run_sheet(
@@ -114,12 +111,19 @@ def choice(
     """
     if not names:
         return made
-    frame, own = made.frame, {column.name: column for column in made.columns}
+    frame, known_columns = made.frame, {column.name: column for column in made.columns}
     known = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
     check(names, [*known, *empty])
     meant = [name for each in names for name in _meant(each, known)]
-    columns = [own.get(name) or column(name, frame, names) for name in meant]
+    columns = [known_columns.get(name) or column(name, frame, names) for name in meant]
     return replace(made, columns=columns)
+
+
+def check_columns(
+    names: Sequence[str] | None, corpora: Sequence[str], tasks: Sequence[str]
+) -> None:
+    """Raises InputError where a run that is evaluated on these texts and tasks has no such column."""
+    check(names or (), column_names(corpora, tasks))
 
 
 def check(names: Sequence[str], known: Sequence[str]) -> None:
@@ -165,20 +169,7 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:
     """A coding with the variant and the setting that tell its rows apart."""
-    told = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
-    variant = told.get("variant", coding)
+    texts = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
+    variant = texts.get("variant", coding)
     name = variant if variant.startswith(coding) else f"{coding} {variant}"
-    return " ".join(filter(None, [name, short_setting(told.get("setting", ""))]))
-
-
-def _config(sweep_dir: Path) -> Mapping[str, Any]:
-    """The configuration of the first job that has left a result; empty where it has left none."""
-    file = folders.finished(sweep_dir)[0] / ".hydra/config.yaml"
-    if not file.exists():
-        return {}
-    config: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return dict(config)
-
-
-if __name__ == "__main__":
-    raise SystemExit("nothing was done: the command is `python -m pipeline table`")
+    return " ".join(filter(None, [name, short_setting(texts.get("setting", ""))]))

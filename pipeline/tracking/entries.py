@@ -1,100 +1,159 @@
-"""A finished job's or sweep's folder as an entry of the tracking database."""
+"""What is logged of a job or a sweep, from its folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from hydra.utils import instantiate
-from matplotlib import rc_context
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.figures import pictures, sweep
-from pipeline.figures.figures import STYLE
-from pipeline.figures.levels import artifact, job_config
-from pipeline.figures.sweep import experiment
-from pipeline.results import folders
-from pipeline.results.folders import RECORD
+from pipeline.results import naming
+from pipeline.results.folders import ENDED, FAILED, KINDS, MULTIRUN, RunFolder
 from pipeline.results.rows import distinct, result_frame, sweep_results, variant
 from pipeline.run.settings import entry
 from pipeline.store import manifest
-from pipeline.tracking.entry import Entry, Text
-from pipeline.tracking.tracking import COMPUTATION
+from pipeline.tracking.database import COMPUTATION, Entry, flat
 from stages.model.sources import HubText, PackageFile
 
 if TYPE_CHECKING:
-    from pipeline.run.settings import Settings
-    from stages.codings.base import Coding
-    from stages.text.corpus import Purpose
+    from mlflow.entities import DatasetInput
 
 # Groups of the configuration whose fields are params by group.field.
 GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
-FIGURES = (".png", ".pdf")
+GROUPED = ("coding", "variant", "transform", "model")  # tags by which the dashboard groups jobs
+NO_METRIC = ("run", "axes", "evaluation", "label", "environments")  # of result.json
+ORIGINS = {PackageFile: "package", HubText: "hub"}
 NOTE = 7500  # characters of a description; MLflow cuts it at 8000
+DIGEST = 36  # characters of a data set's digest, MLflow's limit
 
 
-def job_entry(job: Path) -> Entry:
-    """What the database is told of a finished job; with pictures unless runtime.figures is false."""
-    result = json.loads((job / "result.json").read_text())
-    config, sites = job_config(job), pd.read_parquet(job / "per_site.parquet")
-    axes = _axes(job, config, result["axes"], variant(result))
-    written = (job / "result.json").stat().st_mtime
-    told = ("run", "axes", "evaluation", "label", "environments", *axes)
+def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
+    """A finished job with its pictures."""
+    result, config = job.result, job.config
+    run, evaluation = result["run"], result["evaluation"]
+    axes = _axes(job, result["axes"], variant(result))
+    computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
+    measures = {
+        f"{corpus}.{name}": str(value)
+        for corpus, metrics in evaluation.items()
+        for name, value in metrics.items()
+        if name not in ("perplexity", "nll")
+    }
     return Entry(
         name=f"{axes['model']} {result['label']}",
-        identity={"sweep": job.parent.name, "job": job.name},
-        started=result["run"].get("started", written),
-        ended=result["run"].get("ended", written),
-        tags=_tags(job, axes, result["run"]["overrides"]) | _measured_tags(axes, result),
+        identity=identity(job),
+        started=run["started"],
+        ended=run["ended"],
+        tags={COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
+        | _tags(job, axes, run["overrides"])
+        | measures
+        | _origin(result)
+        | _table("per_site.json"),
         params=axes | _fields(config),
-        result={name: value for name, value in result.items() if name not in told}
-        | {f"nll_{name}": metrics["nll"] for name, metrics in result["evaluation"].items()},
-        data=_texts(config, result),
-        documents={"config.yaml": OmegaConf.to_yaml(config, resolve=True)},
-        tables={"per_site.json": sites},
-        files={
-            "": [job / "energy_by_kind.csv"],
-            "figures": _pictures(job, config, result, sites) if config.runtime.figures else [],
+        result={k: v for k, v in result.items() if k not in (*NO_METRIC, *axes)}
+        | {f"nll_{corpus}": metrics["nll"] for corpus, metrics in evaluation.items()},
+        inputs=_inputs(job),
+        artifacts={
+            "config.yaml": OmegaConf.to_yaml(config, resolve=True),
+            "per_site.json": job.sites.to_json(orient="split", index=False),
+            KINDS: job.path / KINDS,
+            **{f"figures/{path.name}": path for path in pictures},
         },
     )
 
 
-def failed_entry(job: Path) -> Entry:
-    """What the database is told of a failed job: why it failed, and what its configuration says."""
-    failure = json.loads((job / RECORD).read_text())
+def failed_entry(job: RunFolder) -> Entry:
+    """A failed job: why it failed, and what its configuration says."""
     axes, label, params = _configured(job)
-    model = axes.get("model")
+    config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
     return Entry(
-        name=" ".join(str(part) for part in (model, label) if part) or "failed",
-        identity={"sweep": job.parent.name, "job": job.name},
-        started=(job / ".hydra/config.yaml").stat().st_mtime,
-        ended=(job / RECORD).stat().st_mtime,
+        name=" ".join(str(part) for part in (axes.get("model"), label) if part) or "failed",
+        identity=identity(job),
+        started=config.stat().st_mtime,
+        ended=(job.path / FAILED).stat().st_mtime,
         status="FAILED",
-        tags=_tags(job, axes, failure["overrides"])
-        | {"error": _cut(failure["error"]), "mlflow.note.content": _cut(failure["error"])},
+        tags=_tags(job, axes, job.failure["overrides"])
+        | {"error": error, "mlflow.note.content": error},
         params=axes | params,
-        documents={"config.yaml": (job / ".hydra/config.yaml").read_text()},
-        files={"": sorted(job.glob("*.log"))},
+        artifacts={
+            "config.yaml": config.read_text(),
+            **{path.name: path for path in sorted(job.path.glob("*.log"))},
+        },
     )
 
 
-def _configured(job: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def opened_sweep(folder: RunFolder) -> Entry:
+    """A sweep that has begun: its name alone."""
+    return Entry(
+        name=f"{folder.experiment or 'sweep'} {folder.path.name}",
+        identity={"kind": "sweep", "sweep": folder.path.name},
+        started=(folder.path / MULTIRUN).stat().st_mtime,
+        ended=0,
+    )
+
+
+def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
+    """A sweep that has ended, with its tables and figures; the main table is its description.
+
+    All of it can be logged again, as params could not: a sweep may be closed before its end.
+    """
+    end, opened = folder.read(ENDED), opened_sweep(folder)
+    failed = {job.path.name: job.failure for job in folder.jobs if job.failure}
+    results = sweep_results(folder.path) if folder.finished else {}
+    axes = [_axes(job, result["axes"], variant(result)) for job, result in results.items()]
+    axes += [_configured(job)[0] for job in folder.jobs if job.failure and job not in results]
+    artifacts: dict[str, str | Path] = {"multirun.yaml": (folder.path / MULTIRUN).read_text()}
+    if failed:
+        artifacts["failed.json"] = json.dumps(failed, indent=1)
+    tags = {
+        key: ", ".join(dict.fromkeys(str(each[key]) for each in axes if key in each))
+        for key in dict.fromkeys(key for each in axes for key in each)
+    }
+    tags |= {"experiment": folder.experiment or "none"}
+    if results:
+        frame = result_frame(distinct(results.values()))
+        artifacts["table.json"] = frame.to_json(orient="split", index=False)
+        table = [p.read_text() for p in files if p.name == f"{naming.run_name(folder)}.md"]
+        tags |= _origin(next(iter(results.values()))) | _table("table.json")
+        tags |= {"mlflow.note.content": _cut("".join(table))}
+    for path in files:
+        group = "figures" if path.suffix in (".png", ".pdf") else "tables"
+        artifacts[f"{group}/{path.name}"] = path
+    return replace(
+        opened,
+        name=" ".join(
+            filter(None, (folder.experiment or "sweep", tags.get("model"), folder.path.name))
+        ),
+        ended=end["ended"],
+        status=end["status"],
+        tags=tags,
+        result={"jobs": len(results), "failed": len(failed)},
+        artifacts=artifacts,
+    )
+
+
+def identity(job: RunFolder) -> dict[str, str]:
+    """The tags that only the run of this job has."""
+    return {"sweep": job.path.parent.name, "job": job.path.name}
+
+
+def _configured(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Axes, label and params of a job without a result, as far as its configuration can be read."""
-    config = job_config(job)
+    config = job.config
     try:
-        settings: Settings = instantiate(config)
-        label, name = settings.name, variant({"label": settings.name})
-        return _axes(job, config, settings.axes, name), label, _fields(config)
+        settings: Any = instantiate(config)
+        name = variant({"label": settings.name})
+        return _axes(job, settings.axes, name), settings.name, _fields(config)
     except Exception:  # the configuration may be what the job has failed of
         axes: dict[str, Any] = {}
         for key in ("model", "coding", "transform"):
-            axes[key] = _choices(job)[key]
+            axes[key] = job.choices[key]
             with suppress(Exception):
                 axes[key] = instantiate(config[key], _convert_="all").name
         for key in ("timesteps", "grains"):
@@ -103,120 +162,38 @@ def _configured(job: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
         return axes, str(config.label or axes["coding"]), {}
 
 
-def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
-    """What the database is told of a sweep: its name, and once it has ended everything.
-
-    `files` are its tables and figures; the main table is also the run's description. All of it can
-    be logged again, as params and `log_table` could not: a sweep may be closed before its end.
-    """
-    name = experiment(folder)
-    multirun = folder / "multirun.yaml"
-    opened = Entry(
-        name=f"{name or 'sweep'} {folder.name}",
-        identity={"kind": "sweep", "sweep": folder.name},
-        started=multirun.stat().st_mtime,
-        ended=0,
-    )
-    if files is None:
-        return opened
-    end = json.loads((folder / "ended.json").read_text())
-    failed = {
-        job: json.loads((job / folders.RECORD).read_text())
-        for job in folders.jobs(folder)
-        if (job / folders.RECORD).exists()
-    }
-    results = sweep_results(folder) if folders.finished(folder) else {}
-    axes = [_axes(job, job_config(job), r["axes"], variant(r)) for job, r in results.items()]
-    axes += [_configured(job)[0] for job in failed if job not in results]
-    documents = {"multirun.yaml": multirun.read_text()}
-    if failed:
-        documents["failed.json"] = json.dumps(
-            {job.name: why for job, why in failed.items()}, indent=1
-        )
-    tags = {key: _distinct(axis[key] for axis in axes if key in axis) for key in _keys(axes)}
-    tags |= {"experiment": name or "none"}
-    if results:
-        frame = result_frame(distinct(results.values()))
-        documents["table.json"] = frame.to_json(orient="split", index=False)
-        table = (path.read_text() for path in files if path.name == f"{sweep.name(folder)}.md")
-        tags |= _origin(next(iter(results.values())))
-        tags |= {
-            "mlflow.note.content": _cut("".join(table)),
-            "mlflow.loggedArtifacts": json.dumps([{"path": "table.json", "type": "table"}]),
-        }
-    return replace(
-        opened,
-        name=" ".join(filter(None, (name or "sweep", tags.get("model"), folder.name))),
-        ended=end["ended"],
-        status=end["status"],
-        tags=tags,
-        result={"jobs": len(results), "failed": len(failed)},
-        documents=documents,
-        files={
-            "tables": [path for path in files if path.suffix not in FIGURES],
-            "figures": [path for path in files if path.suffix in FIGURES],
-        },
-    )
-
-
-def _keys(axes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for axis in axes for key in axis))
-
-
-def _choices(job: Path) -> Mapping[str, Any]:
-    """The file that each group of a job's configuration is of."""
-    choices: Mapping[str, Any] = OmegaConf.load(job / ".hydra/hydra.yaml").hydra.runtime.choices
-    return choices
-
-
-def _axes(job: Path, config: DictConfig, axes: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _axes(job: RunFolder, axes: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What sweeps vary, by short names; `name` is the variant."""
+    evaluation = job.config.evaluation
     return {
         **axes,
         "variant": name,
-        "sites": _choices(job)["sites"],
-        "evaluation": ", ".join(config.evaluation.corpora),
-        "tasks": ", ".join(config.evaluation.tasks),
+        "sites": job.choices["sites"],
+        "evaluation": ", ".join(evaluation.corpora),
+        "tasks": ", ".join(evaluation.tasks),
     }
 
 
 def _fields(config: DictConfig) -> dict[str, Any]:
     """Every field of the groups that determine a result, by group.field."""
-    return {
-        f"{group}.{name}": value
-        for group in GROUPS
-        for name, value in _leaves(OmegaConf.to_container(config[group], resolve=True))
-    }
+    groups: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(GROUPS)), resolve=True)
+    leaves = {name.replace("/", "."): value for name, value in flat(groups).items()}
+    return {n: v for n, v in leaves.items() if not n.rpartition(".")[2].startswith("_")}
 
 
-def _leaves(values: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{inner}", leaf) for inner, leaf in _leaves(value))
-        elif not name.startswith("_"):
-            yield name, value
+def _tags(job: RunFolder, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    tags = {name: str(axes[name]) for name in GROUPED if name in axes}
+    experiment = RunFolder(job.path.parent).experiment or "none"
+    return tags | {"experiment": experiment, "overrides": " ".join(overrides)}
 
 
-def _tags(job: Path, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    """What the dashboard groups and filters by."""
-    grouped = ("coding", "variant", "transform", "model")
-    tags = {name: str(axes[name]) for name in grouped if name in axes}
-    return tags | {"experiment": experiment(job.parent) or "none", "overrides": " ".join(overrides)}
-
-
-def _measured_tags(axes: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
-    """What was evaluated and where it comes from; jobs of one computation have one hash."""
-    computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
-    tags = {COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
-    for corpus, metrics in result["evaluation"].items():
-        tags |= {
-            f"{corpus}.{k}": str(v) for k, v in metrics.items() if k not in ("perplexity", "nll")
-        }
-    return tags | _origin(result)
+def _table(name: str) -> dict[str, str]:
+    """The tag by which the dashboard shows a json file as a table."""
+    return {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])}
 
 
 def _origin(result: Mapping[str, Any]) -> dict[str, str]:
-    """Source revision, versions and machine; the dashboard shows the revision in its own column."""
+    """Source revision, versions and machine; the dashboard has a column for the revision."""
     run = result["run"]
     origin = {
         "mlflow.source.name": "python -m pipeline",
@@ -230,68 +207,55 @@ def _origin(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in origin.items() if value is not None}
 
 
-def _texts(config: DictConfig, result: Mapping[str, Any]) -> list[Text]:
-    """The texts and questions that a run read, by the keys of their tokens."""
-    calibration, evaluation = config.calibration, config.evaluation
-    found = []
-    if "capture" in result["keys"]:
-        shape = {"windows": calibration.windows, "length": calibration.length}
-        digest = _input(config, result, "capture", "tokens")
-        found.append(_corpus(config, calibration.corpus, "calibration", digest, shape))
-    shape = {"windows": evaluation.windows, "length": evaluation.length}
-    for name in evaluation.corpora:
-        digest = _input(config, result, f"evaluation ppl_{name}", "tokens")
-        found.append(_corpus(config, name, "evaluation", digest, shape))
+def _inputs(job: RunFolder) -> list[DatasetInput]:
+    """The texts and questions that a job has read, by the keys of their tokens."""
+    calibration, evaluation = job.config.calibration, job.config.evaluation
+    inputs = []
+    read = [
+        (name, "evaluation", evaluation, f"evaluation ppl_{name}") for name in evaluation.corpora
+    ]
+    if "capture" in job.result["keys"]:
+        read.insert(0, (calibration.corpus, "calibration", calibration, "capture"))
+    for name, context, spec, stage in read:
+        given = instantiate(job.config.corpus[name], _convert_="all")
+        corpus: Any = entry("corpus", name, given)
+        origin = corpus.origin(context)
+        kind = ORIGINS.get(type(origin), "local")
+        source = {"uri": str(origin)} if kind == "local" else asdict(origin)
+        shape = {"windows": spec.windows, "length": spec.length}
+        inputs.append(dataset(name, context, _read(job, stage, "tokens"), kind, source, shape))
     for name in evaluation.tasks:
-        digest = _input(config, result, f"evaluation acc_{name}", "data")
-        task = {"task": name, "path": config.tasks[name].get("path")}
-        items = {"items": evaluation["items"]}  # .items is the method
-        found.append(Text(name, digest, "evaluation", "questions", task, items))
-    return found
+        digest = _read(job, f"evaluation acc_{name}", "data")
+        task = {"task": name, "path": job.config.tasks[name].get("path")}
+        shape = {"items": evaluation["items"]}  # .items is the method
+        inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
+    return inputs
 
 
-def _input(config: DictConfig, result: Mapping[str, Any], stage: str, name: str) -> str:
-    """The key of an input of a stage's artifact, from its manifest in the store."""
-    folder = Path(config.store.path) / stage.partition(" ")[0] / result["keys"][stage]
-    return str(manifest.read(folder)["inputs"][name])
+def _read(job: RunFolder, stage: str, name: str) -> str:
+    """The key of an input of a stage's artifact."""
+    return str(manifest.read(job.artifact(stage))["inputs"][name])
 
 
-def _corpus(
-    config: DictConfig, name: str, context: Purpose, digest: str, shape: Mapping[str, int]
-) -> Text:
-    corpus: Any = entry("corpus", name, instantiate(config.corpus[name], _convert_="all"))
-    origin = corpus.origin(context)
-    if isinstance(origin, PackageFile):
-        return Text(name, digest, context, "package", asdict(origin), shape)
-    if isinstance(origin, HubText):
-        return Text(name, digest, context, "hub", asdict(origin), shape)
-    return Text(name, digest, context, "local", {"uri": str(origin)}, shape)
+def dataset(
+    name: str,
+    context: str,
+    digest: str,
+    kind: str,
+    source: Mapping[str, Any],
+    profile: Mapping[str, Any],
+) -> DatasetInput:
+    """A data set that a run has read: `context` says what for, `digest` which content."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    texts = json.dumps(dict(source)), None, json.dumps(dict(profile))
+    return DatasetInput(
+        Dataset(name, digest[:DIGEST], kind, *texts), [InputTag("mlflow.data.context", context)]
+    )
 
 
-def _pictures(
-    job: Path, config: DictConfig, result: Mapping[str, Any], sites: pd.DataFrame
-) -> list[Path]:
-    """Draws the pictures of a job into its folder."""
-    if "fitting" not in result["keys"]:
-        return []
-    coding: Coding = instantiate(config.coding, _convert_="all")
-    densities, neurons = (artifact(config, result, stage) for stage in ("distribution", "fitting"))
-    drawn = pictures.draw(result["label"], coding, sites, densities, neurons)
-    (job / "figures").mkdir(exist_ok=True)
-    paths = [job / "figures" / f"{name}.png" for name in drawn]
-    with rc_context(STYLE):
-        for path, figure in zip(paths, drawn.values(), strict=True):
-            figure.savefig(path)
-    return paths
-
-
-def _distinct(values: Iterable[Any]) -> str:
-    return ", ".join(dict.fromkeys(str(value) for value in values))
-
-
-def _cut(table: str) -> str:
-    """As many lines of a table as a description can hold."""
-    if len(table) <= NOTE:
-        return table
-    whole_lines = table[:NOTE].rpartition("\n")[0]
-    return f"{whole_lines}\n\nThe whole table is among the artifacts."
+def _cut(text: str) -> str:
+    """As many lines of a text as a description can hold."""
+    if len(text) <= NOTE:
+        return text
+    return f"{text[:NOTE].rpartition(chr(10))[0]}\n\nThe whole table is among the artifacts."

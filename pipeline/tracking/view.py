@@ -2,7 +2,7 @@
 
 MLflow keeps the state of a shared view in a tag of the experiment and opens it by
 `/#/experiments/ID/runs?viewStateShareKey=energy-MODEL`; `energy` alone is that of the model logged
-last. A chart has neither a logarithmic axis nor a filter of its own, so that it draws the logarithm
+last. A chart has neither a logarithmic axis nor a filter, so that it draws the logarithm
 of the perplexity, and each model has its view.
 """
 
@@ -45,7 +45,7 @@ def _state(model: str, measures: Iterable[str]) -> dict[str, Any]:
         "runsHiddenMode": "SHOWALL",
         "selectedColumns": [f"metrics.`{name}`" for name in ("energy_J", *measures)],
         "compareRunSections": [section | {"display": True, "isReordered": False}],
-        "isAccordionReordered": True,  # else MLflow sorts the sections and puts its own charts first
+        "isAccordionReordered": True,  # else MLflow puts the charts that it makes first
         "compareRunCharts": [_scatter(name) for name in measures],
     }
 

@@ -1,6 +1,5 @@
 """Memory of a conversion from dimensions: against published sizes, and what is really allocated."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,12 @@ LLAMA2_70B = {
 }
 
 
-def test_llama2_70b_is_planned_in_seconds_without_a_weight():
-    start = time.monotonic()
+def test_llama2_70b_is_planned_without_a_weight():
     model = meta_model(LLAMA2_70B)
     sites = find_sites(model)
     frame = site_plan(model, sites, 7, torch.bfloat16, 8192)
     sizes = resident(model, torch.bfloat16)
-    assert time.monotonic() - start < 30  # about 2 on an idle core
+    assert all(weight.is_meta for weight in model.state_dict().values())
     assert sizes.weights == 2 * 68_976_648_192  # of the model card: 69 billion parameters
     layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
     assert (sizes.layer, sizes.outside) == (2 * layer, 2 * (2 * 32000 * 8192 + 8192))

@@ -295,9 +295,10 @@ def test_the_commands_of_the_readme_are_read():
 
 
 @pytest.mark.parametrize(
-    "module", ["tables", "report", "store", "tracking", "generate", "energy", "sites"]
+    "module",
+    ["commands.report", "store.store", "commands.generate", "commands.energy", "commands.sites"],
 )
 def test_a_module_that_is_no_command_says_so(module: str, recwarn: object) -> None:
-    """`python -m pipeline.tables.tables` would import it, do nothing and end with status 0."""
+    """`python -m pipeline.commands.report` would import it, do nothing and end with status 0."""
     with pytest.raises(SystemExit, match="nothing was done: the command is `python -m pipeline "):
         runpy.run_module(f"pipeline.{module}", run_name="__main__")

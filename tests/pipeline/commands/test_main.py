@@ -192,7 +192,7 @@ def test_a_figure_that_fails_costs_neither_the_table_nor_goes_unsaid(
     def broken(*args: object) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr("pipeline.figures.sweep.draw", broken)
+    monkeypatch.setattr("pipeline.commands.sweep.draw", broken)
     done = command(folder, "-m", "experiment=null", "coding=las,gated")
     assert done.code == 1 and done.err.splitlines() == ["failed: figures: ValueError: no ink"]
     assert len(pd.read_csv(done.table)) == 2

@@ -40,7 +40,8 @@ class Page(HTMLParser):
         super().__init__()
         self.figure, self.cell, self.words = "", False, ""
         self.tables: dict[str, list[list[str]]] = {}
-        self.bold: set[str] = set()
+        style = "".join(re.findall(r"([^}]*){\s*font-weight: bold;\s*}", text))
+        self.strong, self.bold = set(re.findall(r"#([\w-]+)", style)), set[str]()
         self.links: list[str] = []
         self.tags: list[str] = []
         self.feed(text)
@@ -54,7 +55,7 @@ class Page(HTMLParser):
         if tag == "tr":
             self.tables.setdefault(self.figure, []).append([])
         if tag in ("td", "th"):
-            self.cell = True
+            self.cell, self.id = True, found.get("id")
             self.tables[self.figure][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
@@ -65,7 +66,7 @@ class Page(HTMLParser):
         self.words += data
         if self.cell:
             self.tables[self.figure][-1][-1] += data
-            if self.tags[-1] == "strong":
+            if self.id in self.strong:
                 self.bold.add(data)
 
 

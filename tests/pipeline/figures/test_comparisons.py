@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from pipeline.figures import comparisons, figures, levels
+from pipeline.figures import comparisons, levels, style
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 
@@ -83,7 +83,7 @@ def test_perplexity_by_steps_is_the_excess_over_dense_in_percent_in_order():
     assert axes.get_title() == "dense 20" and axes.get_yscale() == "symlog"
     assert "las 1" in figure._supxlabel.get_text() and "ttfs" not in figure._supxlabel.get_text()
     assert legends(figure) == ["las", "ttfs (T=128)", "bound"]
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
+    assert png(figure).shape[1] == style.WIDTH * figure.dpi
 
 
 def test_without_a_dense_run_perplexity_itself_is_drawn():
@@ -282,7 +282,7 @@ def test_level_densities_have_a_column_a_site_and_a_curve_a_coding():
         for place, line in enumerate(axes.get_lines()[2:]):
             np.testing.assert_allclose(line.get_ydata(), 0.1 * (row + place + 1))
             assert line.get_color() == COLOURS[place]
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
+    assert png(figure).shape[1] == style.WIDTH * figure.dpi
 
 
 @pytest.mark.parametrize("decades", [2, 5])

@@ -17,16 +17,16 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from pipeline.figures import comparisons, figures
+from pipeline.figures import comparisons, sites, style
 
 LAYERS = 4
 ROOT = Path(__file__).parents[3]
 
 
-def sites() -> pd.DataFrame:
+def every_site() -> pd.DataFrame:
     """Every role of a few layers and the head, all with numbers of their own."""
     rows = []
-    for number, role in enumerate(figures.ROLES):
+    for number, role in enumerate(style.ROLES):
         for layer in [-1] if role == "head.in" else range(LAYERS):
             values = 1000 * (layer + 2)
             spikes = values * (0.5 + 0.1 * number)
@@ -38,14 +38,14 @@ def sites() -> pd.DataFrame:
 
 @pytest.fixture
 def per_site() -> pd.DataFrame:
-    return sites()
+    return every_site()
 
 
-def role_density() -> figures.RoleDensity:
+def role_density() -> sites.RoleDensity:
     """Give an exponential density on a grid that starts at zero, with a hole in its tail."""
     x = np.concatenate([[0.0], np.geomspace(1e-6, 20, 400)])
     density = np.where((x > 12) & (x < 13), 0, np.exp(-x))
-    return figures.RoleDensity(x, density, np.exp(-x / 3) / 3, np.arange(64) / 4)
+    return sites.RoleDensity(x, density, np.exp(-x / 3) / 3, np.arange(64) / 4)
 
 
 def png(figure) -> np.ndarray:
@@ -66,7 +66,7 @@ def cells(axes) -> dict[tuple[str, int], float]:
         for (row, column), value in np.ndenumerate(values.filled(np.nan)):
             box = corners[row : row + 2, column : column + 2].reshape(4, 2)
             role, x = names[box[:, 1].mean()], box[:, 0].mean()
-            found[role, -1 if role == figures.HEAD else round(x)] = float(value)
+            found[role, -1 if role == sites.HEAD else round(x)] = float(value)
     return found
 
 
@@ -77,8 +77,8 @@ def holes(axes) -> int:
 @pytest.mark.parametrize(
     ("draw", "column"),
     [
-        (figures.error_per_layer, "nmse"),
-        (figures.spike_rate_per_layer, "spikes_per_value"),
+        (sites.error_per_layer, "nmse"),
+        (sites.spike_rate_per_layer, "spikes_per_value"),
     ],
 )
 def test_a_heat_map_has_every_site_and_the_head_as_a_cell_of_its_own(per_site, draw, column):
@@ -102,22 +102,22 @@ def test_several_sites_of_a_layer_are_one_cell():
             "nmse": [1e-4, 1e-2],
         }
     )
-    error = cells(figures.error_per_layer({"a": experts}).axes[0])
-    rate = cells(figures.spike_rate_per_layer({"a": experts}).axes[0])
+    error = cells(sites.error_per_layer({"a": experts}).axes[0])
+    rate = cells(sites.spike_rate_per_layer({"a": experts}).axes[0])
     assert error["mlp.down", 0] == pytest.approx(1e-3)
     assert rate["mlp.down", 0] == pytest.approx(700 / 400)
 
 
 def test_cells_without_a_value_are_hatched_and_said(per_site):
     lost = (per_site["role"] == "mlp.up") | (per_site["site"].isin(["1.attn.q", "-1.head.in"]))
-    figure = figures.error_per_layer({"a": per_site[~lost]})
+    figure = sites.error_per_layer({"a": per_site[~lost]})
     axes = figure.axes[0]
     assert holes(axes) == LAYERS + 1 + 1
     shown = cells(axes)
     empty = {place for place, value in shown.items() if np.isnan(value)}
     assert empty == {("attn.q", 1), ("head.in", -1), *(("mlp.up", i) for i in range(LAYERS))}
     assert figure._supxlabel.get_text() == "layer\nhatched: no value"  # below the label
-    whole = figures.error_per_layer({"a": per_site})
+    whole = sites.error_per_layer({"a": per_site})
     assert "hatched" not in whole._supxlabel.get_text()
     # A hatched cell is what is seen there: white with lines, no colour.
     pixels = png(figure)
@@ -130,7 +130,7 @@ def test_cells_without_a_value_are_hatched_and_said(per_site):
 
 def test_a_colour_means_the_same_in_every_panel(per_site):
     worse = per_site.assign(nmse=per_site["nmse"] * 1e3)
-    figure = figures.error_per_layer({"better": per_site, "worse": worse})
+    figure = sites.error_per_layer({"better": per_site, "worse": worse})
     better, other, bar = figure.axes
     assert [axes.get_title() for axes in (better, other)] == ["better", "worse"]
     scales = {(m.norm.vmin, m.norm.vmax) for axes in (better, other) for m in axes.collections}
@@ -139,10 +139,10 @@ def test_a_colour_means_the_same_in_every_panel(per_site):
 
 
 def test_a_page_has_room_for_as_many_maps_as_a_sweep_draws(per_site):
-    from pipeline.figures.sweep import MAPS
+    from pipeline.commands.sweep import MAPS
 
     runs = {f"signed_digit{i} T=6": per_site for i in range(MAPS)}
-    figure = figures.error_per_layer(runs)
+    figure = sites.error_per_layer(runs)
     assert figure.get_figheight() < 9  # inches, the height of a page of ICLR and NeurIPS
     png(figure)
     boxes = [axes.title.get_window_extent() for axes in figure.axes[:MAPS]]
@@ -158,7 +158,7 @@ def test_a_page_has_room_for_as_many_maps_as_a_sweep_draws(per_site):
 @pytest.mark.parametrize("nmse", [None, float("nan")])
 def test_an_undefined_error_is_said_not_drawn(per_site, nmse):
     bare = per_site.assign(nmse=pd.Series(nmse, per_site.index, float))
-    figure = figures.error_per_layer({"a": bare})
+    figure = sites.error_per_layer({"a": bare})
     assert np.isnan(list(cells(figure.axes[0]).values())).all()
     assert holes(figure.axes[0]) == len(per_site) and len(figure.axes) == 1
     png(figure)
@@ -166,7 +166,7 @@ def test_an_undefined_error_is_said_not_drawn(per_site, nmse):
 
 def written(folder: Path) -> dict[str, list[Path]]:
     """One figure of each kind as files."""
-    per_site = sites()
+    per_site = every_site()
     results = [
         {"model": "tiny", "coding": name, "label": f"{name} T={steps}", "timesteps": steps}
         | {"grains": 1, "bits": steps, "ppl_a": 20 + steps, "energy_J": steps}
@@ -175,20 +175,20 @@ def written(folder: Path) -> dict[str, list[Path]]:
     ]
     frame = comparisons.comparison_frame(results)
     drawn = {
-        "error": figures.error_per_layer({"a": per_site[per_site["role"] != "mlp.up"]}),
-        "density": figures.density_with_levels({"attn.in": role_density()}),
+        "error": sites.error_per_layer({"a": per_site[per_site["role"] != "mlp.up"]}),
+        "density": sites.density_with_levels({"attn.in": role_density()}),
         "bits": comparisons.perplexity_by(frame, "bits"),
         "energy": comparisons.perplexity_by_energy(frame),
     }
     for figure in drawn.values():
         for text in figure.findobj(Text):
             assert text.get_fontsize() >= 7 or not text.get_text()
-    return {name: figures.save(figure, folder / name) for name, figure in drawn.items()}
+    return {name: style.save(figure, folder / name) for name, figure in drawn.items()}
 
 
 def test_embedding_fonts_says_nothing_in_the_log_of_a_run(per_site, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        figures.save(figures.error_per_layer({"run": per_site}), tmp_path / "x")
+        style.save(sites.error_per_layer({"run": per_site}), tmp_path / "x")
     assert not caplog.records
 
 
@@ -219,7 +219,7 @@ def test_the_same_frame_gives_the_same_bytes_in_another_process(tmp_path):
 
 def test_density_panel_shows_both_densities_and_every_level_but_zero():
     density = role_density()
-    axes = figures.density_with_levels({"attn.in": density}).axes[0]
+    axes = sites.density_with_levels({"attn.in": density}).axes[0]
     p, best = axes.get_lines()
     np.testing.assert_allclose(p.get_ydata(), np.exp(-p.get_xdata()))
     np.testing.assert_allclose(best.get_ydata(), np.exp(-best.get_xdata() / 3) / 3)
@@ -229,34 +229,34 @@ def test_density_panel_shows_both_densities_and_every_level_but_zero():
     assert axes.get_xlim()[0] < min(ticks) and axes.get_xlim()[1] > max(ticks)
 
 
-@pytest.mark.parametrize("count", [1, 3, len(figures.ROLES)])
+@pytest.mark.parametrize("count", [1, 3, len(style.ROLES)])
 def test_density_has_a_panel_per_role_and_none_that_is_empty(count):
-    roles = {role: role_density() for role in list(figures.ROLES)[:count]}
-    figure = figures.density_with_levels(dict(reversed(roles.items())))
+    roles = {role: role_density() for role in list(style.ROLES)[:count]}
+    figure = sites.density_with_levels(dict(reversed(roles.items())))
     assert [axes.get_title() for axes in figure.axes] == list(roles)
     assert all(axes.axison and axes.has_data() for axes in figure.axes)
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert len(labels) == 3 and "optimal" in labels[1]
-    assert png(figure).shape[1] == figures.WIDTH * figure.dpi
+    assert png(figure).shape[1] == style.WIDTH * figure.dpi
     top = max(axes.title.get_window_extent().y1 for axes in figure.axes)
     assert legend.get_window_extent().y0 >= top - 1
 
 
 @pytest.mark.parametrize("count", [1, 5, 9])
 def test_maps_leave_no_empty_panel_and_number_the_layers_under_every_column(per_site, count):
-    figure = figures.error_per_layer({f"run {i}": per_site for i in range(count)})
+    figure = sites.error_per_layer({f"run {i}": per_site for i in range(count)})
     maps = figure.axes[:-1]  # the last is the bar of colours
     assert len(maps) == count and all(axes.has_data() for axes in figure.axes)
     png(figure)
     below = [axes for axes in maps if any(t.get_visible() for t in axes.get_xticklabels())]
-    assert below == maps[-min(count, figures.MAPS_A_ROW) :]
+    assert below == maps[-min(count, sites.MAPS_A_ROW) :]
 
 
 def test_a_neuron_without_levels_still_has_its_density():
     bare = role_density()
-    bare = figures.RoleDensity(bare.x, bare.density, bare.optimal, np.zeros(1))
-    figure = figures.density_with_levels({"attn.in": bare})
+    bare = sites.RoleDensity(bare.x, bare.density, bare.optimal, np.zeros(1))
+    figure = sites.density_with_levels({"attn.in": bare})
     assert len(figure.axes[0].get_lines()) == 2
     assert [
         text.get_text() for text in figure.legends[0].get_texts() if "levels" in text.get_text()
@@ -264,6 +264,6 @@ def test_a_neuron_without_levels_still_has_its_density():
 
 
 def test_no_figure_is_left_with_pyplot(per_site):
-    figures.spike_rate_per_layer({"a": per_site})
+    sites.spike_rate_per_layer({"a": per_site})
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()

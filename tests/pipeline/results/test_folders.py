@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.results import folders
+from pipeline.results.folders import RunFolder
 from tests.pipeline.conftest import Finished
 
 LAS = ("coding=las", "timesteps=4")
@@ -48,9 +48,9 @@ def test_a_sweep_is_its_own_jobs_at_any_depth_of_a_folder_that_was_used_before(c
     assert list(rows["coding"]) == ["las", "rate"] and second.table != first.table
     third = command(folder, *LAS, "hydra.mode=MULTIRUN", "hydra.sweep.dir=swept")
     assert third.code == 0 and list(pd.read_csv(third.table)["coding"]) == ["las"]
-    assert [job.name for job in folders.jobs(folder / "swept")] == ["0"]
-    assert folders.sweep(folder / "swept/0") == folder / "swept"
-    assert folders.sweep(folder / "swept/a/0") is None  # of the sweep before
+    assert [job.path.name for job in RunFolder(folder / "swept").jobs] == ["0"]
+    assert RunFolder(folder / "swept/0").sweep == RunFolder(folder / "swept")
+    assert RunFolder(folder / "swept/a/0").sweep is None  # of the sweep before
 
 
 @pytest.mark.parametrize("place", ["file/store", "/proc/store"])

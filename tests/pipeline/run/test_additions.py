@@ -7,6 +7,7 @@ from contextlib import chdir
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pipeline.results.folders import RunFolder
 from pipeline.run.additions import opened
 from pipeline.run.jobs import jobs
 from pipeline.tracking.entries import job_entry
@@ -75,7 +76,8 @@ def test_a_run_on_a_text_and_a_task_of_ones_own_has_their_names(command, tiny_ru
     assert result["ppl_mine"] == result["ppl_wikipedia"] and "ppl_mine" in done.out
     assert result["acc_own"] == result["acc_piqa"]
     with chdir(tmp_path):
-        texts = {(text.name, text.context) for text in job_entry(done.runs / "0").data}
+        read = job_entry(RunFolder(done.runs / "0"), ()).inputs
+        texts = {(each.dataset.name, each.tags[0].value) for each in read}
     assert {("mine", "evaluation"), ("own", "evaluation")} <= texts
     planned = command(tmp_path, *asked, "runtime.plan=true")
     assert planned.code == 0 and " 0 artifacts to build" in planned.out, planned.out + planned.err

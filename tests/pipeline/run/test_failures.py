@@ -15,6 +15,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from pipeline.commands import launch
+from pipeline.results.folders import RunFolder
 from pipeline.run import failures, inputs, runner
 from stages import evaluation
 from stages.errors import InputError
@@ -163,5 +164,5 @@ def test_a_launcher_without_its_plug_in_names_what_to_install():
 def test_the_list_is_in_the_order_of_the_jobs(tmp_path: Path):
     for number in (10, 2):
         (tmp_path / f"{number}/.hydra").mkdir(parents=True)
-        failures.record(tmp_path / str(number), [f"job={number}"], "why", True)
-    assert [f["overrides"] for f in failures.listed(tmp_path)] == [["job=2"], ["job=10"]]
+        RunFolder(tmp_path / str(number)).fail([f"job={number}"], "why")
+    assert [f["overrides"] for f in RunFolder(tmp_path).failures] == [["job=2"], ["job=10"]]

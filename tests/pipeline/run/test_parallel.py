@@ -25,7 +25,7 @@ PRELOADED = (
     *(
         "pipeline.commands.launch",
         "pipeline.run.runner",
-        "pipeline.figures.sweep",
+        "pipeline.commands.sweep",
         "pipeline.tracking.tracked",
         "pyarrow.parquet",
     ),

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 from pipeline.tables import layouts
 from tests.pipeline.conftest import CONF
-from tests.pipeline.tables.test_paper_tables import TABLES, loaded, made
+from tests.pipeline.tables.papers import TABLES, loaded, made
 
 
 def test_a_mean_of_independent_tasks_has_their_errors_in_quadrature():

@@ -1,116 +1,27 @@
-"""Tables of a paper: from the store alone, with every number where the runs have it."""
+"""Tables of a paper: every number stands where the runs have it, the best is bold."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pandas as pd
 import pytest
-from hydra.utils import instantiate
 
-from pipeline.commands.cli import main
-from pipeline.results import lookup, published
-from pipeline.results.lookup import Row
-from pipeline.run import inputs, runner
-from pipeline.run.jobs import jobs
+from pipeline.results import published
+from pipeline.run import inputs
 from pipeline.tables import layouts, paper, sheet
 from stages.errors import InputError
-from tests.pipeline.conftest import REPOSITORY, Finished, Tiny, main_in
+from tests.pipeline.tables.papers import (
+    AXES,
+    TABLES,
+    by_name,
+    forbidden,
+    layout,
+    shown,
+)
 from tests.pipeline.tables.test_latex import check_latex, compile_latex
-
-VARIANTS = ("dense", "las", "multigrain2", "gated2", "gated3", "ttfs")
-AXES = ("transform=none", "timesteps=4,5", f"variant={','.join(VARIANTS)}")
-TABLES = paper.names("table")
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A store that a sweep has filled, what its runs measured, and the overrides that name it."""
-
-    folder: Path
-    results: list[dict[str, Any]]
-    overrides: list[str]
-
-    def table(self, *arguments: str) -> Finished:
-        """`python -m pipeline table` in this process."""
-        return made(self.folder, *arguments, *self.overrides)
-
-    def read(self, name: str, kind: str = "csv") -> Any:
-        """The table of that name that was written last."""
-        written = (self.folder / "outputs/tables/paper").glob(f"{name}*.{kind}")
-        path = max(written, key=lambda file: file.stat().st_mtime_ns)
-        return pd.read_csv(path) if kind == "csv" else path.read_text(encoding="utf-8")
-
-    def rows(self, *more: str) -> list[Row]:
-        with chdir(self.folder):
-            chosen = ["experiment=codings", "transform=none", *self.overrides, *more]
-            return lookup.rows(chosen)
-
-
-def made(folder: Path, *arguments: str) -> Finished:
-    out, err = io.StringIO(), io.StringIO()
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        code = main(["table", *arguments])
-    return Finished(code, out.getvalue(), err.getvalue(), folder)
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, command: Callable[..., Finished], tiny_run: Tiny) -> Swept:
-    """Two corpora and a task, six codings at two T; the folder of the runs is gone."""
-    folder = tmp_path_factory.mktemp("paper")
-    words = (tiny_run.folder / "calibration.jsonl").read_text()[::-1]
-    text = [{"text": part} for part in re.findall("[a-j ]{60,}", words)]
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
-    more = [
-        "evaluation.corpora=[wikipedia,wikitext2]",
-        f"corpus.wikitext2.path={folder}/other.jsonl",
-        "evaluation.tasks=[piqa]",
-    ]
-    done = command(folder, "experiment=codings", *AXES, *more)
-    assert done.code == 0, done.err
-    results = done.results
-    shutil.rmtree(folder / "outputs/runs")
-    return Swept(folder, results, [*tiny_run.overrides, *more])
-
-
-@pytest.fixture(scope="module")
-def rows(swept: Swept) -> list[Row]:
-    return swept.rows(*AXES[1:])
-
-
-def layout(name: str) -> Callable[..., sheet.Sheet]:
-    return instantiate(loaded(name).layout)
-
-
-def loaded(name: str) -> Any:
-    return paper.loaded("table", name, [])
-
-
-def shown(markdown: str) -> list[dict[str, str]]:
-    lines = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
-
-
-def forbidden(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("a table loads no model and builds nothing")
-
-
-def by_name(results: list[dict[str, Any]]) -> dict[tuple[str, Any], dict[str, Any]]:
-    return {(r["label"].split()[0], r["timesteps"]): r for r in results}
 
 
 def test_main_has_what_the_runs_measured(swept, monkeypatch):
@@ -263,104 +174,6 @@ def test_codings_shows_what_was_measured(swept):
     assert float(texts["nmse"]) == pytest.approx(measured["nmse"], rel=0.05)
     assert float(texts["saving [%]"]) == pytest.approx(100 * measured["saving"], abs=0.05)
     assert texts["bits"] == f"{5 + math.log2(3):.3g}" and texts["n"] == "3"
-
-
-def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
-    arguments = ("table=main", "experiment=codings", "transform=none", "variant=dense,las")
-    done = swept.table(*arguments, "timesteps=4,7")
-    assert done.code == 1 and done.err.startswith("error: 1 of 4 rows are not in outputs/store")
-    assert done.err.count("\n") == 3
-    assert "las T=7 n=1 lacks fitting, patching, evaluation ppl_wikipedia," in done.err
-    (line,) = re.findall(r"^ +(python -m pipeline .*)$", done.err, re.MULTILINE)
-    (fill,) = re.findall(r": (python -m pipeline table .*)$", done.err, re.MULTILINE)
-    tables = swept.folder.glob("outputs/tables/paper/main*.md")
-    assert not [path for path in tables if "| 7 |" in path.read_text()]
-    filled = main_in(swept.folder, shlex.split(line)[3:])
-    assert filled.code == 0, filled.err
-    monkeypatch.setattr(runner, "execute", forbidden)
-    again = made(swept.folder, *shlex.split(fill)[4:])  # nothing is left to fill
-    assert again.code == 0, again.err
-    (row,) = [r for r in shown(swept.read("main", "md")) if r["T"] == "7"]
-    (result,) = filled.results
-    mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2
-    assert row["method"] == "LAS" and row["mean perplexity"] == f"{mean:.2f}"
-
-
-def test_fill_runs_what_is_missing_and_lists_what_failed(swept, monkeypatch):
-    execute, ran = runner.execute, []
-
-    def counted(settings: Any, command: str) -> Any:
-        ran.append(settings.name)
-        if settings.timesteps == 9:
-            raise InputError("no T of nine here")
-        return execute(settings, command)
-
-    monkeypatch.setattr(runner, "execute", counted)
-    arguments = (
-        "table=main",
-        "experiment=codings",
-        "transform=none",
-        "variant=las",
-        "table.fill=true",
-    )
-    done = swept.table(*arguments, "timesteps=4,9,8")
-    assert done.code == 1 and "1 of 2 jobs failed" in done.err
-    assert "timesteps=9" in done.err and done.err.rstrip().endswith("no T of nine here")
-    assert ran == ["las T=9 n=1", "las T=8 n=1"]
-    assert swept.table(*arguments, "timesteps=4,8").code == 0  # the failed job stopped nothing
-    assert list(swept.read("main")["timesteps"]) == [4, 8] and len(ran) == 2
-
-
-def test_the_same_store_gives_the_same_bytes(swept, tmp_path):
-    arguments = ["table=main", "experiment=codings", *AXES[:2], "variant=dense,las,gated3"]
-    assert swept.table(*arguments, f"table.folder={tmp_path}/a").code == 0
-    assert swept.table(*arguments, f"table.folder={tmp_path}/b").code == 0
-    command = [sys.executable, "-m", "pipeline", "table", *arguments, f"table.folder={tmp_path}/c"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "1"}
-    done = subprocess.run(
-        [*command, *swept.overrides],
-        cwd=swept.folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for kind in ("md", "csv", "tex"):
-        texts = {path.read_bytes() for path in tmp_path.glob(f"[abc]/main_codings_*.{kind}")}
-        assert len([*tmp_path.glob(f"[abc]/*.{kind}")]) == 3
-        assert len(texts) == 1 and b"\r" not in texts.pop()
-
-
-def test_the_sidecar_tells_where_every_number_comes_from(swept, rows):
-    asked = paper.request(["table=codings", *AXES, *swept.overrides])
-    told, measured = json.loads(json.dumps(paper.record(asked, rows))), by_name(swept.results)
-    store = swept.folder / "outputs/store"
-    assert len(told["rows"]) == 10
-    for row in told["rows"]:
-        assert row["keys"] == measured[row["name"].split()[0], row["timesteps"]]["keys"]
-        for key in row["keys"].values():
-            entry = told["artifacts"][key]
-            manifest = json.loads((store / entry["stage"] / key / "manifest.json").read_text())
-            assert (entry["seconds"], entry["git"]) == (manifest["seconds"], manifest["git"])
-            assert told["environments"][entry["environment"]]["versions"] == manifest["versions"]
-    (job,) = jobs(shlex.split(told["rows"][3]["command"])[3:-1])
-    assert job.settings.name == told["rows"][3]["name"]
-    assert told["revisions"] and set(told["tree"]) == {"revision", "dirty"}
-
-
-def test_the_hash_of_the_spec_changes_with_what_is_shown_only(swept, rows):
-    def spec(rows: list[Row], *arguments: str) -> str:
-        return paper.spec(paper.request(["table=main", *arguments]), rows)
-
-    first, las = spec(rows), ("timesteps=5", "variant=las")
-    moved = swept.rows(
-        f"store.path={swept.folder}/outputs/../outputs/store", "runtime.batch=2", *las
-    )
-    (same,) = [row for row in rows if row.result["label"] == "las T=5 n=1"]
-    assert spec(moved) == spec([same])
-    assert spec(rows, "table.folder=elsewhere", "table.fill=true") == first
-    assert len({first, spec(rows[1:]), spec(rows, "+table.layout.names.phase=PHASE")}) == 3
 
 
 def test_published_rows_stand_below_and_never_compete(swept, rows, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.results import rows
+from pipeline.results.folders import RunFolder
 from pipeline.tables import tables
 from stages.errors import InputError
 from tests.pipeline.tables.test_latex import check_latex, compile_latex
@@ -185,13 +186,16 @@ def test_a_tex_engine_takes_the_table(frame, tmp_path):
 def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
     for number in (10, 2, 0):
         folder = tmp_path / "sweep" / str(number)
-        folder.mkdir(parents=True)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/config.yaml").write_text(
+            "{table: {columns: null, wide: false}, energy: {}}"
+        )
         costs = {name: LAS[name] for name in rows.COSTS}
         energies = dict.fromkeys(("paper", "decode", "paper_decode"), costs)
         result = LAS | energies | {"coding": f"job{number}", "label": "las T=6"}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     (tmp_path / "sweep" / "1").mkdir()  # a job that failed
-    frame = tables.sweep_table(tmp_path / "sweep", "quickstart", tmp_path / "tables")
+    frame = tables.sweep_table(RunFolder(tmp_path / "sweep"), "quickstart", tmp_path / "tables")
     assert list(frame["coding"]) == ["job0", "job2", "job10"]
     printed = capsys.readouterr().out
     assert printed.index("job0") < printed.index("job2") < printed.index("job10")
@@ -202,7 +206,7 @@ def test_sweep_rows_follow_the_job_numbers(tmp_path, capsys):
 
 def test_a_sweep_without_results_says_so(tmp_path):
     with pytest.raises(InputError, match=r"no job below .* result\.json"):
-        tables.sweep_table(tmp_path, "quickstart", tmp_path / "tables")
+        tables.sweep_table(RunFolder(tmp_path), "quickstart", tmp_path / "tables")
 
 
 def test_energy_stands_in_both_conventions_and_phases() -> None:

@@ -6,9 +6,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.tracking import tracking
-from pipeline.tracking.entry import Entry
-from pipeline.tracking.tracking import TrackingSpec
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking import database
+from pipeline.tracking.database import Entry
 
 RESULT = {
     "model": "tiny",
@@ -24,7 +24,7 @@ RESULT = {
 AXES = {"coding": "gated", "grains": 2, "timesteps": 6, "seed": 0, "sites": ["attn.in", "mlp.in"]}
 
 
-def database(folder: Path, experiment: str) -> TrackingSpec:
+def local(folder: Path, experiment: str) -> TrackingSpec:
     uri = f"sqlite:///{folder}/mlflow/mlflow.db"
     return TrackingSpec(uri, experiment, str(folder / "mlflow" / "artifacts"))
 
@@ -37,18 +37,18 @@ def shared_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def spec(shared_folder, request) -> TrackingSpec:
     """Give each test its experiment in one database, for a new database takes seconds."""
-    return database(shared_folder, request.node.name)
+    return local(shared_folder, request.node.name)
 
 
 @pytest.fixture
 def cold(tmp_path) -> TrackingSpec:
-    return database(tmp_path, "test")
+    return local(tmp_path, "test")
 
 
 @pytest.fixture(autouse=True)
 def nothing_lost(monkeypatch):
     """What a process remembers of servers that failed is not for the next test."""
-    monkeypatch.setattr(tracking, "_lost", set())
+    monkeypatch.setattr(database, "_lost", set())
 
 
 def entry(name: str = "run", **changes) -> Entry:
@@ -58,7 +58,7 @@ def entry(name: str = "run", **changes) -> Entry:
         "ended": 1_700_000_007.0,
         "params": AXES,
         "result": RESULT,
-        "documents": {"config.yaml": "coding: gated\n"},
+        "artifacts": {"config.yaml": "coding: gated\n"},
     }
     return Entry(name, **(values | changes))
 
@@ -66,12 +66,11 @@ def entry(name: str = "run", **changes) -> Entry:
 def log_run(
     spec: TrackingSpec, name: str = "run", parent: str | None = None, **changes
 ) -> str | None:
-    def send(db, what):
-        run_id = tracking.create(db, what, parent)
-        tracking.complete(db, run_id, what)
-        return run_id
+    def send(db):
+        made = entry(name, **changes)
+        return db.complete(db.create(made, parent), made)
 
-    return tracking.attempt(spec, f"run {name}", lambda: entry(name, **changes), send)
+    return database.attempt(spec, f"run {name}", send)
 
 
 def fetch(spec: TrackingSpec, run_id: str | None) -> Run:

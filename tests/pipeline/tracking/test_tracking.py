@@ -11,9 +11,9 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking import tracking
-from pipeline.tracking.entry import Text
-from pipeline.tracking.tracking import TrackingSpec
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking import database
+from pipeline.tracking.entries import dataset
 from tests.pipeline.tracking.databases import (
     AXES,
     cold,
@@ -52,15 +52,17 @@ def test_a_run_has_the_times_of_its_computation_not_of_its_logging(spec):
 
 def views(spec: TrackingSpec) -> dict[str, dict]:
     """The experiment's shared views by what the dashboard's address calls them."""
-    db = tracking.connect(spec)
+    db = database.connect(spec)
     start = "mlflow.sharedViewState."
-    return {k.removeprefix(start): json.loads(v) for k, v in db.tags.items() if start in k}
+    return {
+        k.removeprefix(start): json.loads(v) for k, v in db.experiment.tags.items() if start in k
+    }
 
 
 def shown(spec: TrackingSpec, key: str) -> set[str]:
     """The names of the runs that a view's search leaves."""
-    db = tracking.connect(spec)
-    runs = db.client.search_runs([db.experiment], views(spec)[key]["searchFilter"])
+    db = database.connect(spec)
+    runs = db.client.search_runs([db.experiment.experiment_id], views(spec)[key]["searchFilter"])
     return {str(run.info.run_name) for run in runs}
 
 
@@ -93,8 +95,8 @@ def test_a_job_that_was_computed_before_is_a_repeat(spec):
         start = 1_700_000_000.0 + 10 * ("failed", "first", "second", "third", "else").index(name)
         status = "FAILED" if name == "failed" else "FINISHED"
         log_run(spec, name, tags=computed, started=start, result={"nll_c4": 1}, status=status)
-    db = tracking.connect(spec)
-    runs = db.client.search_runs([db.experiment])
+    db = database.connect(spec)
+    runs = db.client.search_runs([db.experiment.experiment_id])
     kinds = {r.info.run_name: r.data.tags["kind"] for r in runs}
     assert kinds == {
         **dict.fromkeys(("first", "else", "failed"), "job"),
@@ -114,10 +116,10 @@ def test_more_params_and_tags_than_one_request_can_hold(spec):
 
 def test_texts_are_inputs_with_their_context_and_source(spec):
     texts = [
-        Text("c4", 40 * "a", "calibration", "hub", {"id": "allenai/c4"}, {"windows": 16}),
-        Text("wikipedia", "b", "evaluation", "local", {"uri": "text.jsonl"}, {"windows": 3}),
+        dataset("c4", "calibration", 40 * "a", "hub", {"id": "allenai/c4"}, {"windows": 16}),
+        dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"}, {"windows": 3}),
     ]
-    inputs = fetch(spec, log_run(spec, data=texts)).inputs.dataset_inputs
+    inputs = fetch(spec, log_run(spec, inputs=texts)).inputs.dataset_inputs
     seen = {(i.tags[0].value, i.dataset.name, i.dataset.digest, i.dataset.source) for i in inputs}
     assert seen == {
         ("calibration", "c4", 36 * "a", '{"id": "allenai/c4"}'),
@@ -126,7 +128,7 @@ def test_texts_are_inputs_with_their_context_and_source(spec):
 
 
 def test_a_data_set_that_another_process_creates_first_costs_nothing(spec, monkeypatch):
-    text = Text("wikipedia", "b", "evaluation", "local", {"uri": "text.jsonl"}, {"windows": 3})
+    text = dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"}, {"windows": 3})
     rival, log_inputs, refused = fetch(spec, log_run(spec)).info.run_id, MlflowClient.log_inputs, []
 
     def late(client, run_id, datasets):
@@ -137,7 +139,7 @@ def test_a_data_set_that_another_process_creates_first_costs_nothing(spec, monke
         log_inputs(client, run_id, datasets)
 
     monkeypatch.setattr(MlflowClient, "log_inputs", late)
-    run = fetch(spec, log_run(spec, name="second", data=[text], identity={"job": "second"}))
+    run = fetch(spec, log_run(spec, name="second", inputs=[text], identity={"job": "second"}))
     assert refused == [run.info.run_id] and run.info.status == "FINISHED"
     assert [i.dataset.digest for i in run.inputs.dataset_inputs] == ["b"]
 
@@ -155,7 +157,7 @@ def test_logging_a_run_again_leaves_one_of_it(spec, monkeypatch):
     experiment = client.get_experiment_by_name(spec.experiment).experiment_id
     (half,) = client.search_runs([experiment])
     assert half.info.status == "RUNNING"
-    tracking._lost.clear()
+    database._lost.clear()
     other = log_run(spec, "other")
     whole, again = log_run(spec), log_run(spec)
     assert {run.info.run_id for run in client.search_runs([experiment])} == {other, again}
@@ -174,8 +176,9 @@ def test_table_figures_and_config_come_back(spec, tmp_path):
     per_site = pd.DataFrame({"site": ["a:in", "b:in"], "layer": [0, -1], "nmse": [1e-4, None]})
     drawn = tmp_path / "drawn.png"
     drawn.write_bytes(b"\x89PNG")
-    files = {"figures": [drawn], "": [drawn]}
-    run_id = log_run(spec, tables={"per_site.json": per_site}, files=files)
+    texts = {"config.yaml": "coding: gated\n", "per_site.json": per_site.to_json(orient="split")}
+    files = {"figures/drawn.png": drawn, "drawn.png": drawn}
+    run_id = log_run(spec, artifacts=texts | files)
     client = MlflowClient(tracking_uri=spec.uri)
     logged = {file.path for file in client.list_artifacts(run_id, "figures")}
     assert logged == {"figures/drawn.png"}
@@ -192,13 +195,13 @@ def test_table_figures_and_config_come_back(spec, tmp_path):
 
 def test_jobs_hang_below_their_sweep(spec):
     sweep = entry("sweep", status="FAILED")
-    db = tracking.connect(spec)
-    parent = tracking.create(db, sweep)
+    db = database.connect(spec)
+    parent = db.create(sweep)
     assert fetch(spec, parent).info.status == "RUNNING"
     jobs = [log_run(spec, f"job{number}", parent) for number in range(2)]
-    tracking.complete(db, parent, sweep)
+    db.complete(parent, sweep)
     assert fetch(spec, parent).info.status == "FAILED"
-    children = db.client.search_runs([db.experiment], f"tags.mlflow.parentRunId = '{parent}'")
+    children = db.find({"mlflow.parentRunId": parent})
     assert {run.info.run_id for run in children} == set(jobs)
 
 
@@ -215,21 +218,15 @@ def test_disabled_tracking_touches_nothing(cold, tmp_path):
 
 JOB = """
 import sys
-from pipeline.tracking.entry import Entry
-from pipeline.tracking.tracking import TrackingSpec, attempt, complete, create
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking.database import Entry, attempt
 uri, artifacts, worker = sys.argv[1:]
-
-def send(db, entry):
-    run_id = create(db, entry)
-    complete(db, run_id, entry)
-    return run_id
-
 spec = TrackingSpec(uri, "test", artifacts)
 sys.stdin.readline()
 for number in range(3):
     name = f"{worker}.{number}"
-    entry = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, documents={"config.yaml": ""})
-    assert attempt(spec, name, lambda: entry, send)
+    entry = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, artifacts={"config.yaml": ""})
+    assert attempt(spec, name, lambda db: db.complete(db.create(entry), entry))
 """
 
 
@@ -261,7 +258,7 @@ def test_what_the_user_has_set_stands(spec, monkeypatch):
 
 
 def test_importing_does_not_load_mlflow():
-    code = "import sys, pipeline.tracking.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, pipeline.tracking.tracked; sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

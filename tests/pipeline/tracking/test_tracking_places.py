@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.commands.cli import main
-from pipeline.tracking import orphans, tracking
-from pipeline.tracking.tracking import TrackingSpec
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking import database
 from tests.pipeline.tracking.databases import (
     cold,
-    database,
     entry,
     fetch,
+    local,
     log_run,
     nothing_lost,
     shared_folder,
@@ -41,12 +40,12 @@ def artifacts(spec: TrackingSpec) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def logged(shared_folder, tmp_path_factory) -> Path:
     """A folder with a database, an experiment of one run and one of none; to be copied."""
-    tracking.connect(database(shared_folder, "any"))  # a new database takes seconds
+    database.connect(local(shared_folder, "any"))  # a new database takes seconds
     folder = tmp_path_factory.mktemp("logged")
     (folder / "mlflow").mkdir()
     shutil.copy(shared_folder / "mlflow/mlflow.db", folder / "mlflow")
-    spec = database(folder, "test")
-    assert log_run(spec, "early") and tracking.connect(replace(spec, experiment="empty"))
+    spec = local(folder, "test")
+    assert log_run(spec, "early") and database.connect(replace(spec, experiment="empty"))
     return folder
 
 
@@ -57,7 +56,7 @@ def test_artifacts_move_with_their_database(logged, tmp_path):
         shutil.copytree(logged if not names else tmp_path / names[-1], tmp_path / name)
         if names:
             shutil.rmtree(tmp_path / names[-1])
-        spec = database(tmp_path / name, "test")
+        spec = local(tmp_path / name, "test")
         assert log_run(spec, name) and log_run(replace(spec, experiment="empty"), name)
         names.append(name)
         assert artifacts(spec) == dict.fromkeys(["early", *names], ["config.yaml"])
@@ -72,24 +71,24 @@ def test_artifacts_move_with_their_database(logged, tmp_path):
 
 def test_a_copied_database_leaves_the_artifacts_of_the_first_alone(logged, tmp_path):
     before = sorted(logged.rglob("*"))
-    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
+    spec = local(shutil.copytree(logged, tmp_path / "copy"), "test")
     run = fetch(spec, log_run(spec, "late"))
     assert sorted(logged.rglob("*")) == before
     assert str(tmp_path / "copy") in run.info.artifact_uri
     assert artifacts(spec) == dict.fromkeys(["early", "late"], ["config.yaml"])
-    assert artifacts(database(logged, "test")) == {"early": ["config.yaml"]}
+    assert artifacts(local(logged, "test")) == {"early": ["config.yaml"]}
 
 
 def test_a_run_whose_artifacts_stayed_behind_keeps_their_place(logged, tmp_path, caplog):
     """As after a move with a version that went on writing to the old folder."""
     old = shutil.copytree(logged, tmp_path / "old")
-    assert log_run(database(old, "test"), "second")
+    assert log_run(local(old, "test"), "second")
     shutil.copytree(old, tmp_path / "new")
-    spec, late = database(tmp_path / "new", "test"), entry("late")
+    spec, late = local(tmp_path / "new", "test"), entry("late")
     client = MlflowClient(tracking_uri=spec.uri)
-    experiment = client.get_experiment_by_name("test").experiment_id
-    db = tracking.Database(client, experiment, {}, time.monotonic() + 60)
-    tracking.complete(db, tracking.create(db, late), late)
+    experiment = client.get_experiment_by_name("test")
+    db = database.Database(spec, client, experiment)
+    db.complete(db.create(late), late)
     assert log_run(spec, "last")
     assert f"1 runs of experiment test keep their artifacts in {old}" in caplog.text
     every = ["early", "second", "late", "last"]
@@ -100,12 +99,12 @@ def test_a_run_whose_artifacts_stayed_behind_keeps_their_place(logged, tmp_path,
 
 def test_artifacts_that_did_not_come_along_are_one_clear_line(logged, tmp_path, caplog):
     first = shutil.copytree(logged, tmp_path / "first")
-    assert log_run(database(first, "test"), "second")
+    assert log_run(local(first, "test"), "second")
     shutil.move(first, tmp_path / "moved")
     shutil.move(tmp_path / "moved/mlflow/artifacts", tmp_path / "lost")
-    spec = database(tmp_path / "moved", "test")
+    spec = local(tmp_path / "moved", "test")
     assert log_run(spec, "third") is None and not first.exists()
-    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking.tracking")
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "pipeline.tracking.database")
     assert f"{first}/mlflow/artifacts, which is gone" in line and spec.artifacts in line
     shutil.move(tmp_path / "lost", spec.artifacts)
     assert log_run(spec, "third")
@@ -114,7 +113,7 @@ def test_artifacts_that_did_not_come_along_are_one_clear_line(logged, tmp_path, 
 
 def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
     """Each names a folder of its own; what the database has is where they go."""
-    spec = database(shutil.copytree(logged, tmp_path / "one"), "test")
+    spec = local(shutil.copytree(logged, tmp_path / "one"), "test")
     assert log_run(spec, "first")
     other = replace(spec, artifacts=str(tmp_path / "two/artifacts"))
     shutil.copytree(spec.artifacts, other.artifacts)
@@ -125,7 +124,7 @@ def test_one_database_of_two_folders_keeps_its_artifacts(logged, tmp_path):
 
 
 def test_relocate_needs_no_run(logged, tmp_path, capsys):
-    spec = database(shutil.copytree(logged, tmp_path / "copy"), "test")
+    spec = local(shutil.copytree(logged, tmp_path / "copy"), "test")
     given = [f"tracking.uri={spec.uri}", f"tracking.artifacts={spec.artifacts}"]
     assert main(["relocate", *given]) == 0 == main(["relocate", *given])
     experiments = MlflowClient(tracking_uri=spec.uri).search_experiments()
@@ -137,7 +136,7 @@ def test_relocate_needs_no_run(logged, tmp_path, capsys):
 
 
 def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
-    db = tracking.connect(spec)
+    db = database.connect(spec)
     here, dead = socket.gethostname(), 1 << 30
     ours = {"sweep": "s", "job": "0"}
     opened = {
@@ -149,18 +148,19 @@ def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
         "foreign": {"process": f"{here} {dead}"},
     }
     for name, tags in opened.items():
-        db.client.create_run(db.experiment, 0, tags, name)
+        db.client.create_run(db.experiment.experiment_id, 0, tags, name)
     fields = ("uri", "experiment", "artifacts")
     given = [f"tracking.{name}={getattr(spec, name)}" for name in fields]
 
     def status() -> dict[str | None, str]:
-        runs = db.client.search_runs([db.experiment])
+        runs = db.client.search_runs([db.experiment.experiment_id])
         return {run.info.run_name: run.info.status for run in runs}
 
     assert main(["sync", "--runs", str(tmp_path), *given]) == 0
     assert status() == dict.fromkeys(opened, "RUNNING")
-    assert orphans.close(db, local=False) == 2
-    db.client.update_run(*(r.info.run_id for r in tracking.find(db, {"kind": "sweep"})), "RUNNING")
+    server = replace(db, spec=replace(spec, uri="http://127.0.0.1:1"))
+    assert server.close_orphans() == 2
+    db.client.update_run(*(r.info.run_id for r in db.find({"kind": "sweep"})), "RUNNING")
     assert main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
     assert "2 runs closed whose process is gone" in capsys.readouterr().out
     killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")

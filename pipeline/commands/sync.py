@@ -1,0 +1,132 @@
+"""Log what the database lacks, and follow its folder where that was moved."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.commands import sweep
+from pipeline.results.folders import ENDED, RunFolder
+from pipeline.run.errors import one_line
+from pipeline.run.shipped import CONF
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking import database, tracked
+from pipeline.tracking.relocation import relocate
+from stages.errors import InputError
+
+log = logging.getLogger(__name__)
+Changes = dict[str, Any]  # the fields of tracking that the command line changes for every run
+
+
+def main(work: Callable[[Changes], int], overrides: Sequence[str]) -> int:
+    """Work with the changes that overrides of `tracking` make; returns the status, 2 for bad input."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return work(_changes(overrides))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _changes(overrides: Sequence[str]) -> Changes:
+    known = [field.name for field in fields(TrackingSpec)]
+    for override in overrides:
+        group, _, name = override.partition("=")[0].partition(".")
+        if group != "tracking" or name not in known or "=" not in override:
+            allowed = ", ".join(f"tracking.{name}=" for name in known)
+            raise InputError(f"got {override}; choose among {allowed}")
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    changes: Changes = dict(given.get("tracking", {}))
+    _default(changes)  # refuses a bad address before anything is read
+    return changes
+
+
+def _default(changes: Changes) -> TrackingSpec:
+    """Where runs are logged that no override sends elsewhere."""
+    spec: TrackingSpec = instantiate(OmegaConf.load(CONF / "tracking/default.yaml"), **changes)
+    return spec
+
+
+def _local(spec: TrackingSpec) -> bool:
+    return spec.database is not None and spec.database.exists()
+
+
+def relocate_all(changes: Changes) -> int:
+    """Point all experiments of this program at the artifacts beside their database, if there is one."""
+    if _local(spec := _default(changes)):
+        client, folder = database.connect(spec).client, Path(spec.artifacts).name
+        for experiment in client.search_experiments():
+            if Path(experiment.artifact_location).name == folder:
+                relocate(spec, experiment)
+    return 0
+
+
+def log_missing(runs: Path, close: bool, changes: Changes) -> int:
+    """Log every run below a folder that has ended and is not logged yet.
+
+    `close` also ends sweeps that were killed before their end, and runs whose process is gone. Returns
+    1 if anything is still missing.
+    """
+    if not runs.is_dir():
+        raise InputError(f"no runs at {runs}; give their folder with --runs")
+    # nobody waits for the results, so the server may take its time
+    changes = {"patience": math.inf} | changes
+    done: Counter[str] = Counter()
+    specs = {spec for spec in [_default(changes)] if close and _local(spec)}
+    for folder in (RunFolder(path) for path in sorted(runs.iterdir()) if path.is_dir()):
+        outcomes = [_log_job(job, changes) for job in folder.ended]
+        done.update(outcome for outcome, _ in outcomes)
+        here = [spec for outcome, spec in outcomes if spec and outcome in ("logged", "known")]
+        specs.update(here)
+        if here and folder.swept and not _log_sweep(here[0], folder, close):
+            done["failed"] += 1
+    print(
+        f"{done['logged']} runs logged, {done['known']} were logged before, "
+        f"{done['off']} have tracking.enabled=false, {done['failed']} could not be logged"
+    )
+    if close:
+        print(f"{sum(map(_close_orphans, specs))} runs closed whose process is gone")
+    return 1 if done["failed"] else 0
+
+
+def _log_job(job: RunFolder, changes: Changes) -> tuple[str, TrackingSpec | None]:
+    try:
+        spec = tracked.spec_of(job, changes)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        log.warning("run %s not logged: %s", job.path, one_line(error))
+        return ("failed" if job.result else "off"), None
+    outcome = tracked.log_job(spec, job, sweep.job_figures)
+    if outcome == "logged":
+        print(f"logged {job.path} to {spec.uri}")
+    return outcome, spec
+
+
+def _log_sweep(spec: TrackingSpec, folder: RunFolder, close: bool) -> bool:
+    """Close the parent of a sweep that has ended; whether it is logged as far as it has ended."""
+    if close and not folder.read(ENDED):
+        folder.write(ENDED, {"status": "KILLED", "ended": time.time()})
+    if not folder.read(ENDED):
+        print(f"{folder.path} has not ended; if it was killed, --close closes it")
+        return True
+    with tempfile.TemporaryDirectory() as place:
+        draw = partial(sweep.redrawn, into=Path(place))
+        return tracked.log_sweep(spec, folder, draw) is not None
+
+
+def _close_orphans(spec: TrackingSpec) -> int:
+    what = f"the end of runs of experiment {spec.experiment}"
+    return database.attempt(spec, what, database.Database.close_orphans) or 0

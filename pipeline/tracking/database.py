@@ -1,0 +1,279 @@
+"""The tracking database: every request to MLflow, none of whose faults may cost a result.
+
+A run is on disk before it is logged. Where the database or its server fails, one warning says so,
+the process goes on without it, and `python -m pipeline sync` logs what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking import view
+from pipeline.tracking.relocation import relocate
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Experiment, Run
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOCK_SECONDS = 120
+PAGE = 1000  # runs that a search brings
+PROCESS = "process"  # tag: host and number of the process that opened a run
+COMPUTATION = "computation"  # tag: a hash of the artifacts, by which a repeated job is known
+LOGGED = "logged"  # tag, set last: a hash of what the run was logged from
+SYNC = "`python -m pipeline sync` logs what is missing"
+# what a user has set in the environment stands
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_lost: set[str] = set()  # addresses that failed in this process, which are not tried again
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is logged of one run.
+
+    `identity` are tags that only this run has, `started` and `ended` seconds since 1970. Numbers of
+    `result` become metrics, nested names joined by `/`, its strings tags; an infinite or undefined
+    number is the tag `nonfinite.<metric>`, because MLflow would store it as 1.8e308. `artifacts`
+    are texts, or files by path, by their name among the artifacts.
+    """
+
+    name: str
+    identity: Mapping[str, str]
+    started: float
+    ended: float
+    status: str = "FINISHED"
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[DatasetInput] = ()
+    artifacts: Mapping[str, str | Path] = field(default_factory=dict)
+
+
+class EntryError(Exception):
+    """An entry that cannot be made, which is no fault of the database."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A connected client and its experiment."""
+
+    spec: TrackingSpec
+    client: MlflowClient
+    experiment: Experiment
+
+    def find(self, tags: Mapping[str, str], status: str | None = None) -> list[Run]:
+        """The runs that have these tags, and a status if one is given; the latest start first."""
+        terms = [f"tags.`{name}` = {view.quoted(value)}" for name, value in tags.items()]
+        terms += [f"attributes.status = '{status}'"] if status else []
+        where = [self.experiment.experiment_id], " and ".join(terms)
+        return list(self.client.search_runs(*where, max_results=PAGE))
+
+    def create(self, entry: Entry, parent: str | None = None) -> str:
+        """Open a run, as a child if `parent` is given, and return its id."""
+        tags = {"kind": "job", PROCESS: f"{socket.gethostname()} {os.getpid()}"} | {
+            **entry.identity
+        }
+        tags |= {"mlflow.parentRunId": parent} if parent else {}
+        number, start = self.experiment.experiment_id, round(1000 * entry.started)
+        return str(self.client.create_run(number, start, tags, entry.name).info.run_id)
+
+    def complete(self, run_id: str, entry: Entry, digest: str = "") -> str:
+        """Log all of an entry into an open run and close it; then it is the only one of its identity.
+
+        What a failed attempt has left is deleted only now, so that no run is missing in between.
+        """
+        metrics, tags = measured(entry)
+        try:
+            self._send(run_id, entry, metrics, tags)
+        except BaseException as error:
+            if not unreachable(error):
+                with suppress(Exception):  # the first error is the one to report
+                    self.client.set_terminated(run_id, "FAILED")
+            raise
+        shown = view.updates(self.experiment.tags, tags.get("model"), metrics)
+        for tag, state in shown.items():
+            self.client.set_experiment_tag(self.experiment.experiment_id, tag, state)
+        self.client.set_terminated(run_id, entry.status, round(1000 * entry.ended))
+        computed = {entry.tags.get(COMPUTATION)}
+        for other in self.find(entry.identity):
+            if other.info.run_id != run_id:
+                self.client.delete_run(other.info.run_id)
+                computed.add(other.data.tags.get(COMPUTATION))
+        for computation in computed - {None}:
+            self._mark_repeats(str(computation))
+        self.client.set_tag(run_id, LOGGED, digest)
+        return run_id
+
+    def _send(
+        self, run_id: str, entry: Entry, metrics: Mapping[str, float], tags: Mapping[str, str]
+    ) -> None:
+        """The requests that log an entry; TimeoutError once its time is over."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        end = monotonic() + self.spec.patience
+        self.client.log_batch(
+            run_id,
+            [Metric(name, value, round(1000 * entry.ended), 0) for name, value in metrics.items()],
+            [Param(name, str(value)) for name, value in flat(entry.params).items()],
+            [RunTag(name, value) for name, value in tags.items()],
+        )
+        if entry.inputs:
+            self._log_inputs(run_id, entry.inputs)
+        for name, content in entry.artifacts.items():
+            if monotonic() > end:
+                raise TimeoutError("the server is too slow (tracking.patience)")
+            if isinstance(content, Path):
+                folder = str(PurePosixPath(name).parent)
+                self.client.log_artifact(run_id, str(content), "" if folder == "." else folder)
+            else:
+                self.client.log_text(run_id, content, name)
+
+    def _log_inputs(self, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+        """Of two processes that MLflow lets create a data set at once, one has to ask again."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            return self.client.log_inputs(run_id, list(inputs))
+        return self.client.log_inputs(run_id, list(inputs))
+
+    def _mark_repeats(self, computation: str) -> None:
+        """Make the first run of a computation its job, and those that took it from the store repeats."""
+        runs = self.find({COMPUTATION: computation}, "FINISHED")
+        runs.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+        for place, run in enumerate(runs):
+            kind = "repeat" if place else "job"
+            if run.data.tags["kind"] != kind:
+                self.client.set_tag(run.info.run_id, "kind", kind)
+
+    def close_orphans(self) -> int:
+        """Close as KILLED the runs whose process is gone; returns how many they were."""
+        orphans = [run for run in self.find({}, "RUNNING") if self._orphaned(run.data.tags)]
+        for run in orphans:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+        return len(orphans)
+
+    def _orphaned(self, tags: Mapping[str, str]) -> bool:
+        """A run without a process counts in a local database only, one of another program never."""
+        host, _, process = tags.get(PROCESS, "").partition(" ")
+        if "sweep" not in tags or host not in ("", socket.gethostname()):
+            return False
+        if not host:
+            return self.spec.database is not None
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user
+            return False
+        return False
+
+
+def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T | None:
+    """What `send` returns, or None where something failed, which is a warning.
+
+    A server that is down or slow is not tried again by this process; what a single run lacks stops
+    only that run.
+    """
+    if not spec.enabled or spec.uri in _lost:
+        return None
+    try:
+        return send(connect(spec))
+    # MLflow lets errors of sqlalchemy, alembic, requests and the file system through; none of
+    # them may cost the caller a result
+    except Exception as error:
+        where = "" if isinstance(error, EntryError) else f" to {spec.uri}"
+        if unreachable(error):
+            _lost.add(spec.uri)
+            where += ", nor is what follows in this process"
+        line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, InputError | EntryError):
+            line = f"{type(error).__name__}: {line}"
+        log.warning("%s not logged%s: %s; %s", what, where, line, SYNC)
+        log.debug("tracking failed", exc_info=True)
+        return None
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether an error is of the way to the database or its disk, not of what was sent."""
+    from sqlalchemy.exc import OperationalError
+
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, EntryError):
+        if isinstance(link, OSError | OperationalError):  # an error of requests is an OSError
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def connect(spec: TrackingSpec) -> Database:
+    """Connect to the database and the experiment, both created on first use."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning is ours
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    # two processes must not create one sqlite database at once
+    lock: Any = nullcontext()
+    if spec.database is not None:
+        spec.database.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{spec.database}.lock", timeout=LOCK_SECONDS)
+    with lock:
+        client = MlflowClient(tracking_uri=spec.uri)
+        experiment = client.get_experiment_by_name(spec.experiment)
+        if experiment is not None:
+            relocate(spec, experiment)
+        else:
+            location = None if urlsplit(spec.uri).scheme.startswith("http") else spec.artifacts
+            with suppress(MlflowException):  # on a server another process may be first
+                client.create_experiment(spec.experiment, location)
+            experiment = client.get_experiment_by_name(spec.experiment)
+    if experiment is None:
+        raise ConnectionError(f"experiment {spec.experiment} cannot be created")
+    return Database(spec, client, experiment)
+
+
+def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and tags of an entry."""
+    metrics: dict[str, float] = {}
+    tags = dict(entry.tags)
+    for name, value in flat(entry.result).items():
+        if not isinstance(value, int | float):
+            tags |= {} if value is None else {name: str(value)}
+        elif math.isfinite(value):
+            metrics[name] = float(value)
+        else:
+            tags[f"nonfinite.{name}"] = str(value)
+    return metrics, tags
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their names joined with `/`."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping)
+        leaves |= flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
+    return leaves
