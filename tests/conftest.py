@@ -5,10 +5,13 @@ Kernels run eagerly: compiling takes longer than everything that the tests compu
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -23,6 +26,7 @@ from transformers import (
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.distribution import Distribution
+from stages.energy import Energy
 from stages.fitting import Algorithm1, Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
 from stages.patching import Conversion
@@ -44,6 +48,7 @@ TINY = {
     "pad_token_id": 49,
 }
 SLIDING_WINDOW = 5
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -161,6 +166,12 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(0, 48, (rows, length), generator=generator)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def energy() -> Energy:
+    """The costs of an operation in 45 nm."""
+    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
 
 
 @pytest.fixture(scope="session")
