@@ -135,8 +135,8 @@ def coding(name: str, value: Any) -> Callable[[Config], object]:
         (coding("class", "stages.absent.Coding"), "'stages.absent.Coding', which is none"),
         (coding("class", 7), "'7', which is none"),
         (
-            spiking("coding", {"class": "stages.transforms.transforms.Untouched"}),
-            "as coding .*Untouched.*, which is none",
+            spiking("coding", {"class": "transform/none@1"}),
+            "as coding .*transform/none.*, which is none",
         ),
         (lambda c: c.update(hidden_size="wide"), "cannot be loaded: .*hidden_size.*wide"),
         (lambda c: c.update(hidden_size=64), "21 tensors have another shape"),
