@@ -6,10 +6,13 @@ Kernels run eagerly: compiling takes longer than everything that the tests compu
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -25,6 +28,7 @@ from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.compiler import use_compiler
 from stages.distribution import Distribution
+from stages.energy import Energy
 from stages.fits.algorithm1 import Algorithm1
 from stages.fitted import Conversion
 from stages.fitting import Fitting
@@ -46,6 +50,7 @@ TINY = {
     "pad_token_id": 49,
 }
 SLIDING_WINDOW = 5
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -163,6 +168,12 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(0, 48, (rows, length), generator=generator)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def energy() -> Energy:
+    """The costs of an operation in 45 nm."""
+    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,9 @@
 """Experts: their function against transformers' own, sums over tokens made by hand, what is refused."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,16 +33,10 @@ from stages.transforms.rotation import rotate
 
 GATED = Gated("gated", 5, 2)
 HIDDEN = 24
-CONF = Path(__file__).parents[2] / "conf"
 Makes = Callable[..., PreTrainedModel]
 Draws = Callable[..., Tensor]
 Converts = Callable[..., Conversion]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture
-def energy() -> Energy:
-    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
 
 
 @pytest.fixture(params=["mixtral", "qwen3_moe"])

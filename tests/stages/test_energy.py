@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pipeline.store.step import Step
 from stages.analysis.operations import ELEMENTWISE, Amount, Operation, operations
 from stages.codings.las import Las
-from stages.energy import WEIGHED, Energy, account, by_kind, saving, summary
+from stages.energy import WEIGHED, account, by_kind, saving, summary
 from stages.errors import InputError
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites
@@ -44,11 +43,6 @@ class Costs:
     decode_macs: int = 0
     gate_comparisons: int = 0
     neuron: bool = True
-
-
-@pytest.fixture
-def energy() -> Energy:
-    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
 
 
 def tiny(model_type: str = "llama", **changes: object) -> PreTrainedModel:

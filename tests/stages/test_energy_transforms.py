@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
-from stages.energy import Energy, account, by_kind
+from stages.energy import account, by_kind
 from stages.transforms.prefix import attach_prefix
 from stages.transforms.rotation import rotate
-from tests.stages.test_energy import CONF, TOKENS, part, plan_of, tiny
-
-
-@pytest.fixture
-def energy() -> Energy:
-    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
+from tests.stages.test_energy import TOKENS, part, plan_of, tiny
 
 
 def test_a_rotated_model_adds_its_transforms_in_front_of_down_proj(energy):

@@ -10,9 +10,7 @@ import pytest
 from pipeline.store import manifest
 from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
-from tests.pipeline.conftest import Tiny
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.pipeline.conftest import REPOSITORY, Finished, Tiny, main_in
 
 
 def step(x: int = 1, **inputs: str) -> Step:
@@ -24,9 +22,8 @@ def whole(folder: Path) -> None:
     (folder / "more.bin").write_bytes(bytes(1000))
 
 
-def cli(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipeline", "store", *arguments, "--store", str(root)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+def cli(root: Path, *arguments: str) -> Finished:
+    return main_in(REPOSITORY, ["store", *arguments, "--store", str(root)])
 
 
 @pytest.fixture
@@ -41,13 +38,13 @@ def built(store: Store) -> Artifact:
 
 def test_ls_and_show(store: Store, built: Artifact) -> None:
     listing = cli(store.root, "ls")
-    assert listing.returncode == 0
-    stage, key, size, age, seconds = listing.stdout.splitlines()[1].split()
+    assert listing.code == 0
+    stage, key, size, age, seconds = listing.out.splitlines()[1].split()
     assert (stage, key, size) == ("demo", built.key, "0.001")
     assert age.startswith("0:00:")
     assert float(seconds) == pytest.approx(built.seconds, abs=0.01)
     shown = cli(store.root, "show", built.key[:8])
-    assert json.loads(shown.stdout) == built.manifest
+    assert json.loads(shown.out) == built.manifest
 
 
 def test_a_reader_that_has_seen_enough_ends_it_in_silence(store: Store) -> None:
@@ -75,22 +72,22 @@ def test_bad_arguments_are_one_line(
     store: Store, built: Artifact, arguments: list[str], message: str
 ) -> None:
     done = cli(store.root, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_absent_store_is_one_line(tmp_path: Path) -> None:
     done = cli(tmp_path / "absent", "ls")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.code, done.err.count("\n")) == (2, 1)
 
 
 def test_verify_fails_on_damage(store: Store, built: Artifact) -> None:
-    assert cli(store.root, "verify").returncode == 0
+    assert cli(store.root, "verify").code == 0
     (built.path / "data.txt").write_text("whale")
     done = cli(store.root, "verify")
-    assert done.returncode == 1
-    assert f"demo/{built.key}: data.txt has been altered" in done.stdout
+    assert done.code == 1
+    assert f"demo/{built.key}: data.txt has been altered" in done.out
 
 
 @pytest.fixture
@@ -117,10 +114,10 @@ def test_gc_keeps_named_keys_with_their_inputs(
     keep = tmp_path / "keep.txt"
     keep.write_text(f"# paper\n\n{chain['middle']}  # table 1\n")
     preview = cli(store.root, "gc", "--keep-file", str(keep))
-    assert chain["top"] in preview.stdout
-    assert chain["base"] not in preview.stdout
+    assert chain["top"] in preview.out
+    assert chain["base"] not in preview.out
     assert left(store) == {*chain.values()}, "a preview deletes nothing"
-    assert cli(store.root, "gc", "--keep-file", str(keep), "--yes").returncode == 0
+    assert cli(store.root, "gc", "--keep-file", str(keep), "--yes").code == 0
     assert left(store) == {chain["base"], chain["middle"]}
 
 
@@ -139,7 +136,7 @@ def test_gc_refuses_a_keep_file_that_keeps_nothing(
 ) -> None:
     keep = tmp_path / "keep.txt"
     keep.write_text(text)
-    assert cli(store.root, "gc", "--keep-file", str(keep), "--yes").returncode == 2
+    assert cli(store.root, "gc", "--keep-file", str(keep), "--yes").code == 2
     assert left(store) == {*chain.values()}
 
 
@@ -148,11 +145,11 @@ def test_gc_removes_leftovers_of_the_dead_only(store: Store) -> None:
     dead.mkdir(parents=True)
 
     def collect(folder: Path) -> None:
-        preview = cli(store.root, "gc").stdout
+        preview = cli(store.root, "gc").out
         assert dead.name in preview
         assert folder.name not in preview, "its builder is alive"
         assert dead.exists()
-        assert cli(store.root, "gc", "--yes").returncode == 0
+        assert cli(store.root, "gc", "--yes").code == 0
         assert not dead.exists()
         whole(folder)
 
@@ -167,12 +164,12 @@ def test_gc_keeps_what_an_experiment_reaches(tiny_run: Tiny, command, tmp_path: 
     root = tmp_path / "outputs/store"
     keep = ["--keep", "none", "coding=gated", *tiny_run.overrides]
     preview = cli(root, "gc", *keep)
-    assert preview.returncode == 0, preview.stderr
-    assert f"{len(lost)} folders; --yes deletes them" in preview.stdout
-    assert cli(root, "gc", *keep, "--yes").returncode == 0
+    assert preview.code == 0, preview.err
+    assert f"{len(lost)} folders; --yes deletes them" in preview.out
+    assert cli(root, "gc", *keep, "--yes").code == 0
     found = {path.name for path in Store(root).folders()}
     assert kept <= found and not lost & found
     assert {path.parent.name for path in Store(root).folders()} >= {"tokens", "capture"}
     unknown = cli(root, "gc", "--keep", "nonsense", "--yes")
-    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
-    assert "nonsense" in unknown.stderr and {p.name for p in Store(root).folders()} == found
+    assert (unknown.code, unknown.err.count("\n")) == (2, 1)
+    assert "nonsense" in unknown.err and {p.name for p in Store(root).folders()} == found

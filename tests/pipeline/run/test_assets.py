@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from pipeline.run.assets import content, fetch, fetch_all
+from pipeline.run.assets import Asset, content, fetch_all
 from pipeline.store.store import Store
 from stages.errors import InputError
 from stages.model.sources import PackageFile, SplitFile
@@ -51,8 +51,8 @@ def file(member, version="1.0", sha256=None):
 
 def test_a_file_is_downloaded_once_and_the_wheel_is_gone(downloads, store, caplog):
     with caplog.at_level("INFO"):
-        first = fetch(file("tiny_asset/one.bin"), store)
-        again = fetch(file("tiny_asset/one.bin"), store)
+        first = Asset.of(file("tiny_asset/one.bin")).build(store, None)
+        again = Asset.of(file("tiny_asset/one.bin")).build(store, None)
     assert caplog.messages == ["downloading tiny-asset 1.0 from the package index"]
     assert content(first).read_bytes() == FILES["tiny_asset/one.bin"]
     assert (first.hit, again.hit, first.key == again.key) == (False, True, True)
@@ -69,14 +69,14 @@ def split(sha256=None):
 
 def test_the_parts_of_a_file_are_joined_and_its_terms_told_once(downloads, store, caplog):
     for _ in range(2):
-        found = content(fetch(split(), store))
+        found = content(Asset.of(split()).build(store, None))
     assert (found.name, found.read_bytes()) == ("whole.bin", b"".join(FILES.values()))
     assert [record.message for record in caplog.records] == ["tiny-whole 1.0: be kind"]
 
 
 def test_parts_that_do_not_join_to_the_pinned_file_are_refused(downloads, store):
     with pytest.raises(InputError, match="sha256 got .* expected 000"):
-        fetch(split("0" * 64), store)
+        Asset.of(split("0" * 64)).build(store, None)
     assert not list(store.root.glob("asset/[!.]*"))
 
 
@@ -88,7 +88,7 @@ def test_two_files_of_a_wheel_need_one_download(downloads, store):
 
 def test_a_glob_finds_the_member(downloads, store):
     digest = hashlib.sha256(b"seven").hexdigest()
-    artifact = fetch(file("tiny_asset/data-*.txt", sha256=digest), store)
+    artifact = Asset.of(file("tiny_asset/data-*.txt", sha256=digest)).build(store, None)
     assert content(artifact).name == "data-7.txt"
 
 
@@ -108,7 +108,7 @@ def test_what_is_not_the_pinned_file_is_one_line_and_leaves_nothing(
     downloads, store, wrong, message
 ):
     with pytest.raises(InputError, match=message) as error:
-        fetch(wrong, store)
+        Asset.of(wrong).build(store, None)
     assert "\n" not in str(error.value)
     assert not list(store.root.glob("asset/*"))
 

@@ -112,9 +112,9 @@ def test_key_is_32_digits_and_depends_on_every_part() -> None:
 
 
 def test_classes_of_the_spec_bring_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Inner, "__module__", "stages.llm")
+    monkeypatch.setattr(Inner, "__module__", "stages.energy")
     outer = step(spec={"list": [Spec("s", Inner())]})
-    assert outer.code() == code_hash(("stages.errors", "stages.llm"))
+    assert outer.code() == code_hash(("stages.errors", "stages.energy"))
     assert outer.code() != step().code()
     pinned = step(spec=Inner(), modules=())
     assert pinned.code() == code_hash(()), "what a digest pins does not depend on code"
