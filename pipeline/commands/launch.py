@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.spiking_llm_rows import RowSweeper
 from pipeline.results import folders
-from pipeline.run import failures, options
+from pipeline.run import axes, failures, options
 from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.overrides import settled
 from pipeline.run.shipped import CONF
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folders.forget()
+    Plugins.instance().register(RowSweeper)  # an editable install is not searched for plug-ins
     try:
         sys.argv[1:] = settled(arguments)  # where Hydra reads them
         stopped = _launch()
@@ -133,8 +136,10 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def _overrides() -> list[str]:
-    """The job's overrides as they were given: an interpolation in one has no value in Hydra's node."""
-    return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
+    """The job's overrides as a person types them: an interpolation in one has no value in Hydra's node."""
+    hydra = HydraConfig.get()
+    every: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore[assignment]
+    return axes.typed(every, hydra.sweeper.rows)
 
 
 def _finish(folder: Path, stopped: list[dict[str, Any]]) -> int:

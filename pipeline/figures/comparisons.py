@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from pipeline.figures.figures import STYLE, WIDTH, Array, noted
 from pipeline.results.columns import DIVERGED
-from pipeline.results.rows import result_frame, short_setting, variant
+from pipeline.results.rows import result_frame, row_name, short_setting
 
 Looks = dict[str, dict[str, Any]]
 # A row of panels shows this many series and the others in grey: more cannot be told apart on a
@@ -55,7 +55,7 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The variant of every result, with n and the job's settings where a variant has several.
+    """The row of every result, with n and the job's settings where a row has several.
 
     n = T is no choice of n.
     """
@@ -64,12 +64,12 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
     grains: dict[str, set[Any]] = {}
     given: dict[str, set[str]] = {}
     for result, setting in zip(results, settings, strict=True):
-        given.setdefault(variant(result), set()).add(setting)
+        given.setdefault(row_name(result), set()).add(setting)
         if result.get("grains") != result.get("timesteps"):
-            grains.setdefault(variant(result), set()).add(result.get("grains"))
+            grains.setdefault(row_name(result), set()).add(result.get("grains"))
     found = []
     for result, setting in zip(results, settings, strict=True):
-        name = variant(result)
+        name = row_name(result)
         told = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
         told += [short_setting(setting)] if setting and len(given[name]) > 1 else []
         found.append(" ".join([name, *told]))

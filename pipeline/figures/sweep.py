@@ -32,7 +32,7 @@ def experiment(folder: Path) -> str | None:
 def name(folder: Path) -> str:
     """What the tables and figures of a run are called: after its experiment, or else what was asked.
 
-    That is its label, or its model, coding, T and n, or the axes of a sweep.
+    That is its row's name, or its model, coding, T and n, or the axes of a sweep.
     """
     of, first = experiment(folder), next(iter(sweep_results(folder).values()))
     swept = folder / "multirun.yaml"

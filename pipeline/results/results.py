@@ -70,7 +70,8 @@ def _result(
     sites: pd.DataFrame,
 ) -> dict[str, Any]:
     """Everything measured, as result.json keeps it: the columns of tables first."""
-    row = {k: run.settings.axes[k] for k in ("model", "transform", "coding", "grains", "timesteps")}
+    names = ("model", "transform", "coding", "row", "grains", "timesteps")
+    row = {name: run.settings.axes[name] for name in names}
     row |= _kind(run.settings.coding)
     row |= {f"ppl_{name}": p.metrics["perplexity"] for name, p in perplexities.items()}
     for name, score in accuracies.items():

@@ -126,7 +126,7 @@ class Settings:
     runtime: Runtime
     tracking: TrackingSpec
     table: TableSpec
-    label: str | None
+    row: str | None
     timesteps: int
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class Settings:
     @property
     def name(self) -> str:
         """What the run is called in logs and in the dashboard."""
-        coding, name = self.coding, self.label or self.coding.name
+        coding, name = self.coding, self.row or self.coding.name
         if not isinstance(coding, Dense):
             name += f" T={coding.timesteps} n={coding.grains}"
         return name if self.transform.name == "none" else f"{name} {self.transform.name}"
@@ -191,6 +191,7 @@ class Settings:
             "model": self.model.name,
             "transform": self.transform.name,
             "coding": self.coding.name,
+            "row": self.row or self.coding.name,
             "grains": None if dense else self.coding.grains,  # type: ignore[union-attr]
             "timesteps": None if dense else self.coding.timesteps,  # type: ignore[union-attr]
             "corpus": self.calibration.corpus,

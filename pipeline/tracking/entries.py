@@ -21,7 +21,7 @@ from pipeline.figures.levels import artifact, job_config
 from pipeline.figures.sweep import experiment
 from pipeline.results import folders
 from pipeline.results.folders import RECORD
-from pipeline.results.rows import distinct, result_frame, sweep_results, variant
+from pipeline.results.rows import distinct, result_frame, sweep_results
 from pipeline.run.settings import entry
 from pipeline.store import manifest
 from pipeline.tracking.entry import Entry, Text
@@ -43,7 +43,7 @@ def job_entry(job: Path) -> Entry:
     """What the database is told of a finished job; with pictures unless runtime.figures is false."""
     result = json.loads((job / "result.json").read_text())
     config, sites = job_config(job), pd.read_parquet(job / "per_site.parquet")
-    axes = _axes(job, config, result["axes"], variant(result))
+    axes = _axes(job, config, result["axes"])
     written = (job / "result.json").stat().st_mtime
     told = ("run", "axes", "evaluation", "label", "environments", *axes)
     return Entry(
@@ -89,8 +89,7 @@ def _configured(job: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     config = job_config(job)
     try:
         settings: Settings = instantiate(config)
-        label, name = settings.name, variant({"label": settings.name})
-        return _axes(job, config, settings.axes, name), label, _fields(config)
+        return _axes(job, config, settings.axes), settings.name, _fields(config)
     except Exception:  # the configuration may be what the job has failed of
         axes: dict[str, Any] = {}
         for key in ("model", "coding", "transform"):
@@ -100,7 +99,7 @@ def _configured(job: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
         for key in ("timesteps", "grains"):
             with suppress(Exception):
                 axes[key] = config.coding[key]
-        return axes, str(config.label or axes["coding"]), {}
+        return axes, str(config.row or axes["coding"]), {}
 
 
 def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
@@ -126,7 +125,7 @@ def sweep_entry(folder: Path, files: Sequence[Path] | None = None) -> Entry:
         if (job / folders.RECORD).exists()
     }
     results = sweep_results(folder) if folders.finished(folder) else {}
-    axes = [_axes(job, job_config(job), r["axes"], variant(r)) for job, r in results.items()]
+    axes = [_axes(job, job_config(job), r["axes"]) for job, r in results.items()]
     axes += [_configured(job)[0] for job in failed if job not in results]
     documents = {"multirun.yaml": multirun.read_text()}
     if failed:
@@ -169,11 +168,10 @@ def _choices(job: Path) -> Mapping[str, Any]:
     return choices
 
 
-def _axes(job: Path, config: DictConfig, axes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What sweeps vary, by short names; `name` is the variant."""
+def _axes(job: Path, config: DictConfig, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweeps vary, by short names."""
     return {
         **axes,
-        "variant": name,
         "sites": _choices(job)["sites"],
         "evaluation": ", ".join(config.evaluation.corpora),
         "tasks": ", ".join(config.evaluation.tasks),
@@ -199,7 +197,7 @@ def _leaves(values: Any) -> Iterator[tuple[str, Any]]:
 
 def _tags(job: Path, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """What the dashboard groups and filters by."""
-    grouped = ("coding", "variant", "transform", "model")
+    grouped = ("coding", "row", "transform", "model")
     tags = {name: str(axes[name]) for name in grouped if name in axes}
     return tags | {"experiment": experiment(job.parent) or "none", "overrides": " ".join(overrides)}
 
