@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.run.shipped import CONF
-from stages.errors import InputError
+from stages.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,17 +68,16 @@ def parsed(arguments: Sequence[str]) -> Request:
 
     A value is taken as it is, to the end of its argument.
     """
-    from pipeline.run.errors import meant
-
     kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Request)}
     places = [name for name in PLACES if not any(a.startswith(f"{name}=") for a in arguments)]
     values: dict[str, Any] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not (equals and name in kinds):
-            near = meant(name, kinds) if equals else ""
+            near = nearest(name, kinds) if equals else ""
             if near or not places:
-                raise InputError(f"got {argument!r}: {near}give key=value with {', '.join(kinds)}")
+                hint = f"{near} give key=value with {', '.join(kinds)}".lstrip()
+                raise InputError(f"got {argument!r}: {hint}")
             name, value = places.pop(0), argument
         try:
             values[name] = kinds[name](value)

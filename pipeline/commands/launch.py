@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results import folders
 from pipeline.results.folders import RunFolder
-from pipeline.run import failures, options
+from pipeline.run import axes, failures, options
 from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.overrides import settled
 from pipeline.run.shipped import CONF
+from pipeline.run.sweeper import RowSweeper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folders.forget()
+    Plugins.instance().register(RowSweeper)
     try:
         sys.argv[1:] = settled(arguments)  # where Hydra reads them
         stopped = _launch()
@@ -137,8 +140,10 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def _overrides() -> list[str]:
-    """The job's overrides as they were given: an interpolation in one has no value in Hydra's node."""
-    return list(OmegaConf.to_container(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
+    """The job's overrides as a person types them: an interpolation in one has no value in Hydra's node."""
+    hydra = HydraConfig.get()
+    every: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore[assignment]
+    return axes.typed(every, hydra.sweeper.rows)
 
 
 def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:

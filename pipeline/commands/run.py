@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -93,6 +94,7 @@ def _show_plan(overrides: Sequence[str]) -> int:
     from pipeline.commands.plan import show
     from pipeline.run.errors import told
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which jobs an option reaches
     return told(lambda: show(overrides))
 
 

@@ -24,7 +24,7 @@ from pipeline.figures.style import (
     noted,
 )
 from pipeline.results.columns import DIVERGED
-from pipeline.results.rows import result_frame, short_setting, variant
+from pipeline.results.rows import result_frame, row_name, short_setting
 
 Looks = dict[str, dict[str, Any]]
 # A row of panels shows this many series and the others in grey: more look alike on a
@@ -63,7 +63,7 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The variant of every result, with n and the job's settings where a variant has several.
+    """The row of every result, with n and the job's settings where a row has several.
 
     n = T is no choice of n.
     """
@@ -72,12 +72,12 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
     grains: dict[str, set[Any]] = {}
     given: dict[str, set[str]] = {}
     for result, setting in zip(results, settings, strict=True):
-        given.setdefault(variant(result), set()).add(setting)
+        given.setdefault(row_name(result), set()).add(setting)
         if result.get("grains") != result.get("timesteps"):
-            grains.setdefault(variant(result), set()).add(result.get("grains"))
+            grains.setdefault(row_name(result), set()).add(result.get("grains"))
     names = []
     for result, setting in zip(results, settings, strict=True):
-        name = variant(result)
+        name = row_name(result)
         parts = [f"n={result['grains']}"] if len(grains.get(name, ())) > 1 else []
         parts += [short_setting(setting)] if setting and len(given[name]) > 1 else []
         names.append(" ".join([name, *parts]))

@@ -43,7 +43,7 @@ def convergence_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFra
             slopes = groups.setdefault(_all_but_slope(config, result), {})
             slopes.setdefault(float(config.coding.algorithm1.slope), _fits(neurons))
     parts = [
-        by_role(fits).assign(variant=result_name, slope=slope)
+        by_role(fits).assign(row=result_name, slope=slope)
         for result_name, slopes in _named(groups).items()
         for slope, fits in sorted(slopes.items())
     ]
@@ -51,8 +51,8 @@ def convergence_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFra
         return pd.DataFrame()
     frame = pd.concat(parts)
     roles = frame["role"].map(list(ROLES).index)
-    frame = frame.assign(order=roles).sort_values(["variant", "order", "slope"], kind="stable")
-    several = ["variant"] if frame["variant"].nunique() > 1 else []
+    frame = frame.assign(order=roles).sort_values(["row", "order", "slope"], kind="stable")
+    several = ["row"] if frame["row"].nunique() > 1 else []
     return frame[[*several, "role", "slope", "sites", "fell", "settled", *COLUMNS]].reset_index(
         drop=True
     )
@@ -112,7 +112,7 @@ def by_role(fits: pd.DataFrame) -> pd.DataFrame:
 def caption(frame: pd.DataFrame) -> str:
     """What the columns are, and in how many roles C is smaller under the steepest surrogate."""
     low, high = frame["slope"].min(), frame["slope"].max()
-    keys = [name for name in ("variant", "role") if name in frame]
+    keys = [name for name in ("row", "role") if name in frame]
     shrunk = {}
     for value in ("C", "last_relative"):
         wide = frame.pivot(index=keys, columns="slope", values=value)
@@ -130,8 +130,8 @@ def caption(frame: pd.DataFrame) -> str:
 @rc_context(STYLE)
 def limit_by_slope(frame: pd.DataFrame) -> Figure:
     """C / first loss and the rate rho against the surrogate's slope, a line a role."""
-    if "variant" in frame:
-        frame = frame[frame["variant"] == frame["variant"].iloc[0]]
+    if "row" in frame:
+        frame = frame[frame["row"] == frame["row"].iloc[0]]
     kinds = [kind for kind in PANELS if frame[kind].notna().any()]
     figure = Figure(figsize=(WIDTH, 3.2))
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]

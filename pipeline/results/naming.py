@@ -45,17 +45,17 @@ def stem(base: str, overrides: Iterable[str], model: str) -> str:
 
 
 def run_stem(result: Mapping[str, Any], overrides: Iterable[str], swept: bool) -> str:
-    """The name of a run without an experiment: its label, or its model, and what else was asked for.
+    """The name of a run without an experiment: its row's name, or its model, and what else was asked for.
 
     `smollm2-135m_gated_T6_n2`, `smollm2-135m_coding=gated+las_timesteps=4+6` of a sweep, and behind
     it all other overrides as those of an experiment, so that no two runs share a name.
     """
     given = sorted({each for each in overrides if not CIRCUMSTANCES.match(each)})
-    label = next((each.partition("=")[2] for each in given if each.startswith("label=")), "null")
+    name = next((each.partition("=")[2] for each in given if each.startswith("row=")), "null")
     model = str(result["model"])
-    if label not in ("null", "") and "," not in label:
-        rest = [each for each in given if not each.startswith("label=")]
-        return stem(_letters(label.strip("'\"")), rest, model)
+    if name not in ("null", "") and "," not in name:
+        rest = [each for each in given if not each.startswith("row=")]
+        return stem(_letters(name.strip("'\"")), rest, model)
     known = ("model=",) if swept else SINGLE
     rest = [each for each in given if not each.startswith(known) or (swept and "," in each)]
     parts = [_letters(model)]

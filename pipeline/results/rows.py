@@ -14,12 +14,12 @@ from pipeline.results.folders import RunFolder
 from stages.errors import InputError
 
 COUNTS = ("grains", "timesteps")
-NAMES = ("model", "coding", "variant", "setting", "transform")
+NAMES = ("model", "coding", "row", "setting", "transform")
 TEXT = (*NAMES, "trained", "convention", "environment")
 # Left out where no row has one.
-OPTIONAL = ("variant", "setting", "transform", "bits", "trained", "convention", "environment")
-# Overrides of a job that columns of their own tell, or that no row needs.
-TOLD = {"variant", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
+OPTIONAL = ("row", "setting", "transform", "bits", "trained", "convention", "environment")
+# Overrides of a job that are seen in other columns, or that no row needs.
+TOLD = {"row", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
 TOLD |= {"model", "model.name", "model.path", "model.hub"}
 # Where a result keeps the totals of a convention and phase; the empty name is its top level.
 ENERGIES = {
@@ -40,8 +40,8 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Perplexities and accuracies come in the order they are first met; the standard errors and
     item counts of accuracies stand last. What a result leaves out or gives as null is missing.
     Where a dense row was evaluated like others, these have their excess over its perplexities.
-    The variant is told where the other names leave rows of several variants alike, and so is the
-    setting: the job's own overrides that no column tells.
+    The name of the row is shown where the other names leave rows of several names alike, and so is the
+    setting: overrides of the job that no column shows.
     """
     rows = _set([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
     rows = [row | {"environment": environment(row)} for row in _over_dense(_named(rows))]
@@ -121,21 +121,20 @@ def short_setting(setting: str) -> str:
     return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", keys)
 
 
-def variant(result: Mapping[str, Any]) -> str:
-    """What the run's label says besides T, n and transform: the variant, or else the coding."""
-    label = str(result.get("label") or result["coding"])
-    return re.sub(r" T=\d+.*", "", label.removesuffix(f" {result.get('transform')}"))
+def row_name(result: Mapping[str, Any]) -> str:
+    """The name of the experiment's row that a result is of; of a conversion by itself its coding's."""
+    return str(result.get("row") or result["coding"])
 
 
 def distinct(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The results without repetitions: a sweep over T runs a coding of fixed T again and again.
 
-    Two are the same where every stage has the same artifact, and model and variant the same name.
+    Two are the same where every stage has the same artifact, and model and row the same name.
     """
     kept: dict[Any, Mapping[str, Any]] = {}
     for number, result in enumerate(results):
         keys = json.dumps(result.get("keys"), sort_keys=True)
-        names = result.get("model"), variant(result)
+        names = result.get("model"), row_name(result)
         kept.setdefault((names, keys if result.get("keys") else number), result)
     return list(kept.values())
 
@@ -154,15 +153,15 @@ def apart(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the name of their variant, if they cannot be told apart without it."""
+    """The rows with their names, if they cannot be told apart without them."""
     seen: dict[Any, set[str]] = {}
     for row in rows:
-        names = tuple(row.get(name) for name in (*NAMES, *COUNTS) if name != "variant")
-        seen.setdefault(names, set()).add(variant(row))
+        names = tuple(row.get(name) for name in (*NAMES, *COUNTS) if name != "row")
+        seen.setdefault(names, set()).add(row_name(row))
         if row.get("trained") is not None:
             row["trained"] = "yes" if row["trained"] else "no"
-    ambiguous = any(len(variants) > 1 for variants in seen.values())
-    return [row | {"variant": variant(row) if ambiguous else None} for row in rows]
+    ambiguous = any(len(names) > 1 for names in seen.values())
+    return [row | {"row": row_name(row) if ambiguous else None} for row in rows]
 
 
 def _set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

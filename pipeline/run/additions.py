@@ -1,30 +1,21 @@
-"""Texts and tasks of the user's own on a command line: `corpus.mine.path=FILE` is all it takes."""
+"""Texts and tasks of a user on a command line: `corpus.mine.path=FILE` is all that a text takes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from pipeline.run.shipped import CONF
-from stages.errors import InputError
+from pipeline.run.shipped import CONF, entries
+from stages.errors import InputError, nearest
 
 # Where the entries of a group are chosen: options, and the folders of conf/ whose files may do so.
-_CHOSEN_BY = {
+CHOSEN_BY = {
     "corpus": ("calibration.corpus", "evaluation.corpora"),
     "tasks": ("evaluation.tasks",),
 }
-_FOLDERS = ("calibration", "evaluation", "experiment", "variant")
-_KEY = re.compile(r"\+{0,2}(corpus|tasks)\.([A-Za-z_][\w-]*)[.=].*", re.DOTALL)
-
-
-class _Own(NamedTuple):
-    """The override of one key of an entry that conf/ does not have."""
-
-    group: str
-    name: str
-    added: str  # what Hydra adds the key by
+FOLDERS = ("calibration", "evaluation", "experiment")
+KEY = re.compile(r"\+{0,2}(corpus|tasks)\.([A-Za-z_][\w-]*)[.=].*", re.DOTALL)
 
 
 def opened(overrides: Sequence[str], conf: Path = CONF) -> list[str]:
@@ -33,51 +24,38 @@ def opened(overrides: Sequence[str], conf: Path = CONF) -> list[str]:
     Raises InputError for such an entry that nothing on the command line or in conf/ chooses: its
     name is misspelt, or it is not evaluated.
     """
-    if not any(_KEY.fullmatch(each) for each in overrides):
+    if not any(KEY.fullmatch(each) for each in overrides):
         return list(overrides)
-    known = {group: _names(conf, group) for group in _CHOSEN_BY}
-    given = [_own(each, known) for each in overrides]
-    for own in given:
-        if own is not None and not _chosen(own, overrides, conf):
-            _refuse(own, known)
-    return [each if own is None else own.added for each, own in zip(overrides, given, strict=True)]
+    known = {group: entries(group, conf) for group in CHOSEN_BY}
+    return [_opened(each, overrides, known, conf) for each in overrides]
 
 
-def _own(override: str, known: Mapping[str, Sequence[str]]) -> _Own | None:
-    match = _KEY.fullmatch(override)
+def _opened(
+    override: str, overrides: Sequence[str], known: Mapping[str, Sequence[str]], conf: Path
+) -> str:
+    match = KEY.fullmatch(override)
     if match is None or match[2] in known[match[1]]:
-        return None
-    return _Own(match[1], match[2], f"++{override.lstrip('+')}")
+        return override
+    group, name = match[1], match[2]
+    if not _chosen(group, name, overrides, conf):
+        near = nearest(name, known[group])
+        options = [
+            f"{option}={name}" if option == "calibration.corpus" else f"{option}=[{name}]"
+            for option in CHOSEN_BY[group]
+        ]
+        raise InputError(
+            f"{group}.{name} is chosen by nothing: {f'{near} Otherwise' if near else 'to use it'} give "
+            f"{' or '.join(options)}"
+        )
+    return f"++{override.lstrip('+')}"
 
 
-def _names(conf: Path, group: str) -> list[str]:
-    """The entries of every file of a group."""
-    import yaml
-
-    files = sorted((conf / group).glob("*.yaml"))
-    return [name for file in files for name in yaml.safe_load(file.read_text()) or {}]
-
-
-def _chosen(own: _Own, overrides: Sequence[str], conf: Path) -> bool:
-    word = re.compile(rf"(?<![\w-]){re.escape(own.name)}(?![\w-])")
+def _chosen(group: str, name: str, overrides: Sequence[str], conf: Path) -> bool:
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.lstrip("+") in _CHOSEN_BY[own.group] and word.search(value):
+        if key.lstrip("+") in CHOSEN_BY[group] and word.search(value):
             return True
-    files = (file for folder in _FOLDERS for file in (conf / folder).glob("*.yaml"))
+    files = (file for folder in FOLDERS for file in (conf / folder).glob("*.yaml"))
     lines = (line.partition("#")[0] for file in files for line in file.read_text().splitlines())
     return any(word.search(line) for line in lines)
-
-
-def _refuse(own: _Own, known: Mapping[str, Sequence[str]]) -> None:
-    from difflib import get_close_matches
-
-    close = get_close_matches(own.name, known[own.group], n=1)
-    meant = f"did you mean {own.group}.{close[0]}? Otherwise" if close else "to use it"
-    options = [
-        f"{option}={own.name}" if option == "calibration.corpus" else f"{option}=[{own.name}]"
-        for option in _CHOSEN_BY[own.group]
-    ]
-    raise InputError(
-        f"{own.group}.{own.name} is chosen by nothing: {meant} give {' or '.join(options)}"
-    )

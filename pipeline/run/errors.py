@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pipeline.run import overrides
-from pipeline.run.shipped import CONF
-from stages.errors import InputError
+from pipeline.run import grammar
+from pipeline.run.shipped import CONF, having
+from stages.errors import InputError, nearest
 
 REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
 
@@ -36,7 +35,7 @@ def one_line(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     if isinstance(error, OverrideParseException):
-        typed = overrides.quoted(error.override)
+        typed = grammar.quoted(error.override)
         why = f"; if its value is meant as it is, type {typed}" if typed else f": {_first(error)}"
         return f"{error.override} cannot be read{why}"
     if isinstance(error, MissingConfigException) and error.options:
@@ -49,32 +48,28 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).partition("Config search path")[0].split())
 
 
-def meant(name: str, known: Iterable[str]) -> str:
-    """A question after the known names nearest to one that is not; empty where none is near."""
-    near = get_close_matches(name, list(dict.fromkeys(known)), n=2)
-    return f"did you mean {' or '.join(near)}? " if near else ""
-
-
 def choose(name: str, known: Sequence[str]) -> str:
     """What to choose among instead of a name that is not known."""
-    near = meant(name, known)
-    return f"{near}{'Choose' if near else 'choose'} among {', '.join(known)}"
+    near = nearest(name, known)
+    return f"{f'{near} Choose' if near else 'choose'} among {', '.join(known)}"
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """What a user reads of a key that is none of the known ones beside it."""
-    return f"unknown config key {key}; {meant(key, known)}--cfg job shows all keys"
+    hint = f"{nearest(key, known)} --cfg job shows all keys".lstrip()
+    return f"unknown config key {key}; {hint}"
 
 
 def _unknown(cause: Any) -> str:
     key, parent = str(cause.full_key), cause.parent_node
     group, _, field = key.rpartition(".")
-    having = overrides.having(CONF, field) if group else []
-    if having and group != "coding" and field != "name":  # which every group has
+    others = having(field) if group else []
+    if others and group != "coding" and field != "name":  # which every group has
         return f"unknown config key {key}; did you mean coding.{field}?"
-    if having and group == "coding":
+    if others and group == "coding":
         name = parent._get_node("name")._value()
-        return f"unknown config key {key}; {name} has no {field}, {', '.join(having)} have"
+        verb = "has" if len(others) == 1 else "have"
+        return f"unknown config key {key}; {name} has no {field}, {', '.join(others)} {verb}"
     siblings = [
         f"{group}.{name}" if group else str(name) for name in parent or () if name[0] != "_"
     ]

@@ -91,7 +91,7 @@ def row(
 
     `artifacts` are all of the run by label, `fingerprint` that of its model.
     """
-    columns = ("model", "transform", "coding", "grains", "timesteps")
+    columns = ("model", "transform", "coding", "row", "grains", "timesteps")
     result = {name: settings.axes[name] for name in columns} | _kind(settings.coding)
     result |= numbers(measured, sites)
     converted = [each.seconds for each in artifacts.values() if each.stage in CONVERSION]

@@ -17,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run.errors import unknown_key
+from pipeline.run.grammar import text
 from stages.errors import InputError
 
 if typing.TYPE_CHECKING:
@@ -63,9 +64,9 @@ def hints_of(kind: type) -> dict[str, Any]:
     found = {}
     for each in reversed(kind.__mro__):
         names = vars(sys.modules[each.__module__])
-        for name, text in each.__dict__.get("__annotations__", {}).items():
+        for name, hint in each.__dict__.get("__annotations__", {}).items():
             try:
-                found[name] = eval(text, dict(names)) if isinstance(text, str) else text
+                found[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
             except NameError:
                 found[name] = Any
     return found
@@ -123,16 +124,16 @@ def _fits_one(value: Any, kind: Any) -> bool:
 def _refusal(path: str, value: Any, hint: Any) -> str:
     kinds = [kind for kind in _members(hint) if kind is not NONE]
     nullable = " or null" if len(kinds) < len(_members(hint)) else ""
-    got = f"{path}={_text(value)}"
+    got = f"{path}={text(value)}"
     if any(_origin(kind) is Sequence for kind in kinds):
         if isinstance(value, str | int | float):
-            return f"{got}: give a list{nullable}, {path}=[{_text(value)}]"
+            return f"{got}: give a list{nullable}, {path}=[{text(value)}]"
         (kind,) = [kind for kind in kinds if _origin(kind) is Sequence]
         element = next((arg for arg in typing.get_args(kind) if arg is not ...), str)
         return f"{got}: give a list of {SEVERAL.get(element, 'entries')}{nullable}"
     if str in kinds and isinstance(value, int | float):
         return (
-            f"{got} is read as {_kind(value)}, and text is wanted: type '{path}=\"{_text(value)}\"'"
+            f"{got} is read as {_kind(value)}, and text is wanted: type '{path}=\"{text(value)}\"'"
         )
     named = " or ".join(
         KINDS.get(kind, f"a file of conf/{path.partition('.')[0]}") for kind in kinds
@@ -142,12 +143,3 @@ def _refusal(path: str, value: Any, hint: Any) -> str:
 
 def _kind(value: Any) -> str:
     return KINDS[type(value)]
-
-
-def _text(value: Any) -> str:
-    """A value as it stands on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    return str(value)

@@ -1,265 +1,131 @@
-"""Overrides of a command line, before Hydra reads them: the experiment that they are of, or none.
-
-An experiment's rows are variants, each with a coding and a label. An override that chooses another
-coding, a field of it or the label would run under names that no longer say what ran.
-"""
+"""A command line before Hydra reads it: the experiment that it is of, or the one conversion."""
 
 from __future__ import annotations
 
-import functools
 import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override, OverrideType
 
+from pipeline.run import axes, shipped
 from pipeline.run.additions import opened
+from pipeline.run.grammar import parsed
 from pipeline.run.shipped import CONF
 from stages.errors import InputError
 
 FLAGS = ("-m", "--multirun")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of an experiment: its coding, and what it sets beside it by dotted key."""
-
-    coding: str | None
-    sets: frozenset[str]
+CONVERSION = ("coding", "row", "model", "transform")  # an override of these asks for one conversion
+GONE = {
+    "variant": "the rows of an experiment are chosen by rows={}",
+    "label": "the name of a conversion is row={}",
+}
 
 
 def settled(arguments: Sequence[str], default: str | None = None, conf: Path = CONF) -> list[str]:
     """The arguments with the experiment they are of where it is not that of conf/config.yaml.
 
-    Without experiment=NAME, an override of the coding, of a field of it or of the label asks for one
-    conversion, or for a sweep over exactly the values that it lists: experiment=none. Where nothing
-    asks for that, `default` is the experiment. Raises InputError where rows would lose or bend an
-    override, and Hydra's OverrideParseException where one cannot be read.
+    Without experiment=NAME, an override of the coding, the model or the transform asks for one
+    conversion, or for a sweep over exactly the values that it lists: experiment=none. Where none does,
+    `default` is the experiment; rows=A,B are rows of it, and a `default` has any model and transform.
+    Raises InputError for what the rows would lose or be misnamed by, and Hydra's
+    OverrideParseException for what cannot be read.
     """
+    typed = {str(o.key_or_group) for o in parsed(arguments)}
     arguments = spelled(arguments, conf)
-    given = {str(o.key_or_group): o for o in _read(arguments)}
-    _check_choices(given, conf)
+    given = {str(o.key_or_group): o for o in parsed(arguments)}
+    _check(given, conf)
+    added = []
+    if "experiment" not in given:
+        asking = CONVERSION if default is None else CONVERSION[:2]
+        if "rows" in typed:
+            added = [f"experiment={default or shipped.default('experiment', conf)}"]
+        elif any(key.partition(".")[0] in asking for key in given):
+            added = ["experiment=none"]
+        elif default is not None:
+            added = [f"experiment={default}"]
+    chosen = str(given["experiment"].value()) if "experiment" in given else _value(added)
+    name = chosen or shipped.default("experiment", conf)
+    _check_groups(given, name, conf)
+    swept = any(o.is_sweep_override() for o in given.values())
+    if name == "none" and swept and "hydra.mode" not in given and not {*FLAGS} & {*arguments}:
+        added.append("hydra.mode=MULTIRUN")
+    return _spread([*arguments, *added], given, name, conf)
+
+
+def spelled(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
+    """The arguments as Hydra reads them, which has no null for a group and adds a key by `++`.
+
+    Raises InputError for an option of earlier versions, with the one that replaces it.
+    """
+    for argument in arguments:
+        key, _, value = argument.lstrip("~+").partition("=")
+        if key in GONE:
+            raise InputError(f"{argument}: no such option; {GONE[key].format(value or 'NAME')}")
+    plain = [re.sub(r"^experiment=null$", "experiment=none", each) for each in arguments]
+    return opened([re.sub(r"^rows=", "row=", each) for each in plain], conf)
+
+
+def _check(given: Mapping[str, Override], conf: Path) -> None:
+    """Raises InputError for what Hydra would take and fail of, or run as something else."""
     if (place := given.get("hydra.output_subdir")) is not None:
         raise InputError(
             f"{place.input_line}: a job's configuration is read from .hydra in its folder; choose the "
             "folder by hydra.run.dir=FOLDER or hydra.sweep.dir=FOLDER"
         )
-    chosen = _choices(given.get("variant"))
-    if chosen and "coding" in given:
-        raise InputError(
-            f"{given['variant'].input_line} and {given['coding'].input_line} both choose codings: give "
-            "one of them"
-        )
-    added = []
-    if "experiment" not in given:
-        if not chosen and any(_names_coding(key) for key in given):
-            added = ["experiment=none"]
-        elif default is not None:
-            added = [f"experiment={default}"]
-    experiment, *more = _choices(given.get("experiment")) or [_value(added) or _default(conf)]
-    if more:
-        raise InputError(f"{given['experiment'].input_line}: give one experiment a command")
-    _check_groups(given, experiment, conf)
-    _check_rows(given, experiment, chosen, conf)
-    swept = any(o.is_sweep_override() for o in given.values())
-    if experiment == "none" and swept and "hydra.mode" not in given and not {*FLAGS} & {*arguments}:
-        added.append("hydra.mode=MULTIRUN")
-    return [*arguments, *added]
-
-
-def spelled(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
-    """The arguments as Hydra reads them, which has no null for a group and adds a key by `++`."""
-    files = [re.sub(r"^(experiment|variant)=null$", r"\1=none", each) for each in arguments]
-    return opened(files, conf)
-
-
-def quoted(argument: str) -> str | None:
-    """What to type for an override whose value is to be taken as it is; None where that is no help."""
-    key, equals, value = argument.partition("=")
-    escaped = value.replace('"', '\\"')
-    text = f'{key}="{escaped}"'
-    try:
-        (override,) = OverridesParser.create().parse_overrides([text])
-    except HydraException:
-        return None
-    same = equals and not value.startswith(("[", "{")) and str(override.value()) == value
-    return shlex.quote(text) if same else None
-
-
-def _read(arguments: Sequence[str]) -> list[Override]:
-    """The overrides among the arguments, the others being flags and what they take."""
-    parser, found = OverridesParser.create(), []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
-            continue
-        if "=" not in argument and not argument.startswith("~"):
-            whole = quoted(f"{before} {argument}") if before else None
-            hint = f"; if it belongs to {before}, type {whole}" if whole else ""
-            raise InputError(f"{argument}: options are given as KEY=VALUE{hint}")
-        found += parser.parse_overrides([argument])
-    return found
-
-
-def _check_choices(given: Mapping[str, Override], conf: Path) -> None:
-    """Raises InputError where a group gets no name, for which Hydra has a ValueError."""
     for key, override in given.items():
         plain = not (override.is_delete() or override.is_sweep_override())
         if plain and (conf / key).is_dir() and not isinstance(override.value(), str):
-            known = ", ".join(_files(conf / key))
+            known = ", ".join(shipped.names(key, conf))
             raise InputError(f"{override.input_line}: give one name, out of {known}")
-
-
-def _names_coding(key: str) -> bool:
-    return key in ("coding", "label") or key.startswith("coding.")
-
-
-def _choices(override: Override | None) -> list[str]:
-    """The values of an override of a group, one or those of its sweep; none for none."""
-    if override is None:
-        return []
-    if isinstance(override.value(), Glob):
-        raise InputError(f"{override.input_line}: give the names, as {override.key_or_group}=A,B")
-    if override.is_sweep_override():
-        return [str(each) for each in override.sweep_string_iterator()]
-    return (
-        []
-        if override.value() == "none" and override.key_or_group == "variant"
-        else [str(override.value())]
-    )
-
-
-def _value(added: Sequence[str]) -> str | None:
-    return added[0].partition("=")[2] if added else None
+        if key in ("row", "rows", "experiment") and override.is_delete():
+            raise InputError(f"{override.input_line}: leave it out instead")
+    experiment = given.get("experiment")
+    if experiment is not None and experiment.is_sweep_override():
+        raise InputError(f"{experiment.input_line}: give one experiment a command")
 
 
 def _check_groups(given: Mapping[str, Override], experiment: str, conf: Path) -> None:
     """Raises InputError where a chosen file's keys are lost to those that the experiment sets."""
-    whole = dict(_yaml(conf / "experiment" / f"{experiment}.yaml") or {})
-    params = whole.pop("hydra", {}).get("sweeper", {}).get("params") or {}
-    sets = [*_leaves(whole), *params]
-    for key in (k for k in given if (conf / k).is_dir() and k not in ("variant", "coding")):
-        if lost := [name for name in sets if name.startswith(f"{key}.")]:
+    of = shipped.experiment(experiment, conf)
+    for key in (key for key in given if (conf / key).is_dir() and key != "coding"):
+        if lost := [name for name in (*of.keys, *of.params) if name.startswith(f"{key}.")]:
             raise InputError(
                 f"{given[key].input_line}: experiment={experiment} sets {', '.join(lost)} itself; give "
                 "those keys instead"
             )
 
 
-def _check_rows(
-    given: Mapping[str, Override], experiment: str, chosen: Sequence[str], conf: Path
-) -> None:
-    """Raises InputError on an override that a row of the experiment would lose, or be misnamed by."""
-    names = list(chosen) or _rows(conf, experiment)
-    rows = {name: row for name in names if (row := variant(conf, name)) is not None}
-    of = f" of experiment={experiment}" if experiment != "none" else ""
-    alone = "experiment=null"
-    if chosen:  # without an experiment the variants would still be rows
-        first = next((row.coding for row in rows.values() if row.coding), "NAME")
-        alone = f"coding={first} in place of {given['variant'].input_line}"
-    if rows and (coding := given.get("coding")) is not None:
-        same = [name for name in rows if rows[name].coding == coding.value()] or [
-            name
-            for name in _files(conf / "variant")
-            if (row := variant(conf, name)) is not None and row.coding == coding.value()
-        ]
-        instead = f"variant={','.join(same)}" if same else "variant=NAME"
-        raise InputError(
-            f"{coding.input_line}: the rows{of} choose their codings by variant; give {instead} "
-            f"instead, or experiment=null {coding.input_line} for one conversion"
-        )
-    if len(rows) > 1 and "label" in given:
-        raise InputError(
-            f"{given['label'].input_line} would give the {len(rows)} rows{of} one name; give "
-            f"{alone} for one conversion"
-        )
-    for key, override in given.items():
-        _check_row(key, override, rows, of, alone, conf)
+def _spread(
+    arguments: list[str], given: Mapping[str, Override], experiment: str, conf: Path
+) -> list[str]:
+    """The arguments as a sweep with several codings or rows takes them.
+
+    Hydra composes what it is given beside the axes before there is a job, with whatever coding is the
+    default: a field of the coding is an axis of one value. A row that is run by itself, without a
+    sweep, is given as its overrides.
+    """
+    of = shipped.experiment(experiment, conf)
+    coding = of.coding or shipped.default("coding", conf)
+    alone = "hydra.mode=RUN" in arguments
+    lines = [str(o.input_line) for o in given.values() if not o.key_or_group.startswith("hydra")]
+    sweep = axes.swept(lines, {} if alone else of.params, of.rows, coding, conf)
+    if alone and "row" in given:
+        if len(sweep.jobs) > 1:
+            raise InputError(
+                f"{given['row'].input_line} hydra.mode=RUN: a run by itself has one row"
+            )
+        return [*arguments, *(each for each in sweep.jobs[0].row if each not in arguments)]
+    several = of.rows or ("coding" in given and given["coding"].is_sweep_override())
+    if alone or not several:
+        return arguments
+    fixed = {
+        str(o.input_line): f"{key}=choice({o.get_value_element_as_str()})"
+        for key, o in given.items()
+        if key.startswith("coding.") and o.type is OverrideType.CHANGE and not o.is_sweep_override()
+    }
+    return [fixed.get(argument, argument) for argument in arguments]
 
 
-def _check_row(
-    key: str, override: Override, rows: Mapping[str, Variant], of: str, alone: str, conf: Path
-) -> None:
-    setting = [n for n, row in rows.items() if any(_within(key, own) for own in row.sets)]
-    field = key.partition(".")[2].partition(".")[0] if key.startswith("coding.") else None
-    lacking = [
-        name
-        for name, row in rows.items()
-        if field
-        and row.coding is not None
-        and field not in fields(conf, row.coding)
-        and not override.is_add()
-        and not override.is_force_add()
-    ]
-    if not setting and not lacking:
-        return
-    why = [f"{', '.join(setting)} set it themselves"] if setting else []
-    why += [f"{', '.join(lacking)} have no {field}"] if lacking else []
-    rest = ",".join(name for name in rows if name not in (*setting, *lacking))
-    instead = f"variant={rest} beside it, or " if rest else ""
-    raise InputError(
-        f"{override.input_line} does not fit all rows{of}: {'; '.join(why)}. Give {instead}"
-        f"{alone} for one conversion"
-    )
-
-
-def _within(key: str, other: str) -> bool:
-    """Whether one dotted key is the other, or lies below it."""
-    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
-
-
-@functools.cache
-def variant(conf: Path, name: str) -> Variant | None:
-    """What conf/variant/`name`.yaml chooses and sets; None where there is no such file."""
-    whole = _yaml(conf / "variant" / f"{name}.yaml")
-    if whole is None:
-        return None
-    parts: list[Any] = whole.pop("defaults", [])
-    coding = next((d["override /coding"] for d in parts if "override /coding" in d), None)
-    whole.pop("label", None)
-    return Variant(coding, frozenset(_leaves(whole)))
-
-
-@functools.cache
-def fields(conf: Path, coding: str) -> tuple[str, ...]:
-    """The keys of conf/coding/`coding`.yaml."""
-    return tuple(key for key in _yaml(conf / "coding" / f"{coding}.yaml") or {} if key[0] != "_")
-
-
-def having(conf: Path, field: str) -> list[str]:
-    """The codings that have a field."""
-    return [name for name in _files(conf / "coding") if field in fields(conf, name)]
-
-
-def _rows(conf: Path, experiment: str) -> list[str]:
-    """The variants that an experiment runs."""
-    whole = _yaml(conf / "experiment" / f"{experiment}.yaml") or {}
-    params = whole.get("hydra", {}).get("sweeper", {}).get("params") or {}
-    return [name.strip() for name in str(params.get("variant", "")).split(",") if name.strip()]
-
-
-def _default(conf: Path) -> str:
-    """The experiment that conf/config.yaml names."""
-    parts = (_yaml(conf / "config.yaml") or {})["defaults"]
-    return str(next(p["experiment"] for p in parts if isinstance(p, dict) and "experiment" in p))
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def _yaml(file: Path) -> dict[str, Any] | None:
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else None
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+def _value(added: Sequence[str]) -> str | None:
+    return added[0].partition("=")[2] if added else None

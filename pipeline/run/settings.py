@@ -121,7 +121,7 @@ class Settings:
     runtime: Runtime
     tracking: TrackingSpec
     table: TableSpec
-    label: str | None
+    row: str | None
     timesteps: int
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ class Settings:
     @property
     def name(self) -> str:
         """What the run is called in logs and in the dashboard."""
-        coding, name = self.coding, self.label or self.coding.name
+        coding, name = self.coding, self.row or self.coding.name
         if coding.converts:
             name += f" T={coding.timesteps} n={coding.grains}"
         return name if self.transform.name == "none" else f"{name} {self.transform.name}"
@@ -175,6 +175,7 @@ class Settings:
             "model": self.model.name,
             "transform": self.transform.name,
             "coding": self.coding.name,
+            "row": self.row or self.coding.name,
             "grains": None if dense else self.coding.grains,
             "timesteps": None if dense else self.coding.timesteps,
             "corpus": self.calibration.corpus,

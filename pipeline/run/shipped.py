@@ -1,14 +1,78 @@
-"""What `conf/` ships."""
+"""The files of `conf/`: which choices a group has, and what they hold before Hydra composes them."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 CONF = Path(__file__).parents[2] / "conf"
 NOT_A_TABLE = "published"  # the numbers of other papers, beside the tables that show them
 
 
-def names(group: str) -> list[str]:
+@dataclass(frozen=True)
+class Experiment:
+    """A file of conf/experiment: its rows and axes, its coding, and the dotted keys that it sets."""
+
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    coding: str | None = None
+    keys: tuple[str, ...] = ()
+
+
+def names(group: str, conf: Path = CONF) -> list[str]:
     """The choices of a group."""
-    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return [name for name in found if name != NOT_A_TABLE]
+    files = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    return [name for name in files if name != NOT_A_TABLE]
+
+
+@functools.cache
+def experiment(name: str, conf: Path = CONF) -> Experiment:
+    """The experiment of a name; an empty one where `conf` has no such file."""
+    whole = dict(_yaml(conf / "experiment" / f"{name}.yaml"))
+    sweeper = whole.pop("hydra", {}).get("sweeper") or {}
+    defaults = whole.pop("defaults", [])
+    coding = next((d["override /coding"] for d in defaults if "override /coding" in d), None)
+    return Experiment(
+        sweeper.get("rows") or {}, sweeper.get("params") or {}, coding, tuple(leaves(whole))
+    )
+
+
+def default(group: str, conf: Path = CONF) -> str:
+    """The choice that conf/config.yaml makes of a group."""
+    parts = _yaml(conf / "config.yaml")["defaults"]
+    return str(next(part[group] for part in parts if isinstance(part, dict) and group in part))
+
+
+@functools.cache
+def fields(coding: str, conf: Path = CONF) -> tuple[str, ...] | None:
+    """The keys of a coding's file; None where `conf` has no such file."""
+    keys = _yaml(conf / "coding" / f"{coding}.yaml")
+    return tuple(key for key in keys if key[0] != "_") or None
+
+
+def having(field: str, conf: Path = CONF) -> list[str]:
+    """The codings that have a field."""
+    return [name for name in names("coding", conf) if field in (fields(name, conf) or ())]
+
+
+def entries(group: str, conf: Path = CONF) -> list[str]:
+    """The names that every file of a group of named entries has."""
+    return [name for file in sorted((conf / group).glob("*.yaml")) for name in _yaml(file)]
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat |= leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}

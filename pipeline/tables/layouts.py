@@ -22,7 +22,7 @@ from pipeline.results.columns import (
 )
 from pipeline.results.lookup import Row
 from pipeline.results.published import as_measured, printed
-from pipeline.results.rows import COSTS, ENERGIES, environment, result_frame, variant
+from pipeline.results.rows import COSTS, ENERGIES, environment, result_frame, row_name
 from pipeline.tables import captions
 from pipeline.tables.sheet import Sheet
 from stages.errors import InputError
@@ -220,12 +220,12 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def _frame(rows: Sequence[Row], names: Mapping[str, str]) -> pd.DataFrame:
-    """The rows with the name of their `method`: that of the variant, or what `names` calls it."""
+    """The rows with the name of their `method`: that of the row, or what `names` calls it."""
     results = [row.result for row in rows]
-    variants = [variant(result) for result in results]
-    frame = result_frame(results).drop(columns="variant", errors="ignore")
-    frame.insert(0, "variant", variants)
-    frame.insert(0, "method", [names.get(v, v) for v in variants])
+    shown = [row_name(result) for result in results]
+    frame = result_frame(results).drop(columns="row", errors="ignore")
+    frame.insert(0, "row", shown)
+    frame.insert(0, "method", [names.get(name, name) for name in shown])
     return frame
 
 

@@ -147,7 +147,7 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
     """How the column of a frame reads among others of these `names`."""
     several = sum(str(each).startswith("ppl_") for each in frame) > 1
     if name == "coding":
-        beside = tuple(n for n in ("variant", "setting") if n in frame and n not in names)
+        beside = tuple(n for n in ("row", "setting") if n in frame and n not in names)
         return Column(name, name, partial(_told_apart, beside), beside=beside, words=True)
     if name.startswith("ppl_"):
         first = name == next(str(each) for each in frame if str(each).startswith("ppl_"))
@@ -168,8 +168,8 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
 
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:
-    """A coding with the variant and the setting that tell its rows apart."""
+    """A coding with the name of the row and the setting that tell its rows apart."""
     texts = {name: str(v) for name, v in zip(beside, values, strict=True) if not pd.isna(v)}
-    variant = texts.get("variant", coding)
-    name = variant if variant.startswith(coding) else f"{coding} {variant}"
+    row = texts.get("row", coding)
+    name = row if row.startswith(coding) else f"{coding} {row}"
     return " ".join(filter(None, [name, short_setting(texts.get("setting", ""))]))

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results import naming
 from pipeline.results.folders import ENDED, FAILED, KINDS, MULTIRUN, RunFolder
-from pipeline.results.rows import distinct, result_frame, sweep_results, variant
+from pipeline.results.rows import distinct, result_frame, sweep_results
 from pipeline.run.settings import entry
 from pipeline.store import manifest
 from pipeline.tracking.database import COMPUTATION, Entry, flat
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Groups of the configuration whose fields are params by group.field.
 GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
-GROUPED = ("coding", "variant", "transform", "model")  # tags by which the dashboard groups jobs
+GROUPED = ("coding", "row", "transform", "model")  # tags by which the dashboard groups jobs
 NO_METRIC = ("run", "axes", "evaluation", "label", "environments")  # of result.json
 ORIGINS = {PackageFile: "package", HubText: "hub"}
 NOTE = 7500  # characters of a description; MLflow cuts it at 8000
@@ -37,7 +37,7 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     """A finished job with its pictures."""
     result, config = job.result, job.config
     run, evaluation = result["run"], result["evaluation"]
-    axes = _axes(job, result["axes"], variant(result))
+    axes = _axes(job, result["axes"])
     computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
     measures = {
         f"{corpus}.{name}": str(value)
@@ -106,7 +106,7 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
     end, opened = folder.read(ENDED), opened_sweep(folder)
     failed = {job.path.name: job.failure for job in folder.jobs if job.failure}
     results = sweep_results(folder.path) if folder.finished else {}
-    axes = [_axes(job, result["axes"], variant(result)) for job, result in results.items()]
+    axes = [_axes(job, result["axes"]) for job, result in results.items()]
     axes += [_configured(job)[0] for job in folder.jobs if job.failure and job not in results]
     artifacts: dict[str, str | Path] = {"multirun.yaml": (folder.path / MULTIRUN).read_text()}
     if failed:
@@ -148,8 +148,7 @@ def _configured(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
     config = job.config
     try:
         settings: Any = instantiate(config)
-        name = variant({"label": settings.name})
-        return _axes(job, settings.axes, name), settings.name, _fields(config)
+        return _axes(job, settings.axes), settings.name, _fields(config)
     except Exception:  # the configuration may be what the job has failed of
         axes: dict[str, Any] = {}
         for key in ("model", "coding", "transform"):
@@ -159,15 +158,14 @@ def _configured(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
         for key in ("timesteps", "grains"):
             with suppress(Exception):
                 axes[key] = config.coding[key]
-        return axes, str(config.label or axes["coding"]), {}
+        return axes, str(config.row or axes["coding"]), {}
 
 
-def _axes(job: RunFolder, axes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What sweeps vary, by short names; `name` is the variant."""
+def _axes(job: RunFolder, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweeps vary, by short names."""
     evaluation = job.config.evaluation
     return {
         **axes,
-        "variant": name,
         "sites": job.choices["sites"],
         "evaluation": ", ".join(evaluation.corpora),
         "tasks": ", ".join(evaluation.tasks),

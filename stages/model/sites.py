@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.errors import InputError
+from stages.errors import InputError, nearest
 from stages.model.experts import EXPERT_PORTS, check_experts
 from stages.model.rules import Architecture, Rule, architecture, multiplying
 
@@ -161,8 +160,8 @@ def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
         pattern = re.compile(".*".join(map(re.escape, name.split("*"))))
         matching = {site.name for site in sites if pattern.fullmatch(site.name)}
         if not matching:
-            near = get_close_matches(name, [site.name for site in sites], n=2)
-            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            near = nearest(name, (site.name for site in sites))
+            meant = f"; {near}" if near else ""
             raise InputError(f"sites.exclude: the model has no site {name}{meant}")
         excluded |= matching
     chosen = [s for s in sites if s.role in selection.roles and s.name not in excluded]

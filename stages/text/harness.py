@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import InputError
+from stages.errors import InputError, nearest
 from stages.model.limits import check_tokens
 from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
@@ -200,8 +199,7 @@ def _index() -> dict[str, Any]:
 def _yaml_of(task: str) -> str:
     entry = _index().get(task)
     if entry is None or entry.yaml_path is None:
-        close = get_close_matches(task, _index(), n=1)
-        hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+        hint = nearest(task, _index()) or "`lm-eval ls tasks` lists them"
         raise InputError(f"lm-eval has no task {task!r}; {hint}")
     if entry.kind.name != "TASK":
         raise InputError(

@@ -68,7 +68,7 @@ def test_a_rotation_adds_its_operations(conf, capsys):
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt_neox"])  # one without RoPE, both without gates
-@pytest.mark.parametrize("group", ["experiment=null", "experiment=codings", "variant=null"])
+@pytest.mark.parametrize("group", ["experiment=null", "experiment=codings", "rows=gated2"])
 def test_families_without_gates_and_choices_of_rows(kind, group, tmp_path, capsys):
     shape = {"hidden_size": 640, "num_hidden_layers": 3, "vocab_size": 5000}
     shape |= {"num_attention_heads": 10, "ffn_dim" if kind == "opt" else "intermediate_size": 1280}

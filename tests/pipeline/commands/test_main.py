@@ -22,6 +22,7 @@ from tests.pipeline.conftest import Finished, Tiny, half_written, main_in
 
 Command = Callable[..., Finished]
 REPOSITORY = Path(__file__).parents[3]
+MAIN = ("experiment=quickstart",)  # the default, but where a model is chosen
 SINGLE = ("experiment=null", "coding=gated", "coding.timesteps=6", "coding.grains=2")
 NAMES = ["model", "coding", "grains", "timesteps", "ppl_wikipedia", "nmse", "spikes_per_value"]
 NAMES += ["macs_G", "acs_G", "energy_J", "saving", "conversion_s"]
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quickstart(command: Command, folder: Path) -> Finished:
     """The main job as it is, on the tiny model, with questions and tracking."""
-    return command(folder, "tracking.enabled=true", "evaluation.tasks=[piqa]")
+    return command(folder, *MAIN, "tracking.enabled=true", "evaluation.tasks=[piqa]")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_gated_neurons_come_closer_to_the_dense_model_than_one_range(quickstart)
 
 def test_the_second_time_everything_is_cached_and_the_same(command, folder, quickstart):
     before = quickstart.table.read_bytes()
-    again = command(folder, "evaluation.tasks=[piqa]")
+    again = command(folder, *MAIN, "evaluation.tasks=[piqa]")
     assert again.table == quickstart.table and again.table.read_bytes() == before
     for old, new in zip(quickstart.results, again.results, strict=True):
         assert all(new["hits"].values())

@@ -26,9 +26,9 @@ from pipeline.tables import paper
 from tests.pipeline.conftest import CONF, Finished, Tiny
 
 STUDIES = paper.names("study")
-VARIANTS = "variant=dense,las,gated2"
+ROWS = "rows=dense,las,gated2"
 STUDY = (
-    *("study=quickstart", VARIANTS, "study.experiments.quickstart=[main,energy]"),
+    *("study=quickstart", ROWS, "study.experiments.quickstart=[main,energy]"),
     "study.about='<b>odd & \"quoted\"</b>'",
 )
 
@@ -87,7 +87,7 @@ def page(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, command: Callable[..., Finished]) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    done = command(folder, VARIANTS, "evaluation.tasks=[piqa]")
+    done = command(folder, "experiment=quickstart", ROWS, "evaluation.tasks=[piqa]")
     assert done.code == 0, done.err
     return folder
 
@@ -109,7 +109,7 @@ def text(folder, overrides) -> str:
 @pytest.fixture(scope="module")
 def rows(folder, overrides) -> list[lookup.Row]:
     with chdir(folder):
-        return lookup.rows(["experiment=quickstart", VARIANTS, *overrides])
+        return lookup.rows(["experiment=quickstart", ROWS, *overrides])
 
 
 def test_the_page_needs_nothing_else(text):
@@ -131,7 +131,7 @@ def test_the_figures_are_those_of_a_sweep(text):
 
 
 def test_the_tables_are_those_of_the_tables_command(text, folder, overrides):
-    arguments = ("experiment=quickstart", VARIANTS, *overrides)
+    arguments = ("experiment=quickstart", ROWS, *overrides)
     tables = Page(text).tables
     for name in ("main", "energy"):
         with chdir(folder), redirect_stdout(io.StringIO()):

@@ -55,7 +55,7 @@ def legends(figure) -> list[str]:
 def result(name: str, steps: int | None, ppl: float, energy: float | None, **more) -> dict:
     label = name if steps is None else f"{name} T={steps} n={more.get('grains', 1)}"
     numbers = {"timesteps": steps, "grains": 1, "ppl_a": ppl, "energy_J": energy}
-    return {"model": "tiny", "coding": name, "label": label} | numbers | more
+    return {"model": "tiny", "coding": name, "row": name, "label": label} | numbers | more
 
 
 RESULTS = [
@@ -197,10 +197,10 @@ def test_a_series_is_told_by_its_grains_only_where_they_vary():
     assert names == ["multigrain n=2", "multigrain n=3", "free", "free", "gated2"]
 
 
-def test_a_series_is_told_by_the_settings_that_a_variant_has_several_of():
+def test_a_series_is_told_by_the_settings_that_a_row_has_several_of():
     runs = [["coding.v0=zero"], ["coding.v0=half_step"]]
     results = [
-        result("las", 6, 1, 1) | {"run": {"overrides": [*run, "fitting.seed=0", "variant=las"]}}
+        result("las", 6, 1, 1) | {"run": {"overrides": [*run, "fitting.seed=0", "row=las"]}}
         for run in runs
     ]
     assert comparisons.series_names(results) == ["las v0=zero", "las v0=half_step"]

@@ -32,7 +32,7 @@ BROKEN = result("broken", 6, 2e7, 0.1)
 
 @pytest.mark.parametrize("draw", ["timesteps", "energy"])
 def test_a_series_that_diverged_is_in_the_note_and_not_in_the_legend(draw):
-    more = [BROKEN, BROKEN | {"timesteps": 8, "label": "broken T=8 n=1"}]
+    more = [BROKEN, BROKEN | {"timesteps": 8, "row": "broken"}]
     frame = comparisons.comparison_frame([*RESULTS, *more])
     figure = (
         comparisons.perplexity_by(frame, draw)

@@ -24,8 +24,8 @@ GATED = {
         (["coding=gated", "timesteps=6"], False, "smollm2-135m_gated_T6_n2"),
         (["coding=gated", "store.path=elsewhere"], False, "smollm2-135m_gated_T6_n2"),
         (["coding.mu=0.1"], False, "smollm2-135m_gated_T6_n2_coding.mu=0.1"),
-        (["label=mine", "coding=gated"], False, "mine_coding=gated"),
-        (["label='my own'", "table.columns=[T,n]"], False, "my-own"),
+        (["row=mine", "coding=gated"], False, "mine_coding=gated"),
+        (["row='my own'", "table.columns=[T,n]"], False, "my-own"),
         (
             ["coding=gated,las", "timesteps=4,6"],
             True,
@@ -55,7 +55,7 @@ def test_single_runs_leave_tables_of_their_own(command, tmp_path):
     done: list[Finished] = [
         command(tmp_path, "coding=las", "timesteps=4"),
         command(tmp_path, "coding=las", "timesteps=6", "table.columns=[coding,T,ppl]"),
-        command(tmp_path, "coding=las", "timesteps=4", "label=mine"),
+        command(tmp_path, "coding=las", "timesteps=4", "row=mine"),
     ]
     assert [run.code for run in done] == [0, 0, 0]
     names = [run.table.stem for run in done]

@@ -30,11 +30,11 @@ def test_keys_of_unknown_entries_are_added_and_all_others_left():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["corpus.wikitex2.path=a"], "corpus.wikitex2 .*did you mean corpus.wikitext2?"),
+        (["corpus.wikitex2.path=a"], "corpus.wikitex2 .*did you mean wikitext2?"),
         ([MINE[0]], r"corpus.mine .*calibration.corpus=mine or evaluation.corpora=\[mine\]"),
         ([MINE[0], "evaluation.corpora=[wikipedia]"], "corpus.mine is chosen by nothing"),
         ([MINE[0], "evaluation.tasks=[mine]"], "corpus.mine is chosen by nothing"),
-        (["tasks.pica.path=a"], "did you mean tasks.piqa?"),
+        (["tasks.pica.path=a"], "did you mean piqa?"),
     ],
 )
 def test_an_entry_that_nothing_chooses_is_refused(overrides, message):

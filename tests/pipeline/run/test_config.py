@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pipeline.run.errors import one_line
+from pipeline.run.jobs import jobs
 from pipeline.run.options import settings
 from pipeline.run.settings import Settings
 from stages.codings.base import Coding
@@ -92,10 +93,9 @@ def test_the_main_job_is_a_sweep_over_the_six_codings_at_six_steps():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = compose("config", return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
-    variants = hydra.sweeper.params.variant.split(",")
-    jobs = [instantiate(composed(f"variant={variant}")) for variant in variants]
-    assert [job.label for job in jobs] == variants
-    codings = [job.coding for job in jobs]
+    settings = [job.settings for job in jobs([])]
+    assert [each.row for each in settings] == [*hydra.sweeper.rows]
+    codings = [each.coding for each in settings]
     assert [
         (c.name, None, None) if not c.converts else (c.name, c.grains, c.timesteps) for c in codings
     ] == [
@@ -175,7 +175,6 @@ LINES = [
     (["corpus.wikpedia.path=x"], "did you mean corpus.wikipedia"),
     (["hydra.swep.dir=x"], "did you mean hydra.sweep"),
     (["coding=gatedd"], "coding=gatedd: no such choice; did you mean gated"),
-    (["variant=gatd2"], "variant=gatd2: no such choice; did you mean gated2"),
     (["evaluation.corpora=[wikipdia]"], "got wikipdia; did you mean wikipedia? Choose among"),
     (["evaluation.tasks=[piq]"], "got piq; did you mean piqa? Choose among"),
     (

@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pipeline.results.rows import sweep_results, variant
+from pipeline.results.rows import sweep_results
+from pipeline.run.jobs import jobs
 from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -24,21 +25,21 @@ MAIN = "dense,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,g
 gated_budget,signed_digit2"
 # What the smoke run takes of an axis where that is not its first two values.
 CUT = {
-    "codings": {"variant": "dense,ttfs,oat_rounded,gated2,gated2_offset"},
+    "codings": {"rows": "dense,ttfs,oat_rounded,gated2,gated2_offset"},
     "frontier": {"timesteps": "4", "evaluation.corpora": "[wikipedia]"},
     "spike_price": {"evaluation.corpora": "[wikipedia]"},
     "compander": {"timesteps": "4"},
-    "algorithm1": {"variant": "algorithm1,n1_5,slope_5,slope_80,samples_1000"},
+    "algorithm1": {"rows": "algorithm1,n1_5,slope_5,slope_80,samples_1000"},
     "decoupling": {
         "timesteps": "6",
-        "variant": "learn_neither,learn_neuron,learn_bases,learn_both",
+        "rows": "learn_neither,learn_neuron,learn_bases,learn_both",
     },
-    "paper": {"timesteps": "6", "variant": "dense,las,paper2,paper3"},
-    "grain_timestep": {"timesteps": "6", "variant": "dense,multigrain1,multigrain2,gated1,gated3"},
-    "main_table": {"timesteps": "6", "variant": MAIN},
-    "energy_table": {"timesteps": "6", "variant": "dense,two_spike,paper2,gated2"},
+    "paper": {"timesteps": "6", "rows": "dense,las,paper2,paper3"},
+    "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
+    "main_table": {"timesteps": "6", "rows": MAIN},
+    "energy_table": {"timesteps": "6", "rows": "dense,two_spike,paper2,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
-    "v0_ablation": {"timesteps": "6", "variant": "las,phase,multigrain2"},
+    "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }
 Command = Callable[..., Finished]
 
@@ -47,14 +48,15 @@ Command = Callable[..., Finished]
 def axes(experiment: str) -> dict[str, list[str]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         whole = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
-    return {k: str(v).split(",") for k, v in (whole.hydra.sweeper.params or {}).items()}
+    sweeper = whole.hydra.sweeper
+    values = {name: str(value).split(",") for name, value in sweeper.params.items()}
+    return values | {"rows": [*sweeper.rows]} if sweeper.rows else values
 
 
 @functools.cache
 def composed(experiment: str, **choice: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = [f"{name}={value}" for name, value in choice.items()]
-        return compose("config", [f"experiment={experiment}", *given])
+    (job,) = jobs([f"experiment={experiment}", *(f"{k}={v}" for k, v in choice.items())])
+    return job.config
 
 
 def at(experiment: str, **choice: str) -> Any:
@@ -66,13 +68,13 @@ def at(experiment: str, **choice: str) -> Any:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_value_of_every_axis_becomes_settings(experiment):
     found = axes(experiment)
-    labels = []
+    names = []
     for name, values in found.items():
         assert len(set(values)) == len(values)
         for value in values:
             settings = at(experiment, **{name: value})
-            labels += [settings.label] if name == "variant" else []
-    assert labels == found.get("variant", [])
+            names += [settings.row] if name == "rows" else []
+    assert names == found.get("rows", [])
 
 
 def test_every_coding_runs_at_every_number_of_steps():
@@ -80,8 +82,8 @@ def test_every_coding_runs_at_every_number_of_steps():
     assert found["timesteps"] == ["4", "5", "6", "8", "10"]
     assert found["transform"] == ["none", "rotate"]
     codings = set()
-    for name, steps in itertools.product(found["variant"], ("4", "10")):
-        coding = at("codings", variant=name, timesteps=steps).coding
+    for name, steps in itertools.product(found["rows"], ("4", "10")):
+        coding = at("codings", rows=name, timesteps=steps).coding
         assert not coding.converts or coding.timesteps in (int(steps), 128)
         codings.add(coding.name)
     # SpikeLLM's smoothing trains for hours and is asked for by name.
@@ -90,17 +92,17 @@ def test_every_coding_runs_at_every_number_of_steps():
 
 
 def test_oat_rounded_stands_beside_the_gated_rows():
-    names = axes("codings")["variant"]
+    names = axes("codings")["rows"]
     gated = [i for i, name in enumerate(names) if name.startswith("gated")]
     start = names.index("oat_rounded") + 1
     assert gated == list(range(start, start + len(gated))) and len(gated) >= 2
-    assert list(axes("codings")) == ["transform", "timesteps", "variant"]  # the last varies fastest
+    assert list(axes("codings")) == ["transform", "timesteps", "rows"]  # which vary fastest
 
 
 def test_decoupling_learns_what_its_rows_say_in_equal_steps():
     learnt = {}
-    for name in axes("decoupling")["variant"]:
-        settings = at("decoupling", variant=name)
+    for name in axes("decoupling")["rows"]:
+        settings = at("decoupling", rows=name)
         steps = getattr(settings.coding, "algorithm1", None)
         learnt[name] = (steps.neuron_steps, steps.base_steps) if steps else (0, 0)
     assert [tuple(map(bool, pair)) for pair in learnt.values()] == [
@@ -110,7 +112,7 @@ def test_decoupling_learns_what_its_rows_say_in_equal_steps():
 
 
 def test_algorithm1_varies_one_setting_at_a_time():
-    whole = [at("algorithm1", variant=name) for name in axes("algorithm1")["variant"]]
+    whole = [at("algorithm1", rows=name) for name in axes("algorithm1")["rows"]]
     base, *others = [vars(s.fitting) | vars(s.coding.algorithm1) for s in whole]
     alike = [replace(s.coding, algorithm1=whole[0].coding.algorithm1) for s in whole]
     assert len({*alike}) == 1
@@ -123,7 +125,7 @@ def test_algorithm1_varies_one_setting_at_a_time():
 @pytest.mark.parametrize("experiment", ["paper", "main_table", "energy_table"])
 def test_the_papers_setting_is_the_papers(experiment):
     for steps, grains in itertools.product(axes(experiment)["timesteps"], (2, 3)):
-        settings = at(experiment, timesteps=steps, variant=f"paper{grains}")
+        settings = at(experiment, timesteps=steps, rows=f"paper{grains}")
         assert (settings.calibration.windows, settings.calibration.length) == (64, 512)
         assert "mlp.up" not in settings.sites.roles and "head.in" in settings.sites.roles
         assert settings.transform.name == "rotate_prefix"
@@ -135,20 +137,20 @@ def test_the_papers_setting_is_the_papers(experiment):
 def test_the_grid_of_grains_and_timesteps_is_complete():
     found = axes("grain_timestep")
     grid = []
-    for steps, name in itertools.product(found["timesteps"], found["variant"]):
-        coding = at("grain_timestep", timesteps=steps, variant=name).coding
+    for steps, name in itertools.product(found["timesteps"], found["rows"]):
+        coding = at("grain_timestep", timesteps=steps, rows=name).coding
         if coding.converts:
             grid.append((coding.name, coding.grains, coding.timesteps))
     assert sorted(grid) == sorted(itertools.product(("multigrain", "gated"), (1, 2, 3), (6, 8, 10)))
 
 
 def test_the_main_table_has_every_method_once_and_the_energy_table_shares_its_evaluations():
-    whole = axes("main_table")["variant"]
+    whole = axes("main_table")["rows"]
     assert whole == MAIN.split(",")
-    codings = [at("main_table", variant=name).coding for name in whole]
+    codings = [at("main_table", rows=name).coding for name in whole]
     assert len(set(codings)) == len(codings)
-    assert set(axes("energy_table")["variant"]) <= set(whole)
-    one, other = (at(name, variant="gated2") for name in ("main_table", "energy_table"))
+    assert set(axes("energy_table")["rows"]) <= set(whole)
+    one, other = (at(name, rows="gated2") for name in ("main_table", "energy_table"))
     tasks = one.evaluation.tasks
     assert (
         tasks == ("piqa", "arc_easy", "winogrande", "arc_challenge") and not other.evaluation.tasks
@@ -159,11 +161,11 @@ def test_the_main_table_has_every_method_once_and_the_energy_table_shares_its_ev
 
 def test_v0_is_all_that_the_rows_of_its_ablation_differ_in():
     found = axes("v0_ablation")
-    assert found["variant"] == ["las", "phase", "multigrain2"]
+    assert found["rows"] == ["las", "phase", "multigrain2"]
     assert found["coding.v0"] == ["zero", "half_step"]
-    for steps, name in itertools.product(found["timesteps"], found["variant"]):
+    for steps, name in itertools.product(found["timesteps"], found["rows"]):
         zero, half = (
-            at("v0_ablation", timesteps=steps, variant=name, **{"coding.v0": v0})
+            at("v0_ablation", timesteps=steps, rows=name, **{"coding.v0": v0})
             for v0 in found["coding.v0"]
         )
         assert (zero.coding.v0, half.coding.v0) == ("zero", "half_step")
@@ -173,10 +175,10 @@ def test_v0_is_all_that_the_rows_of_its_ablation_differ_in():
 def test_calibration_varies_its_tokens_its_corpus_and_the_seed():
     found = axes("calibration_ablation")
     assert found["calibration.windows"] == ["4", "16", "64"] and "calibration.corpus" in found
-    assert found["variant"] == ["multigrain2", "gated2"] and len(found["fitting.seed"]) >= 3
+    assert found["rows"] == ["multigrain2", "gated2"] and len(found["fitting.seed"]) >= 3
     for corpus in ("wikipedia", "c4"):  # whatever text a user names
         given = {"calibration.corpus": corpus, "calibration.windows": "4", "fitting.seed": "1"}
-        settings = at("calibration_ablation", variant="multigrain2", **given)
+        settings = at("calibration_ablation", rows="multigrain2", **given)
         calibration = settings.calibration
         assert (calibration.corpus, calibration.windows, calibration.length) == (corpus, 4, 512)
         # A seed only matters where values are drawn.
@@ -227,12 +229,12 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
 
 
 def check_codings(done: Finished, frame: pd.DataFrame) -> None:
-    names = [variant(result) for result in sweep_results(done.runs).values()]
-    assert names == CUT["codings"]["variant"].split(",") * 4
+    names = [result["row"] for result in sweep_results(done.runs).values()]
+    assert names == CUT["codings"]["rows"].split(",") * 4
     # dense and ttfs know no other T: one row a transform, where the sweep has two
     counts = frame["coding"].value_counts()
     assert counts["dense"] == counts["ttfs"] == 2 and counts["oat_rounded"] == 4
-    at = {name: list(frame.index[frame["variant"] == name]) for name in ("oat_rounded", "gated2")}
+    at = {name: list(frame.index[frame["row"] == name]) for name in ("oat_rounded", "gated2")}
     assert [i + 1 for i in at["oat_rounded"]] == at["gated2"]
     together = frame.loc[at["gated2"], ["timesteps", "transform"]].to_numpy()
     assert (frame.loc[at["oat_rounded"], ["timesteps", "transform"]].to_numpy() == together).all()

@@ -57,9 +57,9 @@ def test_the_command_of_a_job_runs_that_job(swept, tiny_run, folder):
     assert (program, dash, module) == ("python", "-m", "pipeline")
     (alone,) = main_in(folder, arguments).results
     assert alone["keys"] == swept.results[2]["keys"] and all(alone["hits"].values())
-    odd = jobs(["experiment=frontier", "variant=dense", "label=some words"])[0]
+    odd = jobs(["experiment=frontier", "rows=dense"])[0]
     again = jobs([a for a in shlex.split(odd.command)[3:] if not a.startswith("hydra")])
-    assert [job.config for job in again] == [odd.config] and odd.config.label == "some words"
+    assert [job.config for job in again] == [odd.config] and odd.config.row == "dense"
 
 
 def test_steps_have_the_keys_that_a_run_builds(swept, tiny_run, folder, monkeypatch):
@@ -135,7 +135,7 @@ def test_an_estimate_is_the_median_of_like_builds_by_their_tokens(settings, tmp_
 
 
 def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
-    done = main_in(tmp_path, [*tiny_run.overrides, "runtime.plan=true"])
+    done = main_in(tmp_path, ["experiment=quickstart", *tiny_run.overrides, "runtime.plan=true"])
     assert done.code == 0, done.err
     assert len(re.findall(r"^ +\d+ ", done.out, re.MULTILINE)) == 6  # the quickstart's jobs
     assert "dense on tiny " in done.out and "gated3 T=6 n=3 on tiny " in done.out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 
 from pipeline.results import naming
+from pipeline.run import axes, shipped
+from pipeline.run.errors import one_line
+from pipeline.run.jobs import command as command_of
 from pipeline.run.jobs import jobs
 from pipeline.run.overrides import settled
 from stages.errors import InputError
@@ -21,61 +25,80 @@ def named(*overrides: str) -> list[str]:
     return [job.settings.name for job in jobs(overrides)]
 
 
-def test_without_an_override_of_the_coding_it_is_the_experiment():
+def test_without_an_override_of_a_conversion_it_is_the_experiment():
     assert settled([]) == [] and settled(["timesteps=8"]) == ["timesteps=8"]
-    assert settled(["experiment=null", "variant=null"]) == ["experiment=none", "variant=none"]
+    assert settled(["experiment=null"]) == ["experiment=none"]
     assert settled(["timesteps=8"], "codings") == ["timesteps=8", "experiment=codings"]
     assert settled(["--cfg", "job", "-m"]) == ["--cfg", "job", "-m"]
     assert len(jobs([])) == 6
 
 
 @pytest.mark.parametrize(
-    ("overrides", "rows"),
+    ("overrides", "names"),
     [
         (["coding=multigrain"], ["multigrain T=6 n=2"]),
         (["coding=las", "timesteps=8"], ["las T=8 n=1"]),
         (["coding.timesteps=7"], ["gated T=7 n=2"]),
-        (["label=mine"], ["mine T=6 n=2"]),
+        (["row=mine"], ["mine T=6 n=2"]),
         (["coding=las,gated", "timesteps=4,5"], ["las T=4 n=1", "las T=5 n=1"]),
+        (["model=llama2-7b"], ["gated T=6 n=2"]),
+        (["model.dtype=bfloat16"], ["gated T=6 n=2"]),
+        (["transform=rotate"], ["gated T=6 n=2 rotate"]),
     ],
 )
-def test_an_override_of_the_coding_is_one_conversion_or_a_sweep_of_what_it_lists(overrides, rows):
-    assert named(*overrides)[:2] == rows
+def test_an_override_of_a_conversion_is_one_or_a_sweep_of_what_it_lists(overrides, names):
+    assert named(*overrides)[:2] == names
     assert len(named(*overrides)) == (4 if "," in overrides[0] else 1)
-    again = settled(settled(overrides, "codings"))  # settled twice is settled once
+    again = settled(settled(overrides))  # settled twice is settled once
     assert again == settled(overrides) and "experiment=none" in again
     assert ("hydra.mode=MULTIRUN" in again) == ("," in overrides[0])
 
 
+def test_a_table_of_another_model_or_transform_is_still_a_table_of_its_experiment():
+    for override in ("model=llama2-7b", "transform=rotate", "rows=las"):
+        assert "experiment=codings" in settled([override], "codings")
+    assert "experiment=none" in settled(["coding=las"], "codings")
+
+
+def test_rows_are_chosen_by_name_in_the_order_that_is_given():
+    assert named("rows=gated2,dense", "timesteps=5") == ["gated2 T=5 n=2", "dense"]
+    chosen = ("experiment=codings", "rows=gated2", "timesteps=6", "transform=none")
+    assert named(*chosen) == ["gated2 T=6 n=2"]
+    (job,) = jobs(chosen)
+    assert "row=gated2" in job.overrides and "coding=gated" not in job.overrides
+
+
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
-        (["coding=multigrain", "variant=dense,gated2"], "both choose codings: give one of them"),
-        (["experiment=null", "coding=las", "variant=gated2"], "both choose codings"),
+        (["coding=multigrain", "rows=dense,gated2"], "codings; give rows=multigrain inst"),
+        (["coding=gated", "rows=dense,gated2"], "coding=gated: the rows of an experiment have"),
+        (["experiment=codings", "coding=gated"], "give rows=gated2,gated3,gated2_offset instead"),
+        (["experiment=codings", "coding=gif_smoothed"], "choose rows=NAME instead, or leave"),
+        (["rows=gated2", "coding.grains=3"], "gated2 sets it already. Give coding=NAME coding.gr"),
+        (["rows=gatd2"], "rows=gatd2: no such row; did you mean gated2 or gated3? Choose among de"),
+        (["experiment=paper", "row=las,zzz"], "no such row; the experiment has dense, las, paper2"),
+        (["rows=glob(gated*)"], "row=glob(gated*): give the values, as row=A,B or"),
+        (["rows=las,gated2", "hydra.mode=RUN"], "a run by itself has one row"),
         (
-            ["experiment=codings", "coding=gated"],
-            "give variant=gated2,gated3,gated2_offset instead",
+            ["variant=las,gated2"],
+            "variant=las,gated2: no such option; the rows of an experiment are",
         ),
-        (
-            ["variant=gated2", "coding.grains=3"],
-            "Give coding=gated in place of variant=gated2 for",
-        ),
-        (["variant=gated2,gated3", "label=x"], "coding=gated in place of variant=gated2,gated3"),
-        (["variant=glob(gated*)"], "variant=glob(gated*): give the names, as variant=A,B"),
+        (["variant=las,gated2"], "are chosen by rows=las,gated2"),
+        (["~variant"], "chosen by rows=NAME"),
+        (["label=x"], "the name of a conversion is row=x"),
+        (["~row"], "~row: leave it out instead"),
         (["hydra.output_subdir=null"], "choose the folder by hydra.run.dir=FOLDER"),
-        (["experiment=codings", "coding=gif_smoothed"], "give variant=gif_smoothed instead, or"),
-        (["experiment=quickstart", "coding.timesteps=8"], "dense have no timesteps"),
-        (["experiment=quickstart", "coding.grains=3"], "gated2, gated3 set it themselves; dense,"),
+        (
+            ["experiment=quickstart", "coding.grains=4"],
+            "gated2, gated3 set it already. Give rows=dense,las,las_rounded,multigrain beside it, or",
+        ),
         (
             ["experiment=algorithm1", "coding.algorithm1.neuron_lr=1"],
             "eta1_1e-4, eta1_1e-2 set it",
         ),
         (["experiment=calibration_ablation", "calibration=paper"], "sets calibration.length, cal"),
-        (
-            ["experiment=quickstart", "label=x"],
-            "would give the 6 rows of experiment=quickstart one",
-        ),
-        (["variant=gated2", "coding.grains=3"], "gated2 set it themselves"),
+        (["experiment=quickstart", "row=x"], "rows=x: no such row; the experiment has dense, las"),
         (["coding=null"], "coding=null: give one name, out of compander, dense"),
         (["experiment=codings,frontier"], "give one experiment a command"),
         (
@@ -84,34 +107,116 @@ def test_an_override_of_the_coding_is_one_conversion_or_a_sweep_of_what_it_lists
         ),
     ],
 )
-def test_a_mixture_is_refused_with_what_to_type(overrides, told):
+def test_a_mixture_is_refused_with_what_to_type(overrides, message):
     with pytest.raises(InputError) as refused:
         settled(overrides)
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("params", ["variant=las", "row=las"])
+def test_an_axis_of_hydra_beside_the_coding_is_no_traceback(params, tiny_run, tmp_path):
+    axis = f"+hydra.sweeper.params.{params}"
+    done = main_in(tmp_path, ["experiment=quickstart", *tiny_run.overrides, "coding=las", axis])
+    assert done.code == 1 and done.err.count("\n") == 1 and "have their codings" in done.err
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_job_of_every_experiment_is_a_command_by_itself(experiment):
-    whole = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
-    params = whole["hydra"]["sweeper"]["params"]
-    axes = [[f"{k}={v.strip()}" for v in str(values).split(",")] for k, values in params.items()]
-    for job in itertools.product(*axes):
-        arguments = [f"experiment={experiment}", *job, "hydra.mode=RUN"]
-        assert settled(arguments) == arguments
+    """The overrides as they are recorded, with hydra.mode=RUN, give Hydra that job and no other."""
+    of = shipped.experiment(experiment)
+    coding = of.coding or shipped.default("coding")
+    sweep = axes.swept([], of.params, of.rows, coding)
+    assert len({job.all for job in sweep.jobs}) == len(sweep.jobs) > 0
+    for job in sweep.jobs:
+        arguments = [f"experiment={experiment}", *job.typed, "hydra.mode=RUN"]
+        assert settled(arguments) == [*arguments, *job.row]
+        assert axes.typed(job.all, of.rows) == [*job.typed]
 
 
-def test_a_row_has_the_coding_of_its_variant():
-    found = [(job.settings.label, job.settings.coding) for job in jobs(["timesteps=8"])]
-    assert [(label, c.name) for label, c in found] == [
+def test_a_row_is_named_and_coded_as_its_experiment_says():
+    settings = [job.settings for job in jobs(["timesteps=8"])]
+    assert [(each.row, each.coding.name) for each in settings] == [
         *(("dense", "dense"), ("las", "las"), ("las_rounded", "las_rounded")),
         *(("multigrain", "multigrain"), ("gated2", "gated"), ("gated3", "gated")),
     ]
-    assert {c.timesteps for _, c in found if c.converts} == {8}
+    codings = [each.coding for each in settings]
+    assert {c.timesteps for c in codings if c.converts} == {8}
+
+
+def reached(*overrides: str) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The codings of the jobs, and the grains and steps of those that have any."""
+    codings = [job.settings.coding for job in jobs(overrides)]
+    spiking = [c for c in codings if c.converts]
+    return [c.name for c in codings], [(c.grains, c.timesteps) for c in spiking]
+
+
+def test_an_option_reaches_the_codings_that_have_it_and_a_line_says_which(caplog):
+    caplog.set_level("INFO", "pipeline")
+    names, counts = reached("coding=dense,las,gated", "coding.grains=3")
+    assert names == ["dense", "las", "gated"] and counts == [(1, 6), (3, 6)]
+    assert caplog.messages == ["coding.grains=3 reaches gated; dense, las have no grains"]
+    # an axis of it crosses those alone: the others have one row
+    names, counts = reached("coding=dense,las,gated", "coding.grains=2,3", "timesteps=4")
+    assert names == ["dense", "las", "gated", "gated"] and counts == [(1, 4), (2, 4), (3, 4)]
+    caplog.clear()
+    # the coding of conf/config.yaml has no v0: what all chosen ones have is no option of some
+    assert reached("coding=las,oat", "coding.v0=zero")[0] == ["las", "oat"]
+    assert not caplog.messages
+
+
+def test_an_option_reaches_the_rows_that_have_it(caplog):
+    caplog.set_level("INFO", "pipeline")
+    chosen = jobs(["experiment=quickstart", "coding.timesteps=8"])
+    assert {job.settings.coding.timesteps for job in chosen[1:]} == {8} and len(chosen) == 6
+    (message,) = caplog.messages
+    assert message.startswith("coding.timesteps=8 reaches las, las_rounded, multigrain, gated2, ga")
+    assert message.endswith("; dense has no timesteps")
+
+
+def test_an_option_that_no_chosen_coding_has_is_refused():
+    for chosen in (["coding=dense,las"], ["rows=dense,las"], ["coding=las"]):
+        with pytest.raises(HydraException) as refused:
+            jobs([*chosen, "coding.grains=3"])
+        line = one_line(refused.value)
+        assert "has no grains, free_steps, gated, " in line and "\n" not in line
+    with pytest.raises(HydraException) as refused:
+        jobs(["coding=las,gated", "coding.timestep=3"])
+    assert "did you mean coding.timesteps" in one_line(refused.value)
+
+
+def test_a_spread_option_is_a_plain_job_of_hydra(command, tmp_path):
+    done = command(tmp_path, "coding=dense,gated", "coding.grains=3", "timesteps=4")
+    assert done.code == 0, done.err
+    assert "coding.grains=3 reaches gated; dense has no grains" in done.out
+    rows = [(result["row"], result["coding"], result["grains"]) for result in done.results]
+    assert rows == [("dense", "dense", None), ("gated", "gated", 3)]
+    recorded = [yaml.safe_load((done.runs / n / ".hydra/overrides.yaml").read_text()) for n in "01"]
+    assert ["coding.grains=3" in each for each in recorded] == [False, True]
+    assert [result["run"]["overrides"] for result in done.results] == recorded
+    swept = yaml.safe_load((done.runs / "multirun.yaml").read_text())["hydra"]["overrides"]["task"]
+    assert {"coding=dense,gated", "coding.grains=3"} <= {*swept}  # the name of the table has these
+    again = command(tmp_path, "row=mine", "coding=gated", "coding.grains=3", "timesteps=4")
+    assert again.table.stem.startswith("mine_")
+
+
+def test_the_jobs_of_rows_are_recorded_by_name_and_whole(command, tmp_path):
+    done = command(tmp_path, "experiment=quickstart", "rows=gated3,dense")
+    assert done.code == 0, done.err
+    whole = yaml.safe_load((done.runs / "0/.hydra/overrides.yaml").read_text())
+    assert {"row=gated3", "coding=gated", "coding.grains=3"} <= {*whole}
+    assert yaml.safe_load((done.runs / "0/.hydra/config.yaml").read_text())["coding"]["grains"] == 3
+    result = done.results[0]
+    assert result["row"] == "gated3" and "coding=gated" not in result["run"]["overrides"]
+    words = ["python", "-m", "pipeline", *result["run"]["overrides"], "hydra.mode=RUN"]
+    assert command_of(result["run"]["overrides"]) == shlex.join(words)
+    (alone,) = main_in(tmp_path, words[3:]).results
+    assert alone["keys"] == result["keys"] and alone["row"] == "gated3"
+    assert alone["run"]["overrides"] == result["run"]["overrides"]
 
 
 def test_the_command_line_refuses_a_mixture_before_anything_runs(tiny_run, tmp_path):
-    done = main_in(tmp_path, [*tiny_run.overrides, "coding=las", "variant=dense,gated2"])
-    assert done.code == 1 and done.err.count("\n") == 1 and "both choose codings" in done.err
+    done = main_in(tmp_path, [*tiny_run.overrides, "coding=las", "rows=dense,gated2"])
+    assert done.code == 1 and done.err.count("\n") == 1 and "have their codings" in done.err
     assert not list(tmp_path.iterdir())
 
 
@@ -122,9 +227,9 @@ def test_no_two_configurations_share_a_file_name():
     circumstances = ("store.path=x", "runtime=offload", "+tracking.x=1", "experiment=quickstart")
     assert stem() == stem(*circumstances, "hydra.mode=RUN", "table.fill=true") == "quickstart"
     assert stem("timesteps=8") == "quickstart_timesteps=8"
-    assert stem("model=llama2-7b", "variant=las,dense") == "quickstart_llama2-7b_variant=las+dense"
+    assert stem("model=llama2-7b", "row=las,dense") == "quickstart_llama2-7b_row=las+dense"
     assert stem("a=1", "b=2") == stem("b=2", "a=1") != stem("a=1", "b=3")
     folders = [stem(f"model.path=/{at}/model") for at in ("a", "b")]
     assert folders[0] != folders[1] and all(f.startswith("quickstart_tiny_") for f in folders)
-    assert len({stem("label=a b"), stem("label=a-b"), stem("label=a_b"), stem("label='a'")}) == 4
+    assert len({stem("row=a b"), stem("row=a-b"), stem("row=a_b"), stem("row='a'")}) == 4
     assert Path(stem("model=../x")).name == stem("model=../x")

@@ -22,8 +22,8 @@ from pipeline.results.lookup import Row
 from pipeline.tables import paper, sheet
 from tests.pipeline.conftest import Finished, Tiny
 
-VARIANTS = ("dense", "las", "multigrain2", "gated2", "gated3", "ttfs")
-AXES = ("transform=none", "timesteps=4,5", f"variant={','.join(VARIANTS)}")
+ROWS = ("dense", "las", "multigrain2", "gated2", "gated3", "ttfs")
+AXES = ("transform=none", "timesteps=4,5", f"rows={','.join(ROWS)}")
 TABLES = paper.names("table")
 
 

@@ -26,7 +26,7 @@ from tests.pipeline.tables.papers import (
 
 
 def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
-    arguments = ("table=main", "experiment=codings", "transform=none", "variant=dense,las")
+    arguments = ("table=main", "experiment=codings", "transform=none", "rows=dense,las")
     done = swept.table(*arguments, "timesteps=4,7")
     assert done.code == 1 and done.err.startswith("error: 1 of 4 rows are not in outputs/store")
     assert done.err.count("\n") == 3
@@ -60,7 +60,7 @@ def test_fill_runs_what_is_missing_and_lists_what_failed(swept, monkeypatch):
         "table=main",
         "experiment=codings",
         "transform=none",
-        "variant=las",
+        "rows=las",
         "table.fill=true",
     )
     done = swept.table(*arguments, "timesteps=4,9,8")
@@ -72,7 +72,7 @@ def test_fill_runs_what_is_missing_and_lists_what_failed(swept, monkeypatch):
 
 
 def test_the_same_store_gives_the_same_bytes(swept, tmp_path):
-    arguments = ["table=main", "experiment=codings", *AXES[:2], "variant=dense,las,gated3"]
+    arguments = ["table=main", "experiment=codings", *AXES[:2], "rows=dense,las,gated3"]
     assert swept.table(*arguments, f"table.folder={tmp_path}/a").code == 0
     assert swept.table(*arguments, f"table.folder={tmp_path}/b").code == 0
     command = [sys.executable, "-m", "pipeline", "table", *arguments, f"table.folder={tmp_path}/c"]
@@ -113,7 +113,7 @@ def test_the_hash_of_the_spec_changes_with_what_is_shown_only(swept, rows):
     def spec(rows: list[Row], *arguments: str) -> str:
         return paper.spec(paper.request(["table=main", *arguments]), rows)
 
-    first, las = spec(rows), ("timesteps=5", "variant=las")
+    first, las = spec(rows), ("timesteps=5", "rows=las")
     moved = swept.rows(
         f"store.path={swept.folder}/outputs/../outputs/store", "runtime.batch=2", *las
     )

@@ -31,9 +31,7 @@ def test_main_has_what_the_runs_measured(swept, monkeypatch):
     frame, measured = swept.read("main"), by_name(swept.results)
     assert len(frame) == len(measured) == 10  # dense and ttfs are one row each
     for (_, row), text in zip(frame.iterrows(), shown(swept.read("main", "md")), strict=True):
-        result = measured[
-            row["variant"], None if math.isnan(row["timesteps"]) else row["timesteps"]
-        ]
+        result = measured[row["row"], None if math.isnan(row["timesteps"]) else row["timesteps"]]
         mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2
         assert row["ppl_mean"] == pytest.approx(mean, rel=1e-12)
         assert row["ppl_wikitext2"] == result["ppl_wikitext2"]
@@ -82,12 +80,12 @@ def test_ties_are_all_bold_and_what_diverged_never_is(rows):
         values = {"ppl_wikipedia": value, "ppl_wikitext2": value, "saving": 0.1}
         changed.append(replace(row, result=row.result | values))
     made = layout("main")(changed)
-    names = zip(made.frame["variant"], made.frame["timesteps"], strict=True)
+    names = zip(made.frame["row"], made.frame["timesteps"], strict=True)
     texts = dict(zip(names, cells(made), strict=True))
     assert texts["multigrain2", 4] == texts["gated2", 4] == "**20.00**"
     assert texts["las", 4] == ">1e4" and texts["ttfs", 128] == "30.00"
     assert ">1e4: diverged" in made.caption
-    assert made.frame.set_index(["variant", "timesteps"])["ppl_mean"]["gated3", 5] == 1e9
+    assert made.frame.set_index(["row", "timesteps"])["ppl_mean"]["gated3", 5] == 1e9
     spent = layout("energy")([replace(r, result=r.result | {"energy_J": 0.0}) for r in changed])
     alive = spent.frame["ppl_mean"] < 1e4
     bold = pd.DataFrame(spent.bold())
@@ -99,7 +97,7 @@ def test_a_bound_that_does_not_spike_is_never_bold(rows):
     gated3 = [row.result["label"].startswith("gated3") for row in rows]
     pairs = zip(rows, gated3, strict=True)
     made = layout("codings")([replace(r, result=r.result | bound) if b else r for r, b in pairs])
-    bold, bounds = pd.DataFrame(made.bold()), made.frame["variant"] == "gated3"
+    bold, bounds = pd.DataFrame(made.bold()), made.frame["row"] == "gated3"
     assert bounds.sum() == 2 and bold[~bounds].any(axis=None) and not bold[bounds].any(axis=None)
 
 
@@ -118,13 +116,13 @@ def test_energy_saves_against_the_dense_model_of_its_convention_and_phase(swept,
             saved = (1 - joules / dense).to_numpy()
             assert part[f"saving_{name}"].to_numpy() == pytest.approx(saved, abs=1e-9)
     measured = by_name(swept.results)["gated2", 5]
-    row = frame[(frame["variant"] == "gated2") & (frame["timesteps"] == 5)].set_index("phase")
+    row = frame[(frame["row"] == "gated2") & (frame["timesteps"] == 5)].set_index("phase")
     assert row["acs_G_paper"]["decode"] == measured["paper_decode"]["acs_G"]
     assert row["acs_G_causal"]["prefill"] == measured["acs_G"] != row["acs_G_paper"]["prefill"]
 
 
 def test_grains_is_a_matrix_of_n_by_t(swept):
-    axes = "variant=dense,multigrain2,gated2,gated3"
+    axes = "rows=dense,multigrain2,gated2,gated3"
     done = swept.table("table=grains", "experiment=codings", *AXES[:2], axes)
     assert done.code == 0, done.err
     frame, measured = swept.read("grains"), by_name(swept.results)
@@ -146,7 +144,7 @@ def test_two_jobs_for_one_cell_of_grains_are_refused(rows):
 
 
 def test_per_site_has_every_site_once_and_the_mean_of_the_row(swept):
-    axes = ("transform=none", "timesteps=5", "variant=gated3")
+    axes = ("transform=none", "timesteps=5", "rows=gated3")
     done = swept.table("table=per_site", "experiment=codings", *axes)
     assert done.code == 0, done.err
     frame = swept.read("per_site")
@@ -158,7 +156,7 @@ def test_per_site_has_every_site_once_and_the_mean_of_the_row(swept):
     assert (frame.groupby("role", sort=False).ngroup().diff().dropna() >= 0).all()
     down = frame[frame["role"] == "mlp.down"]
     assert down["values"].tolist() == [3 * 48 * 48] * 2  # windows x tokens x channels, two layers
-    several = swept.table("table=per_site", "experiment=codings", *axes[:2], "variant=las,gated3")
+    several = swept.table("table=per_site", "experiment=codings", *axes[:2], "rows=las,gated3")
     assert several.code == 1 and "shows one configuration, got 2" in several.err
 
 
@@ -227,7 +225,7 @@ def test_every_table_is_sound_latex(name, swept, rows, tmp_path):
 
 
 def test_the_columns_of_a_table_are_chosen_and_its_csv_has_all(swept):
-    arguments = ("table=main", "experiment=codings", *AXES[:2], "variant=dense,las")
+    arguments = ("table=main", "experiment=codings", *AXES[:2], "rows=dense,las")
     done = swept.table(*arguments, "table.columns=[method,T,ppl]", "table.wide=true")
     assert done.code == 0, done.err
     (heads, *_) = [[*row] for row in shown(swept.read("main", "md"))]

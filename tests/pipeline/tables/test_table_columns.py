@@ -13,7 +13,7 @@ from stages.errors import InputError
 from tests.pipeline.tables.test_latex import check_latex
 from tests.pipeline.tables.test_tables import DENSE, LAS
 
-# A long name, a diverged perplexity, two tasks, and rows that only variant and setting tell apart.
+# A long name, a diverged perplexity, two tasks, and rows that only row and setting tell apart.
 LONG = DENSE | {
     "model": "Llama-3.1-8B-Instruct-of-some-group-v2",
     "transform": "none",
@@ -27,8 +27,8 @@ CODED = {name: value for name, value in CODED.items() if name not in ("model", "
 CODED |= {"model": LONG["model"], "ppl_wikipedia": 123456.7}
 
 
-def gated(variant: str, *overrides: str, **more) -> dict:
-    named = {"coding": "gated", "label": f"{variant} T=6 n=2", "grains": 2}
+def gated(row: str, *overrides: str, **more) -> dict:
+    named = {"coding": "gated", "row": row, "label": f"{row} T=6 n=2", "grains": 2}
     return CODED | named | {"run": {"overrides": list(overrides)}} | more
 
 
@@ -91,12 +91,12 @@ def shown_sheet(made: sheet.Sheet) -> list[dict[str, str]]:
 
 
 def test_columns_are_chosen_by_the_names_of_the_csv():
-    made = tables.run_sheet(SWEEP, ["coding", "variant", "n", "acc", "conversion_s", "bits"])
+    made = tables.run_sheet(SWEEP, ["coding", "row", "n", "acc", "conversion_s", "bits"])
     assert [column.head for column in made.columns] == [
-        *("coding", "variant", "n", "piqa [%]", "arc_challenge [%]", "conversion [s]", "bits")
+        *("coding", "row", "n", "piqa [%]", "arc_challenge [%]", "conversion [s]", "bits")
     ]
     last = shown_sheet(made)[-1]
-    told = (last["coding"], last["variant"], last["n"])
+    told = (last["coding"], last["row"], last["n"])
     assert told == ("gated lr_bases=1e-3", "gated2_offset", "2")
     assert last["conversion [s]"] == "12.3" and last["bits"] == "–"  # what no row has is undefined
     assert "Conversion: capture to patching" in made.caption and "Perplexity" not in made.caption

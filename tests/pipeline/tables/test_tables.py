@@ -91,20 +91,20 @@ def test_what_rows_may_leave_out_has_its_place_where_one_has_it(tmp_path):
         *("model", "coding", "transform", "grains", "timesteps", "bits", "trained")
     ]
     assert list(frame.columns).index("convention") + 1 == list(frame).index("spikes_per_value")
-    assert "variant" not in frame
+    assert "row" not in frame
     cells = shown(tables.write(frame, tmp_path / "t", "")[0])[1]
     assert (cells["bits"], cells["trained"], cells["convention"]) == ("7.58", "yes", "bit_plane")
 
 
-def test_the_variant_is_told_where_rows_are_else_alike():
-    gated = [LAS | {"coding": "gated", "label": f"{v} T=6 n=2"} for v in ("gated2", "offset")]
+def test_the_name_of_a_row_is_shown_where_rows_are_else_alike():
+    gated = [LAS | {"coding": "gated", "row": name} for name in ("gated2", "offset")]
     frame = rows.result_frame([DENSE, *gated])
-    assert list(frame["variant"]) == ["dense", "gated2", "offset"]
+    assert list(frame["row"]) == ["dense", "gated2", "offset"]
     three = gated[1] | {"grains": 3}
-    assert "variant" not in rows.result_frame([DENSE, gated[0], three])
-    turned = gated[1] | {"transform": "rotate", "label": "gated2 T=6 n=2 rotate"}
-    assert "variant" not in rows.result_frame([gated[0], turned])
-    assert rows.variant(turned) == "gated2"
+    assert "row" not in rows.result_frame([DENSE, gated[0], three])
+    turned = gated[1] | {"transform": "rotate", "row": "gated2"}
+    assert "row" not in rows.result_frame([gated[0], turned])
+    assert rows.row_name(turned) == "gated2"
 
 
 def test_fitting_takes_its_statistics_along():
@@ -115,9 +115,9 @@ def test_fitting_takes_its_statistics_along():
 
 def test_a_coding_of_fixed_steps_is_shown_once():
     keys = {"fitting": "a", "energy": "b"}
-    ttfs = LAS | {"coding": "ttfs", "label": "ttfs T=128 n=1", "keys": keys}
+    ttfs = LAS | {"coding": "ttfs", "row": "ttfs", "keys": keys}
     turned = ttfs | {"transform": "rotate", "keys": keys | {"energy": "c"}}
-    other = ttfs | {"label": "ttfs_wide T=128 n=1"}
+    other = ttfs | {"row": "ttfs_wide"}
     given = [ttfs, dict(ttfs), turned, other, LAS, LAS]
     assert rows.distinct(given) == [ttfs, turned, other, LAS, LAS]  # what has no keys all stays
 

@@ -22,7 +22,7 @@ from tests.pipeline.conftest import Finished
 PATIENCE = 120  # seconds for the server to start
 SWEEP = ("-m", "experiment=null", "coding=las,gated", "coding.timesteps=6")
 EXPERIMENT = "over-http"
-AXES = {"coding", "grains", "timesteps", "transform", "model", "corpus", "seed", "variant", "sites"}
+AXES = {"coding", "grains", "timesteps", "transform", "model", "corpus", "seed", "row", "sites"}
 
 
 class Server:

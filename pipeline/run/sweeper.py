@@ -1,0 +1,58 @@
+"""The sweeper of the pipeline: a Hydra plug-in that knows the rows of an experiment."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.run.axes import plain, swept
+
+log = logging.getLogger(__name__)
+
+
+class RowSweeper(Sweeper):
+    """Launches the rows of an experiment at every value of its axes, as plain jobs of Hydra."""
+
+    # Hydra instantiates plug-ins of this namespace only; registered by hand, the class need not lie there.
+    __module__ = "hydra_plugins.spiking_llm_rows"
+
+    config: DictConfig
+    launcher: Launcher
+
+    def __init__(self, rows: Mapping[str, Any] | None, params: Mapping[str, Any] | None) -> None:
+        self.rows, self.params = rows or {}, params or {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the jobs; what they return. Errors of a configuration come before the first one starts."""
+        hydra = self.config.hydra
+        sweep = swept(arguments, self.params, self.rows, hydra.runtime.choices.coding)
+        jobs = [job.all for job in sweep.jobs]
+        folder = Path(hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = copy.deepcopy(self.config)
+        written.hydra.overrides.task = plain(arguments)
+        OmegaConf.save(written, folder / "multirun.yaml")
+        self.validate_batch_is_legal(jobs)
+        for note in sweep.notes:
+            log.info("%s", note)
+        returned = self.launcher.launch(jobs, initial_job_idx=0)
+        for job in returned:
+            _ = job.return_value  # raises what the job has raised
+        return [returned]
