@@ -19,15 +19,7 @@ from tests.arrows import (
 )
 
 ROOT = Path(__file__).parents[1]
-# What each package still has to lose before it stands as the table says.
-REASONS = {
-    "stages": "codings declare statistics, and their neurons stand above them",
-    "pipeline": "run imports tables and tracking",
-}
-packages = [
-    pytest.param(package, marks=pytest.mark.xfail(reason=reason, strict=False))
-    for package, reason in REASONS.items()
-]
+packages = ["stages", "pipeline"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def test_stages_do_not_know_the_pipeline(graph: Imports) -> None:
     [
         "stages",
         "pipeline",
-        pytest.param("tests", marks=pytest.mark.xfail(reason="three are longer", strict=False)),
+        "tests",
     ],
 )
 def test_no_file_is_long(folder: str) -> None:

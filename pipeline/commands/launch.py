@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results import folders
 from pipeline.results.folders import RunFolder
-from pipeline.run import axes, failures, options
+from pipeline.run import axes, failures, options, sweeper
 from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.overrides import settled
 from pipeline.run.shipped import CONF
-from pipeline.run.sweeper import RowSweeper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folders.forget()
-    Plugins.instance().register(RowSweeper)
+    sweeper.register()
     try:
         sys.argv[1:] = settled(arguments)  # where Hydra reads them
         stopped = _launch()
@@ -167,9 +165,7 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
                 kinds = dict.fromkeys(path.stem.removeprefix(f"{name}_") for path in written)
                 print(f"and: {TABLES / name}_{{{','.join(kinds)}}}")
                 files += written
-        except (
-            Exception
-        ) as error:  # the table stands; what a figure lacks is listed as a failed job
+        except Exception as error:  # the table stands; what a figure lacks is a failed job
             log.exception("figures")
             failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
         tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)

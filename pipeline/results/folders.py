@@ -120,7 +120,8 @@ class RunFolder:
         """The overrides that were given to a sweep as a whole, or to a job."""
         if self.swept:
             return list(map(str, self._multirun.overrides.task))
-        return list(map(str, OmegaConf.load(self.path / ".hydra/overrides.yaml")))
+        (job,) = self.jobs  # which a single run has in its folder or below it
+        return list(map(str, OmegaConf.load(job.path / ".hydra/overrides.yaml")))
 
     @property
     def jobs(self) -> list[RunFolder]:

@@ -17,13 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.run.axes import plain, swept
 
 log = logging.getLogger(__name__)
+NAME = "hydra_plugins.spiking_llm_rows.RowSweeper"  # Hydra takes plug-ins of this namespace only
+
+
+def register() -> None:
+    """Lets Hydra find the sweeper under the name that conf/hydra/sweeper/rows.yaml has for it."""
+    Plugins.instance().class_name_to_class[NAME] = RowSweeper
 
 
 class RowSweeper(Sweeper):
     """Launches the rows of an experiment at every value of its axes, as plain jobs of Hydra."""
-
-    # Hydra instantiates plug-ins of this namespace only; registered by hand, the class need not lie there.
-    __module__ = "hydra_plugins.spiking_llm_rows"
 
     config: DictConfig
     launcher: Launcher
