@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stages.capture import Capture
 from stages.checkpoint import binding
 from stages.checkpoint.format import describe
-from stages.codings.base import Coding, Observing
+from stages.codings.base import Coding
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitted import Conversion
@@ -23,6 +23,7 @@ from stages.model.prefix import prefix_ids
 from stages.model.sites import SiteSelection, find_sites, select
 from stages.patching import Patching
 from stages.ports.attachment import Attachment, attachment, refuse_spiking
+from stages.statistics import measuring
 from stages.text import corpus
 from stages.transforms.transform import applied
 
@@ -53,6 +54,8 @@ def fit(
     sites cannot be resolved.
     """
     refuse_spiking(model)
+    if not coding.converts:
+        raise InputError(f"coding={coding.name} leaves a model as it is: choose another coding")
     ids = _windows(text, tokenizer, length)
     model.eval()
     selected = select(find_sites(model), sites or SiteSelection())
@@ -191,5 +194,4 @@ def _statistics(
     model: PreTrainedModel, ids: Tensor, coding: Coding, sites: Sequence[Site], batch: int
 ) -> dict[str, dict[str, Tensor]]:
     """What the coding needs beyond the distribution."""
-    declared = coding.statistics if isinstance(coding, Observing) else ()
-    return {each.name: each.run(model, ids, sites, batch) for each in declared}
+    return {each.name: measuring(each)(model, ids, sites, batch) for each in coding.statistics}

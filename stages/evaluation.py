@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.fitted import Conversion
 from stages.model.forward import windows
@@ -115,18 +114,13 @@ def anytime(
 ) -> dict[str, float]:
     """Measure perplexity on ids [windows, length] after the first t steps of every neuron, t = 1 … T; the
     last is that of the fast path."""
-    last = longest(conversion.coding)
+    last = conversion.coding.longest
     perplexities = {}
     for t in range(1, last + 1):
         steps = None if t == last else t
         result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
         perplexities[str(t)] = result.metrics["perplexity"]
     return perplexities
-
-
-def longest(coding: Coding) -> int:
-    """Return the steps of a coding's longest neuron, which may have more than T of them."""
-    return int(getattr(coding, "longest", coding.timesteps))
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:

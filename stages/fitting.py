@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.codings.base import Coding, Fit, Partial, error_and_spikes
-from stages.distribution import Atoms, Densities
+from stages.atoms import Atoms
+from stages.codings.base import Coding, error_and_spikes
+from stages.distribution import Densities
 from stages.errors import InputError
-
-
-@dataclass(frozen=True)
-class Algorithm1:
-    """The paper's alternation: `rounds` times N1 = `neuron_steps` Adam steps on {h, theta}, then
-    N2 = `base_steps` on the output bases d.
-
-    eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
-    normalised magnitude. Every grain starts at each base of `starts` in turn and the best fit is
-    kept; the paper starts at 2 alone. Without any step the starts themselves are compared.
-    """
-
-    rounds: int = 4
-    neuron_steps: int = 20
-    base_steps: int = 20
-    neuron_lr: float = 1e-3
-    base_lr: float = 1e-3
-    slope: float = 10.0
-    starts: tuple[float, ...] = (2.0,)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", tuple(self.starts))
-        if not self.starts or min(self.starts) <= 1:
-            raise InputError(
-                f"fitting.algorithm1.starts={list(self.starts)}: give one base above 1 at least"
-            )
-        steps = (self.rounds, self.neuron_steps, self.base_steps)
-        rates = (self.neuron_lr, self.base_lr, self.slope)
-        if min(steps) < 0 or min(rates) <= 0:
-            raise InputError(
-                f"fitting.algorithm1={self}: steps must be whole numbers >= 0, learning rates and "
-                "slope positive"
-            )
+from stages.fitted import Fit, FittedNeurons
 
 
 @dataclass(frozen=True)
@@ -57,7 +23,6 @@ class Fitting:
     data: str = "atoms"
     samples: int = 100_000
     seed: int = 0
-    algorithm1: Algorithm1 | None = Algorithm1()
 
     def __post_init__(self) -> None:
         if self.data not in ("atoms", "samples") or self.samples < 1:
@@ -70,7 +35,7 @@ class Fitting:
         """This fitting without what the coding does not use, so that it does not enter its key."""
         if coding.trained:
             return self if self.data == "samples" else replace(self, samples=1, seed=0)
-        return Fitting("atoms", 1, 0, None)
+        return Fitting("atoms", 1, 0)
 
     def run(
         self,
@@ -89,12 +54,11 @@ class Fitting:
                     "give more calibration.windows, or choose a coding without it"
                 )
         data = densities.atoms if self.data == "atoms" else self._draw(densities)
-        dense = coding.dense_roles if isinstance(coding, Partial) else ()
-        kept = [i for i, role in enumerate(densities.roles) if role not in dense]
+        kept = [i for i, role in enumerate(densities.roles) if role not in coding.dense_roles]
         index = torch.tensor(kept)
         data = replace(data, statistics=dict(statistics or {})).rows(index)
         atoms = densities.atoms.rows(index)
-        fit = coding.fit(data, self.algorithm1)
+        fit = coding.fit(data)
         params = {name: value.float().contiguous() for name, value in fit.params.items()}
         error, spikes = error_and_spikes(coding, atoms, params)
         return FittedNeurons(
@@ -117,37 +81,3 @@ class Fitting:
             densities.atoms.maximum,
             extremes=densities.atoms.extremes,
         )
-
-
-@dataclass(frozen=True)
-class FittedNeurons:
-    """Parameters per site, the loss curve, and the error and spikes they give on the atoms.
-
-    nmse, spikes [sites] float64; the curve [sites, iterations] is the mean squared error in units of
-    the squared scale.
-    """
-
-    sites: tuple[str, ...]
-    roles: tuple[str, ...]
-    layers: tuple[int, ...]
-    fit: Fit
-    nmse: Tensor
-    spikes: Tensor
-
-    def save(self, folder: Path) -> None:
-        tensors = {f"param_{k}": v for k, v in self.fit.params.items()}
-        tensors |= {"nmse": self.nmse, "spikes": self.spikes}
-        if self.fit.curve is not None:
-            tensors["curve"] = self.fit.curve.contiguous()
-        save_file(tensors, folder / "neurons.safetensors")
-        meta = {"sites": self.sites, "roles": self.roles, "layers": self.layers}
-        (folder / "neurons.json").write_text(json.dumps(meta))
-
-    @classmethod
-    def load(cls, folder: Path) -> FittedNeurons:
-        meta = json.loads((folder / "neurons.json").read_text())
-        tensors = load_file(folder / "neurons.safetensors")
-        params = {k[6:]: v for k, v in tensors.items() if k.startswith("param_")}
-        sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
-        fit = Fit(params, tensors.get("curve"))
-        return cls(sites, roles, layers, fit, tensors["nmse"], tensors["spikes"])

@@ -16,7 +16,7 @@ from stages.errors import InputError
 PACKAGES = (
     "stages.codings",
     "stages.transforms",
-    "stages.statistics",
+    "stages.fits",
 )  # whose modules register what they define
 T = TypeVar("T", bound=type)
 

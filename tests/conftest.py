@@ -5,6 +5,7 @@ Kernels run eagerly: compiling takes longer than everything that the tests compu
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.compiler import use_compiler
 from stages.distribution import Distribution
+from stages.fits.algorithm1 import Algorithm1
 from stages.fitted import Conversion
-from stages.fitting import Algorithm1, Fitting
+from stages.fitting import Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
 
 TINY = {
@@ -170,8 +172,11 @@ def convert(tokens: Callable[..., Tensor]) -> Callable[..., Conversion]:
     def fit(model: PreTrainedModel, coding: Coding, roles: tuple[str, ...] = ROLES) -> Conversion:
         sites = select(find_sites(model), SiteSelection(roles))
         sketches = Capture().run(model, tokens(4, 16, seed=1), sites, batch=4)
-        fitting = Fitting("atoms", 1, 0, Algorithm1(rounds=1, neuron_steps=3, base_steps=3))
+        quick: Any = coding
+        if coding.trained:
+            few = Algorithm1(rounds=1, neuron_steps=3, base_steps=3)
+            quick = replace(quick, algorithm1=few)
         densities = Distribution(atoms=64).run(sketches)
-        return Conversion(coding, fitting.run(densities, coding))
+        return Conversion(quick, Fitting("atoms", 1, 0).run(densities, quick))
 
     return fit

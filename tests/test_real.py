@@ -21,8 +21,8 @@ from stages.codings.dense import Dense
 from stages.compiler import use_compiler
 from stages.distribution import Densities
 from stages.evaluation import perplexity
-from stages.fitted import Conversion
-from stages.fitting import FittedNeurons, Fitting
+from stages.fitted import Conversion, FittedNeurons
+from stages.fitting import Fitting
 from stages.ports.patched import patched
 from stages.text import corpus
 from stages.transforms.transform import Untouched

@@ -53,7 +53,6 @@ def _report(
     import torch
 
     from stages.analysis.footprint import parameter_bytes, resident, site_plan
-    from stages.codings.dense import Dense
     from stages.model.limits import positions
     from stages.model.loading import meta_model
     from stages.model.sites import find_sites, select
@@ -73,7 +72,7 @@ def _report(
         "sketches of all sites while they are captured": sketch.sum(),
         "those of one layer, with runtime=offload": sketch.groupby(frame["layer"]).sum().max(),
     }
-    if not isinstance(coding, Dense):
+    if coding.converts:
         one = parameter_bytes(coding)
         if one is None:
             print(f"neurons of {coding.name}: known once its statistics are measured\n")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.figures.figures import ROLES, STYLE, WIDTH
 from pipeline.figures.levels import artifact, job_config
 from stages.analysis.convergence import fit_decay
-from stages.fitting import FittedNeurons
+from stages.fitted import FittedNeurons
 
 COLUMNS = ("rho", "C", "C_relative", "last_relative", "R2")
 # What the figure shows: the label of its axis, and the title.
@@ -43,7 +43,7 @@ def convergence_frame(jobs: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
         neurons = FittedNeurons.load(artifact(config, result, "fitting"))
         if neurons.fit.curve is not None:
             slopes = groups.setdefault(_all_but_slope(config, result), {})
-            slopes.setdefault(float(config.fitting.algorithm1.slope), _fits(neurons))
+            slopes.setdefault(float(config.coding.algorithm1.slope), _fits(neurons))
     parts = [
         by_role(fits).assign(variant=result_name, slope=slope)
         for result_name, slopes in _named(groups).items()
@@ -65,7 +65,7 @@ def _all_but_slope(config: DictConfig, result: Mapping[str, Any]) -> str:
     parts: dict[str, Any] = {
         name: OmegaConf.to_container(config[name], resolve=True) for name in ("coding", "fitting")
     }
-    del parts["fitting"]["algorithm1"]["slope"]
+    del parts["coding"]["algorithm1"]["slope"]
     return json.dumps(parts | {"distribution": result["keys"]["distribution"]}, sort_keys=True)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pipeline.figures.comparisons import Looks, series_names
 from pipeline.figures.figures import SHOWN_DECADES, STYLE, WIDTH, Array, noted
-from stages.codings.base import Coding, Tokenwise, site_params
+from stages.codings.base import Coding, site_params
 from stages.distribution import Densities
-from stages.fitting import FittedNeurons
+from stages.fitted import FittedNeurons
 
 TYPICAL = ("mlp.down", "attn.in", "mlp.act")  # heavy tails, a norm's output, one-sided
 SITES = 3
@@ -83,7 +83,7 @@ def site_levels(jobs: Mapping[Path, Mapping[str, Any]]) -> tuple[list[SiteLevels
     for name, folder in shown.items():
         config, result = job_config(folder), jobs[folder]
         coding: Coding = instantiate(config.coding, _convert_="all")
-        if isinstance(coding, Tokenwise):
+        if coding.tokenwise:
             left_out.append(name)
         elif coding not in seen:
             seen.add(coding)

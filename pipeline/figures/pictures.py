@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from pipeline.figures import figures
-from stages.codings.base import Coding, Tokenwise, site_params
+from stages.codings.base import Coding, site_params
 from stages.distribution import Densities
-from stages.fitting import FittedNeurons
+from stages.fitted import FittedNeurons
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def draw(
     of the fitting.
     """
     pictures = {"error_per_layer": figures.error_per_layer({name: sites})}
-    if not isinstance(coding, Tokenwise):  # those have other levels in every token
+    if not coding.tokenwise:  # those have other levels in every token
         shown = role_densities(coding, Densities.load(densities), FittedNeurons.load(neurons))
         pictures["density_and_levels"] = figures.density_with_levels(shown)
     if coding.neuron:

@@ -14,7 +14,7 @@ from pipeline.figures.levels import artifact, job_config
 from stages.analysis.quantiles import error_by_quantile
 from stages.codings.base import Coding
 from stages.distribution import Densities
-from stages.fitting import FittedNeurons
+from stages.fitted import FittedNeurons
 
 EDGES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 CAPTION = (

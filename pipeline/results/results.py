@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from stages.codings.base import Coding
-from stages.codings.dense import Dense
 from stages.energy import by_kind
 from stages.evaluation import Perplexity
 
@@ -130,9 +129,9 @@ def _minor(version: str | None) -> str | None:
     return None if version is None else ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _kind(coding: Coding | Dense) -> dict[str, Any]:
+def _kind(coding: Coding) -> dict[str, Any]:
     """T + log2 of the neurons an activation chooses from, how spikes are counted, whether trained."""
-    if isinstance(coding, Dense):
+    if not coding.converts:
         return {"bits": None, "convention": None, "trained": None}
     choice = math.log2(coding.grains) if coding.gate_comparisons else 0.0
     return {

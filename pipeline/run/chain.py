@@ -15,9 +15,8 @@ from pipeline.run.assets import asset_step
 from pipeline.run.settings import Settings
 from pipeline.store.step import Step
 from pipeline.store.store import Store
-from stages.codings.base import Observing
-from stages.codings.dense import Dense
 from stages.model.sources import PackageFile
+from stages.statistics import measuring_module
 from stages.text.corpus import Corpus, Purpose
 
 # What a stage's result may depend on beyond its own fields: the modules that compute it.
@@ -25,7 +24,7 @@ MODULES = {
     "prefix": ("stages.model.loading",),  # and what defines the search
     "capture": ("stages.capture", "stages.model.loading"),
     "distribution": ("stages.distribution",),
-    "statistics": ("stages.model.loading",),  # and what defines the statistic
+    "statistics": ("stages.model.loading",),  # and what measures the statistic
     "fitting": ("stages.fitting",),
     "patching": ("stages.patching", "stages.model.loading"),
     "evaluation": ("stages.evaluation", "stages.model.loading"),
@@ -56,10 +55,10 @@ class Chain:
         """The key of a step's artifact."""
         return self.steps[label].key()
 
-    def add(self, label: str, spec: Any, keys: Mapping[str, str]) -> None:
-        """Another step, of the stage that its label begins with."""
+    def add(self, label: str, spec: Any, keys: Mapping[str, str], *modules: str) -> None:
+        """Another step, of the stage that its label begins with; `modules` compute it too."""
         stage = label.partition(" ")[0]
-        self.steps[label] = Step(stage, spec, keys, MODULES[stage])
+        self.steps[label] = Step(stage, spec, keys, (*MODULES[stage], *modules))
 
     def tokens(self, name: str, purpose: Purpose) -> str:
         """The key of a corpus' tokens, which are among the sources from now on."""
@@ -78,7 +77,7 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
         found.sources |= {"asset model": asset_step(file), "model": inputs.model_step(file)}
     _transform(found)
     fitted: dict[str, str] = {}
-    if not isinstance(settings.coding, Dense):
+    if settings.coding.converts:
         fitted = _conversion(found)
     _evaluation(found, fitted)
     corpus = settings.evaluation.corpora[0]
@@ -105,18 +104,17 @@ def _transform(found: Chain) -> None:
 def _conversion(found: Chain) -> dict[str, str]:
     """Stages 1 to 4; the key of the fitted neurons."""
     s, keys, windows = found.settings, _measured(found), _windows(found.settings)
-    coding: Any = s.coding
+    coding = s.coding
     found.add("capture", {"capture": s.capture, "sites": s.sites} | windows, keys)
     found.add("distribution", s.distribution, {"capture": found.key("capture")})
-    statistics = coding.statistics if isinstance(coding, Observing) else ()
-    for statistic in statistics:
+    for statistic in coding.statistics:
         spec = {"statistic": statistic, "sites": s.sites} | windows
-        found.add(f"statistics {statistic.name}", spec, keys)
+        found.add(f"statistics {statistic.name}", spec, keys, measuring_module(statistic))
     found.add(
         "fitting",
         {"fitting": s.fitting.for_coding(coding), "coding": coding},
         {"distribution": found.key("distribution")}
-        | {each.name: found.key(f"statistics {each.name}") for each in statistics},
+        | {each.name: found.key(f"statistics {each.name}") for each in coding.statistics},
     )
     fitted = {"fitting": found.key("fitting")}
     found.add("patching", {"patching": s.patching, "coding": coding} | windows, keys | fitted)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.run import inputs
-from stages.codings.base import Observing
-from stages.codings.dense import Dense
 from stages.errors import InputError
 from stages.model import limits
 from stages.ports.stepped import check_steps
@@ -29,13 +27,12 @@ def configured(settings: Settings) -> None:
     settings.check_offloaded()
     positions(settings)
     coding = settings.coding
-    if isinstance(coding, Dense):
+    if not coding.converts:
         return
     if settings.runtime.execution == "stepped" or settings.evaluation.anytime:
         check_steps(coding)
-    statistics: Any = coding.statistics if isinstance(coding, Observing) else ()
-    for statistic in statistics:
-        windows = getattr(statistic, "windows", 1)
+    for statistic in coding.statistics:
+        windows = statistic.least_windows
         if windows > settings.calibration.windows:
             raise InputError(
                 f"coding={coding.name} measures {statistic.name} on {windows} windows, and "
@@ -49,7 +46,7 @@ def positions(settings: Settings, prefix: int = 0) -> None:
     `prefix` is the number of tokens that a transform keeps in front of every text.
     """
     lengths = {"evaluation.length": settings.evaluation.length}
-    if not isinstance(settings.coding, Dense) or settings.transform.search is not None:
+    if settings.coding.converts or settings.transform.search is not None:
         lengths["calibration.length"] = settings.calibration.length
     if settings.energy.tokens is not None:
         lengths["energy.tokens"] = settings.energy.tokens

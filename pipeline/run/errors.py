@@ -69,8 +69,10 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def _unknown(cause: Any) -> str:
     key, parent = str(cause.full_key), cause.parent_node
     group, _, field = key.rpartition(".")
-    having = overrides.having(CONF, field) if group == "coding" else []
-    if having:
+    having = overrides.having(CONF, field) if group else []
+    if having and group != "coding" and field != "name":  # which every group has
+        return f"unknown config key {key}; did you mean coding.{field}?"
+    if having and group == "coding":
         name = parent._get_node("name")._value()
         return f"unknown config key {key}; {name} has no {field}, {', '.join(having)} have"
     siblings = [

@@ -24,15 +24,13 @@ from stages import evaluation as evaluating
 from stages import export as exporting
 from stages.analysis.operations import operations, untransformed
 from stages.analysis.real_valued import real_valued
-from stages.codings.base import Coding, Observing
-from stages.codings.dense import Dense
 from stages.compiler import compiled, use_compiler
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
-from stages.fitted import Conversion
-from stages.fitting import FittedNeurons
+from stages.fitted import Conversion, FittedNeurons
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet
+from stages.statistics import measuring
 from stages.text import corpus as text
 
 log = logging.getLogger(__name__)
@@ -97,7 +95,7 @@ def execute(
     if "prefix" in run.chain.steps:
         _prefix(run)
         checks.behind_prefix(run)
-    conversion = None if isinstance(settings.coding, Dense) else convert(run)
+    conversion = convert(run) if settings.coding.converts else None
     _perplexities(run, conversion)
     if "evaluation anytime" in run.chain.steps:
         assert conversion is not None
@@ -146,7 +144,7 @@ def _prefix(run: Run) -> None:
 def convert(run: Run) -> Conversion:
     """Stages 1 to 4: capture, distribution, fitting, patching."""
     s, spec = run.settings, run.settings.calibration
-    coding: Coding = s.coding  # type: ignore[assignment]
+    coding = s.coding
     statistics = _statistics(run)  # first, as some are not defined on every model
 
     def sketch(out: Path) -> None:
@@ -185,8 +183,6 @@ def convert(run: Run) -> Conversion:
 def _statistics(run: Run) -> dict[str, Artifact]:
     """What the coding needs beyond the distribution, each its own artifact by its name."""
     s = run.settings
-    if not isinstance(s.coding, Observing):
-        return {}
     found = {}
     for statistic in s.coding.statistics:
 
@@ -194,7 +190,7 @@ def _statistics(run: Run) -> dict[str, Artifact]:
             ids = _calibration_windows(run, run.model)
             model, _ = run.model.load()
             sites = select(find_sites(model), s.sites)
-            tensors = statistic.run(model, ids, sites, s.runtime.batch)
+            tensors = measuring(statistic)(model, ids, sites, s.runtime.batch)
             save_file(tensors, out / "statistic.safetensors")
 
         found[statistic.name] = run.build(f"statistics {statistic.name}", measure)

@@ -13,8 +13,7 @@ from pipeline.run.errors import choose
 from pipeline.tables.tables import check
 from pipeline.tracking.tracking import TrackingSpec
 from stages.capture import Capture
-from stages.codings.base import Coding, Observing
-from stages.codings.dense import Dense
+from stages.codings.base import Coding
 from stages.distribution import Distribution
 from stages.energy import Energy
 from stages.errors import InputError
@@ -26,8 +25,6 @@ from stages.model.sites import SiteSelection
 from stages.model.spec import ModelSpec
 from stages.patching import Patching
 from stages.ports.stepped import EXECUTIONS
-from stages.statistics.sensitivity import Sensitivity
-from stages.statistics.smoothing import Smoothing
 from stages.text.corpus import Corpus
 from stages.text.harness import TaskSpec
 from stages.transforms.transform import Transform
@@ -116,7 +113,7 @@ class Settings:
     sites: SiteSelection
     capture: Capture
     distribution: Distribution
-    coding: Coding | Dense
+    coding: Coding
     fitting: Fitting
     patching: Patching
     evaluation: Evaluation
@@ -140,16 +137,8 @@ class Settings:
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
         columns = column_names(self.evaluation.corpora, self.evaluation.tasks)
         check(self.table.columns or (), columns)
-        if self.export.enabled and isinstance(self.coding, Dense):
+        if self.export.enabled and not self.coding.converts:
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
-        if (
-            not isinstance(self.coding, Dense)
-            and self.coding.trained
-            and not self.fitting.algorithm1
-        ):
-            raise InputError(
-                f"fitting.algorithm1=null, by which coding={self.coding.name} is trained"
-            )
 
     def check_places(self) -> None:
         """Raises InputError where the store or the export has no folder to write to."""
@@ -161,8 +150,7 @@ class Settings:
         """Raises InputError where a stage, hours later, would refuse a model that is not in memory."""
         if self.runtime.offload is None:
             return
-        statistics = self.coding.statistics if isinstance(self.coding, Observing) else ()
-        whole = [s.name for s in statistics if isinstance(s, Sensitivity | Smoothing)]
+        whole = [s.name for s in self.coding.statistics if s.whole_model]
         refused = {
             "evaluation.tasks": ("[]", self.evaluation.tasks),
             "transform": ("none", self.transform.name != "none" and self.transform.name),
@@ -179,20 +167,20 @@ class Settings:
     def name(self) -> str:
         """What the run is called in logs and in the dashboard."""
         coding, name = self.coding, self.label or self.coding.name
-        if not isinstance(coding, Dense):
+        if coding.converts:
             name += f" T={coding.timesteps} n={coding.grains}"
         return name if self.transform.name == "none" else f"{name} {self.transform.name}"
 
     @property
     def axes(self) -> dict[str, Any]:
         """What a sweep varies, by the names that tables and the dashboard use."""
-        dense = isinstance(self.coding, Dense)
+        dense = not self.coding.converts
         return {
             "model": self.model.name,
             "transform": self.transform.name,
             "coding": self.coding.name,
-            "grains": None if dense else self.coding.grains,  # type: ignore[union-attr]
-            "timesteps": None if dense else self.coding.timesteps,  # type: ignore[union-attr]
+            "grains": None if dense else self.coding.grains,
+            "timesteps": None if dense else self.coding.timesteps,
             "corpus": self.calibration.corpus,
             "seed": self.fitting.seed,
         }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
 from stages.analysis.operations import operations
-from stages.codings.base import Coding, Observing
-from stages.distribution import Atoms
-from stages.fitting import Algorithm1
+from stages.atoms import Atoms
+from stages.codings.base import Coding
+from stages.fits.algorithm1 import Algorithm1
 from stages.model.offload import OUTSIDE
 from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
@@ -91,10 +92,14 @@ def parameter_bytes(coding: Coding) -> int | None:
 
     None for a coding that asks statistics of the model, whose sizes follow from those.
     """
-    if isinstance(coding, Observing) and coding.statistics:
+    if coding.statistics:
         return None
     value = torch.linspace(0, 1, 128, dtype=torch.float64)[None]
     atoms = Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / 128), value[:, -1])
-    untrained = Algorithm1(rounds=0, neuron_steps=0, base_steps=0)
-    params = coding.fit(atoms, untrained).params
+    untrained: Any = coding
+    if coding.trained:
+        untrained = replace(
+            untrained, algorithm1=Algorithm1(rounds=0, neuron_steps=0, base_steps=0)
+        )
+    params: dict[str, torch.Tensor] = untrained.fit(atoms).params
     return sum(t.float().nbytes for t in params.values())

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import Coding, Tokenwise
+from stages.atoms import Atoms
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.neurons import Params
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
+from stages.neurons.spikes import Params
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def error_by_quantile(
     """
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or sorted(set(edges)) != list(edges):
         raise InputError(f"edges={list(edges)}: give quantiles that ascend from 0 to 1")
-    if isinstance(coding, Tokenwise):
+    if coding.tokenwise:
         raise InputError(f"{coding.name} has no error on single values: choose another coding")
     x, weight = atoms.signed_points()
     order = x.abs().argsort(-1)

@@ -19,8 +19,7 @@ from stages.checkpoint.format import AGAIN, NEURONS, check, decoded_coding, deco
 from stages.codec import encode
 from stages.codings.base import Fit
 from stages.errors import InputError
-from stages.fitted import Conversion
-from stages.fitting import FittedNeurons
+from stages.fitted import Conversion, FittedNeurons
 from stages.model.sites import find_sites
 from stages.ports.attachment import Attachment, attachment, record, refuse_spiking
 from stages.ports.patched import patched

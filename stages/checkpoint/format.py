@@ -97,7 +97,7 @@ def _versions() -> dict[str, str]:
 def decoded_coding(spec: SpikingConfig) -> Coding:
     """Return the coding of a config; InputError where it names none of this version's."""
     coding = decode(spec.coding)
-    if not isinstance(coding, Coding):
+    if not isinstance(coding, Coding) or not coding.converts:
         raise InputError(f"a config gives as coding {spec.coding}, which is none; {AGAIN}")
     return coding
 

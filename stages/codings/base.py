@@ -1,141 +1,110 @@
-"""What every coding provides, and the checks they share."""
+"""The base class of all codings: what one provides, and the defaults of what few of them change."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.errors import InputError
-from stages.neurons.neurons import Params, Spikes, SpikeTime
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
-    from stages.model.sites import Site
+from stages.fits.statistics import Statistic
+from stages.fitted import Fit
+from stages.neurons.spikes import Params, Spikes, SpikeTime
 
 MAX_TIMESTEPS = 16
 SITES_AT_ONCE = 64  # of some 300 kB each while the errors of their atoms are added up
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Fitted parameters, site dimension first, and the loss of every iteration [sites, iterations]
-    (None for a coding that is not trained by gradient)."""
+class Coding(ABC):
+    """How the neuron of a site is fitted, and what it does to a value.
 
-    params: dict[str, Tensor]
-    curve: Tensor | None = None
+    A coding is a frozen dataclass of its settings, `name` and `timesteps` among them, registered by
+    `@register("coding/...")`. It defines `fit`, `encode`, `table` and `quantise`; of the attributes below
+    it states those that differ from their defaults.
+    """
 
-
-@runtime_checkable
-class Coding(Hashable, Protocol):
-    """A coding: how a site's neuron is fitted, and what it does to a value."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def timesteps(self) -> int: ...
-
-    @property
-    def grains(self) -> int:
-        """Neurons (gated) or bases in time (multigrain) per activation."""
-
-    @property
-    def trained(self) -> bool:
-        """Whether `fit` runs Algorithm 1 (and so depends on its settings and on drawn samples)."""
-
-    @property
-    def neuron(self) -> bool:
-        """Whether the code is a spike train; bounds are quantisers without spikes."""
-
-    @property
-    def convention(self) -> str:
-        """How spikes are counted: unary, bit_plane, one_spike, or none."""
+    name: str
+    timesteps: int
+    grains: int = 1  # neurons (gated) or bases in time (multigrain) of an activation
+    converts: bool = True  # false for `dense` alone: nothing is captured, fitted or patched
+    trained: bool = False  # whether `fit` learns by gradient, and so depends on drawn samples
+    neuron: bool = True  # whether the code is a spike train; bounds are quantisers without spikes
+    convention: str = "bit_plane"  # how spikes are counted: unary, bit_plane, one_spike or none
+    # Whether a value's code depends on its whole token: `quantise` sees x [..., C] as the model has it,
+    # [B, S, C] or [B, H, S, D], and there is no error and no spike count of a single value.
+    tokenwise: bool = False
+    dense_roles: tuple[str, ...] = ()  # roles whose sites stay dense, as the authors leave them
 
     @property
     def decode_macs(self) -> int:
         """Multiplications per accumulator that turn step sums into a value."""
+        return 0
 
     @property
     def gate_comparisons(self) -> int:
         """Comparisons per value that choose the neuron."""
+        return 0
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        """Fits all sites of `atoms` as one batched problem."""
+    @property
+    def longest(self) -> int:
+        """Steps of the longest neuron that a fit may choose."""
+        return self.timesteps
 
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What `fit` reads in `Atoms.statistics[name]` beyond the distribution."""
+        return ()
+
+    @property
+    def replaces_softmax(self) -> bool:
+        """Whether it defines `softmax`, from which attention probabilities then come."""
+        return type(self).softmax is not Coding.softmax
+
+    @property
+    def softmax_in_steps(self) -> bool:
+        """Whether it defines `softmax_spikes`, for execution step by step."""
+        return type(self).softmax_spikes is not Coding.softmax_spikes
+
+    @abstractmethod
+    def fit(self, atoms: Atoms) -> Fit:
+        """Fit all sites of `atoms` as one batched problem."""
+
+    @abstractmethod
     def encode(self, x: Tensor, p: Params) -> Spikes | SpikeTime:
         """The time-stepped neuron of one site on x."""
 
+    @abstractmethod
     def table(self, p: Params) -> Tensor:
         """Magnitude of every code in float32, [*S, codes]."""
 
+    @abstractmethod
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Value (float32) and spikes of every x in one pass."""
-
-
-# --- what a coding may declare beyond that ---------------------------------------------------------
-
-
-class Statistic(Hashable, Protocol):
-    """A measurement of the dense model on calibration text that some coding needs beyond the
-    distribution; a frozen dataclass whose fields determine it, and an artifact of its own."""
-
-    @property
-    def name(self) -> str: ...
-
-    def run(
-        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
-    ) -> dict[str, Tensor]:
-        """Tensors with the dimension of `sites` first, over windows ids [W, S]."""
-
-
-@runtime_checkable
-class Observing(Protocol):
-    """A coding that finds the tensors of its statistics in `Atoms.statistics[name]` when it fits."""
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]: ...
-
-
-@runtime_checkable
-class Partial(Protocol):
-    """A coding that leaves the sites of some roles dense, as its authors do."""
-
-    @property
-    def dense_roles(self) -> tuple[str, ...]: ...
-
-
-@runtime_checkable
-class Tokenwise(Protocol):
-    """A coding whose scale depends on the whole token: `quantise` sees x [..., C] as the model has
-    it, [B, S, C] or [B, H, S, D], and has no error or spikes on single values."""
-
-    @property
-    def tokenwise(self) -> bool: ...
-
-
-@runtime_checkable
-class ReplacesSoftmax(Protocol):
-    """A coding that computes the attention probabilities in its own way."""
 
     def softmax(
         self, scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
-        """Probabilities (float32) and spikes of scores [B, H, Q, K], zero where mask forbids."""
+        """Probabilities (float32) and spikes of scores [B, H, Q, K], zero where mask forbids.
+
+        A coding without it codes the probabilities of the model.
+        """
+        raise NotImplementedError(f"{self.name} has no softmax of its own")
+
+    def softmax_spikes(
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
+    ) -> tuple[SpikeTime, Tensor, Tensor]:
+        """The same as spikes: when each key fires, the weight of every step [T], and what scales the
+        sum of each row [B, H, Q, 1]."""
+        raise InputError(f"coding={self.name} has no softmax in steps: use runtime.execution=fast")
 
 
-def check_timesteps(name: str, timesteps: int) -> None:
-    """Raises InputError unless 1 <= T <= 16."""
-    if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
+def check_timesteps(name: str, timesteps: int, least: int = 1, most: int = MAX_TIMESTEPS) -> None:
+    """Raise InputError unless `least` <= T <= `most`."""
+    if not isinstance(timesteps, int) or not least <= timesteps <= most:
         raise InputError(
-            f"coding.timesteps={timesteps!r} for {name}: give a whole number from 1 to "
-            f"{MAX_TIMESTEPS}"
+            f"coding.timesteps={timesteps!r} for {name}: give a whole number from {least} to {most}"
         )
 
 
@@ -155,14 +124,14 @@ def error_and_spikes(coding: Coding, atoms: Atoms, params: Params) -> tuple[Tens
     """Expected squared error and spikes of one value of every site over its atoms, [S] float64;
     NaN where they depend on the whole token."""
     sites = torch.arange(len(atoms.maximum))
-    if isinstance(coding, Tokenwise):
+    if coding.tokenwise:
         unknown = torch.full(sites.shape, torch.nan, dtype=torch.float64)
         return unknown, unknown
     parts = []
     for index in sites.split(SITES_AT_ONCE):
         x, weight = atoms.rows(index).signed_points()
-        own = {name: value[index].float() for name, value in params.items()}
-        value, count = coding.quantise(x.float(), own)
+        rows = {name: value[index].float() for name, value in params.items()}
+        value, count = coding.quantise(x.float(), rows)
         error = ((value.double() - x) ** 2 * weight).sum(-1)
         parts.append((error, (count.double() * weight).sum(-1)))
     errors, spikes = zip(*parts, strict=True)

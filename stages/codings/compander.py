@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import Fit
-from stages.codings.lloyd_max import LloydMax, running, tensors
+from stages.atoms import Atoms
+from stages.codings.lloyd_max import LloydMax
 from stages.errors import InputError
+from stages.fits.quantiser import running
+from stages.fitted import Fit
+from stages.neurons.levels import level_params
 from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 
 @register("coding/compander", was="stages.codings.compander.Compander")
@@ -39,7 +37,7 @@ class Compander(LloydMax):
                 "(equal probability)"
             )
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         edges, weight = cells(atoms)
         mass = running(weight**self.alpha * edges.diff() ** (1 - self.alpha))
         levels = 2**self.timesteps
@@ -49,7 +47,7 @@ class Compander(LloydMax):
             (t.gather(-1, after - 1), t.gather(-1, after)) for t in (mass, edges)
         )
         inside = (want - low) / (high - low).clamp(min=1e-300)
-        return Fit(tensors(start + inside.clamp(0, 1) * (stop - start)))
+        return Fit(level_params(start + inside.clamp(0, 1) * (stop - start)))
 
 
 def cells(atoms: Atoms) -> tuple[Tensor, Tensor]:

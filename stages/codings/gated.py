@@ -9,34 +9,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import MAX_TIMESTEPS, Fit, Statistic, check_timesteps
+from stages.atoms import Atoms
+from stages.codings.base import MAX_TIMESTEPS, Coding, check_timesteps, error_and_spikes
 from stages.compiler import fused
 from stages.errors import InputError
-from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, allocate
+from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
 from stages.fits.range_search import (
     SITES_AT_ONCE,
     adjacent_ranges,
     coordinate_search,
     nested_ranges,
 )
+from stages.fits.sensitivity import Sensitivity, loss_weight, predicted_loss
+from stages.fits.statistics import Statistic
+from stages.fitted import Fit
 from stages.neurons import ranges
-from stages.neurons.neurons import Params
+from stages.neurons.spikes import Params
 from stages.registry import register
-from stages.statistics.sensitivity import Sensitivity, loss_weight
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 
 @register("coding/gated", was="stages.codings.gated.Gated")
 @dataclass(frozen=True)
-class Gated:
+class Gated(Coding):
     """`grains` neurons per activation with scales tau_1 < … < tau_n and v0 = tau_k 2^-(T+1).
 
     Gate: the smallest k with |x| < tau_k (1 - 2^-(T+1)), else n, which saturates. Only that neuron
@@ -62,9 +60,6 @@ class Gated:
     allocation: str = "uniform"
     budget: str = "timesteps"
 
-    trained = False
-    neuron = True
-    convention = "bit_plane"
     signed = False
 
     def __post_init__(self) -> None:
@@ -116,10 +111,10 @@ class Gated:
         """T_k of every neuron where T = `timesteps`."""
         return tuple(timesteps + more for more in self.grain_steps or (0,) * self.grains)
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         if self.allocation == "uniform":
             return Fit(self.fit_at(atoms, self.timesteps))
-        return Fit(allocate(self, atoms))
+        return Fit(self._allocated(atoms))
 
     def fit_at(self, atoms: Atoms, timesteps: int) -> dict[str, Tensor]:
         """Parameters of all sites where T = `timesteps`."""
@@ -136,6 +131,33 @@ class Gated:
             return atoms.weight / power[:, None], torch.full_like(power, self.mu)
         statistic = atoms.statistics[self.sensitivity.name]
         return loss_weight(statistic, atoms), self.mu * statistic["macs"] / statistic["macs"].sum()
+
+    def _allocated(self, atoms: Atoms) -> dict[str, Tensor]:
+        """Parameters of all sites, each at the T that the budget or the price of a spike gives it.
+
+        The cost of a site is its T, or its spikes weighted by fan-out.
+        """
+        assert self.sensitivity is not None
+        statistic = atoms.statistics[self.sensitivity.name]
+        choices = self._choices()
+        fits = [self.fit_at(atoms, t) for t in choices]
+        losses = [predicted_loss(self.quantise, atoms, p, statistic) for p in fits]
+        loss = torch.stack(losses, -1)
+        if self.allocation == "budget" and self.budget == "timesteps":
+            cost = torch.tensor(choices, dtype=torch.float64).expand_as(loss)
+        else:
+            spikes = torch.stack([error_and_spikes(self, atoms, p)[1] for p in fits], -1)
+            cost = spikes * statistic["macs"][:, None] / statistic["macs"].sum()
+        if self.allocation == "price":
+            return picked(fits, (loss + self.mu * cost).argmin(-1))
+        allowed = float(cost[:, choices.index(self.timesteps)].sum())
+        return picked(fits, cheapest(loss, cost, allowed))
+
+    def _choices(self) -> list[int]:
+        """The T that a site may have."""
+        lowest = max(1, 1 - min(self.steps(0)))
+        highest = MAX_TIMESTEPS - max(self.steps(0))
+        return [t for r in REACH if lowest <= (t := self.timesteps + r) <= highest]
 
     def _fit(
         self, atoms: Atoms, weight: Tensor, price: Tensor, steps: tuple[int, ...]

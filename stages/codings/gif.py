@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.codings.base import Fit, Statistic, check_timesteps
+from stages.atoms import Atoms
+from stages.codings.base import Coding, check_timesteps
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.fits.statistics import Saliency, Smoothing, Statistic
+from stages.fitted import Fit
+from stages.neurons.spikes import Params, Spikes, popcount
 from stages.registry import register
-from stages.statistics.statistics import Saliency
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
-    from stages.statistics.smoothing import Smoothing
 
 CONVENTIONS = ("unary", "bit_plane")
 
 
 @dataclass(frozen=True)
-class Increments(neurons.Spikes):
+class Increments(Spikes):
     """A train of whole numbers 0..L-1, [T, *X]; scale and zero [*X] are those of the value's token.
 
     `sign` is 1 everywhere and `grain` marks salient channels. The value is (code - zero) * scale.
@@ -45,12 +41,12 @@ class Increments(neurons.Spikes):
         """Spikes per value, [*X]: unit spikes, or one bits of every increment."""
         if self.convention == "unary":
             return self.train.sum(0)
-        return neurons.popcount(self.train).sum(0)
+        return popcount(self.train).sum(0)
 
 
 @register("coding/gif", was="stages.codings.gif.Gif")
 @dataclass(frozen=True)
-class Gif:
+class Gif(Coding):
     """An asymmetric quantiser with the minimum and maximum of every token, whose integer is emitted in
     increments of at most L - 1 (arXiv 2407.04752).
 
@@ -75,10 +71,6 @@ class Gif:
     convention: str = "unary"
     smoothing: Smoothing | None = None
 
-    grains = 1
-    trained = False
-    neuron = True
-    gate_comparisons = 0
     tokenwise = True
     dense_roles = ("attn.probs",)
 
@@ -110,7 +102,7 @@ class Gif:
         """An output needs scale * (sum - zero * row sum of the weights) for each group of channels."""
         return 4 if self.salient else 2
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         """Which channels are salient: the range itself is found token by token."""
         params = self.parameters(len(atoms.maximum), atoms.statistics)
         if self.smoothing is not None:
@@ -132,7 +124,7 @@ class Gif:
         return {"steps": steps, "salient": (rank < number).float()}
 
     def code(
-        self, x: Tensor, p: neurons.Params, rounding: Callable[[Tensor], Tensor]
+        self, x: Tensor, p: Params, rounding: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Code, zero point and scale of every x [..., C], each value's own.
 
@@ -149,7 +141,7 @@ class Gif:
         code = torch.minimum((rounding(x / scale) + zero).clamp(min=0), top)
         return code, zero, scale
 
-    def encode(self, x: Tensor, p: neurons.Params) -> Increments:
+    def encode(self, x: Tensor, p: Params) -> Increments:
         """mem = code; k(t) = min(mem, L - 1); mem -= k(t), over T steps."""
         mem, zero, scale = self.code(x, p, torch.round)
         train = []
@@ -162,16 +154,16 @@ class Gif:
         scale = scale * smooth(x, p)
         return Increments(one, salient, torch.stack(train), scale, zero, self.convention)
 
-    def table(self, p: neurons.Params) -> Tensor:
+    def table(self, p: Params) -> Tensor:
         """Every code in units of its token's scale, above the zero point, [*S, T (L-1) + 1]."""
         codes = torch.arange(self.timesteps * (self.levels - 1) + 1.0, device=p["steps"].device)
         return codes.expand(*p["steps"].shape, -1)
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         code, zero, scale = self.code(x, p, torch.round)
         return (code - zero) * scale * smooth(x, p), self._spikes(code)
 
-    def value(self, x: Tensor, p: neurons.Params, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    def value(self, x: Tensor, p: Params, rounding: Callable[[Tensor], Tensor]) -> Tensor:
         """The value alone, differentiable if `rounding` is."""
         code, zero, scale = self.code(x, p, rounding)
         return (code - zero) * scale * smooth(x, p)
@@ -181,10 +173,10 @@ class Gif:
             return code
         whole = self.levels - 1
         full = (code / whole).floor()  # exact: code < 2^12
-        return full * whole.bit_count() + neurons.popcount(code - full * whole)
+        return full * whole.bit_count() + popcount(code - full * whole)
 
 
-def smooth(x: Tensor, p: neurons.Params) -> Tensor:
+def smooth(x: Tensor, p: Params) -> Tensor:
     """What every channel is divided by before the code and multiplied by after it."""
     return per_channel(p["smooth"], x, 1.0) if "smooth" in p else torch.ones((), device=x.device)
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stages.codings.base import Fit, check_timesteps, half_step
-from stages.neurons import neurons
+from stages.atoms import Atoms
+from stages.codings.base import Coding, check_timesteps, half_step
+from stages.fitted import Fit
+from stages.neurons.bank import bank_encode, bank_quantise, bank_table
+from stages.neurons.spikes import Params, Spikes
 from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 
 @register("coding/las", was="stages.codings.las.Las")
 @dataclass(frozen=True)
-class Las:
+class Las(Coding):
     """d(t) = h(t) = theta(t) = scale * 2^-t with scale the largest magnitude of the site.
 
     v0=zero floors (LAS, the paper's un-optimised special case); v0=half_step rounds to nearest.
@@ -29,28 +27,23 @@ class Las:
     timesteps: int = 6
     v0: str = "zero"
 
-    grains = 1
-    trained = False
-    neuron = True
-    convention = "bit_plane"
     decode_macs = 1
-    gate_comparisons = 0
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
         half_step(self.timesteps, self.v0, self.name)
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         return Fit({"scale": atoms.scale()[:, None]})
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
-        return neurons.bank_encode(x, p, self.timesteps, self._v0)
+    def encode(self, x: Tensor, p: Params) -> Spikes:
+        return bank_encode(x, p, self.timesteps, self._v0)
 
-    def table(self, p: neurons.Params) -> Tensor:
-        return neurons.bank_table(p, self.timesteps)
+    def table(self, p: Params) -> Tensor:
+        return bank_table(p, self.timesteps)
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
-        return neurons.bank_quantise(x, p, self.timesteps, self._v0)
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        return bank_quantise(x, p, self.timesteps, self._v0)
 
     @property
     def _v0(self) -> float:

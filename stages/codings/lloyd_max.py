@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import Fit, check_timesteps
-from stages.neurons import neurons
+from stages.atoms import Atoms
+from stages.codings.base import Coding, check_timesteps
+from stages.fits.quantiser import companded_cells, lloyd, optimal_cells
+from stages.fitted import Fit
+from stages.neurons.levels import level_params, table_quantise
+from stages.neurons.spikes import Params
 from stages.registry import register
 
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
-
 EXACT_LEVELS = 64  # dynamic programming up to here; beyond, companded levels are near-optimal
-PIECES_PER_LEVEL = 4
 ITERATIONS = 200
 
 
 @register("coding/lloyd_max", was="stages.codings.lloyd_max.LloydMax")
 @dataclass(frozen=True)
-class LloydMax:
+class LloydMax(Coding):
     """2^T magnitude levels of least mean squared error, and the sign (zero stays zero).
 
     Sources: Lloyd 1957/1982, Max 1960; the start is the optimum over merged atoms by dynamic
@@ -33,136 +32,27 @@ class LloydMax:
     name: str = "lloyd_max"
     timesteps: int = 6
 
-    grains = 1
-    trained = False
     neuron = False
     convention = "none"
-    decode_macs = 0
-    gate_comparisons = 0
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         x, weight = atoms.points()
         order = x.sort(-1)
         x, weight = order.values, weight.gather(-1, order.indices)
         weight = torch.where(x > 0, weight, 0.0)  # zero has a code of its own, the missing sign
         levels = 2**self.timesteps
         start = optimal_cells if levels <= EXACT_LEVELS else companded_cells
-        return Fit(tensors(lloyd(x, weight, start(x, weight, levels), ITERATIONS)))
+        return Fit(level_params(lloyd(x, weight, start(x, weight, levels), ITERATIONS)))
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
-        raise NotImplementedError("lloyd_max is a bound, not a neuron: it has no spike train")
+    def encode(self, x: Tensor, p: Params) -> NoReturn:
+        raise NotImplementedError(f"{self.name} is a bound, not a neuron: it has no spike train")
 
-    def table(self, p: neurons.Params) -> Tensor:
+    def table(self, p: Params) -> Tensor:
         return p["levels"]
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
-        value = neurons.table_quantise(x, p)
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        value = table_quantise(x, p)
         return value, torch.full_like(value, torch.nan)
-
-
-def tensors(levels: Tensor) -> dict[str, Tensor]:
-    """Parameters of the quantiser to the nearest of levels [sites, L], for `table_quantise`."""
-    levels = levels.sort(-1).values.float()
-    return {"levels": levels, "thresholds": (levels[..., 1:] + levels[..., :-1]) / 2}
-
-
-def lloyd(x: Tensor, weight: Tensor, levels: Tensor, iterations: int) -> Tensor:
-    """Lloyd's alternation on weighted points x [sites, K] ascending, from levels [sites, L]."""
-    total = running(weight)
-    first = running(weight * x)
-    for _ in range(iterations):
-        middle = (levels[:, 1:] + levels[:, :-1]) / 2
-        cut = torch.searchsorted(x, middle)
-        ends = torch.cat(
-            [torch.zeros_like(cut[:, :1]), cut, torch.full_like(cut[:, :1], x.shape[1])], -1
-        )
-        mass = total.gather(-1, ends).diff()
-        centroid = first.gather(-1, ends).diff() / mass.clamp(min=1e-300)
-        levels = torch.where(mass > 0, centroid, levels)
-    return levels
-
-
-def companded_cells(x: Tensor, weight: Tensor, levels: int) -> Tensor:
-    """Levels at equal lambda* ∝ p^(1/3) mass, [sites, levels]."""
-    mass = running(_optimal_mass(x, weight))
-    want = (torch.arange(levels, dtype=x.dtype) + 0.5) / levels * mass[:, -1:]
-    index = torch.searchsorted(mass, want).clamp(1, x.shape[1]) - 1
-    return x.gather(-1, index)
-
-
-def optimal_cells(x: Tensor, weight: Tensor, levels: int) -> Tensor:
-    """Centroids of the optimal cells over the points merged to a few pieces a level, [sites, levels].
-
-    Dynamic programming: best[l, j] = min_i best[l-1, i] + cost(i, j). The best i grows with j, so the
-    rows of a level are found by halving (divide and conquer), all sites and all rows of a depth at
-    once.
-    """
-    total, first, second = _pieces(x, weight, levels * PIECES_PER_LEVEL)
-    pieces = total.shape[1] - 1
-
-    def cost(i: Tensor, j: Tensor) -> Tensor:
-        mass, linear, square = (t.gather(-1, j) - t.gather(-1, i) for t in (total, first, second))
-        return (square - linear**2 / mass.clamp(min=1e-300)).clamp(min=0)
-
-    ends = torch.arange(pieces + 1).expand(len(x), -1)
-    best = cost(torch.zeros_like(ends), ends)
-    origins = []
-    for _ in range(1, levels):
-        best, origin = _next_level(best, cost, pieces)
-        origins.append(origin)
-    cuts = [torch.full((len(x), 1), pieces)]
-    for origin in reversed(origins):
-        cuts.append(origin.gather(-1, cuts[-1]))
-    edges = torch.cat([torch.zeros_like(cuts[0]), *cuts[::-1]], -1)
-    mass = total.gather(-1, edges).diff()
-    centroid = first.gather(-1, edges).diff() / mass.clamp(min=1e-300)
-    return torch.where(mass > 0, centroid, x.amax(-1, keepdim=True)).sort(-1).values
-
-
-def _next_level(best, cost, pieces: int) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    """One level of the dynamic programme: its costs and origins, each [sites, pieces + 1]."""
-    sites = len(best)
-    found = torch.full_like(best, torch.inf)
-    origin = torch.zeros(sites, pieces + 1, dtype=torch.long)
-    found[:, 0] = 0
-    stride = 1 << (pieces.bit_length() - 1)
-    while stride >= 1:
-        rows = torch.arange(stride, pieces + 1, 2 * stride)
-        low = origin[:, rows - stride]
-        high = origin[:, (rows + stride).clamp(max=pieces)]
-        high = torch.where(rows + stride > pieces, rows, torch.minimum(high, rows))
-        span = int((high - low).amax()) + 1
-        i = torch.minimum(low[..., None] + torch.arange(span), high[..., None])
-        j = rows[:, None].expand(sites, -1, span)
-        value = best.gather(-1, i.flatten(1)) + cost(i.flatten(1), j.flatten(1))
-        least = value.view(i.shape).min(-1)
-        found[:, rows] = least.values
-        origin[:, rows] = i.gather(-1, least.indices[..., None]).squeeze(-1)
-        stride //= 2
-    return found, origin
-
-
-def _pieces(x: Tensor, weight: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Running sums of mass, mass x and mass x^2 at `pieces` places of equal p^(1/3) mass."""
-    sums = [running(weight * x**k) for k in range(3)]
-    mass = running(_optimal_mass(x, weight))
-    want = torch.arange(pieces + 1, dtype=x.dtype) / pieces * mass[:, -1:]
-    cut = torch.searchsorted(mass, want).clamp(max=x.shape[1])
-    cut[:, 0], cut[:, -1] = 0, x.shape[1]
-    return tuple(total.gather(-1, cut) for total in sums)  # type: ignore[return-value]
-
-
-def _optimal_mass(x: Tensor, weight: Tensor) -> Tensor:
-    """∫ p^(1/3) over the cells of points x, which end halfway to both neighbours: a gap counts at both
-    its ends, so that a cut can fall on either side of it."""
-    gap = torch.nn.functional.pad(x.diff(), (1, 1))
-    width = (gap[:, 1:] + gap[:, :-1]) / 2
-    return (weight * width.square()) ** (1 / 3)
-
-
-def running(x: Tensor) -> Tensor:
-    """Sums of the first 0, 1, … K of x [sites, K], [sites, K + 1]."""
-    return torch.nn.functional.pad(x.cumsum(-1), (1, 0))

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stages.codings.base import Fit, check_timesteps, half_step
+from stages.atoms import Atoms
+from stages.codings.base import Coding, check_timesteps, half_step
 from stages.errors import InputError
-from stages.fits.algorithm1 import allocations, fit_bases
-from stages.neurons import neurons
+from stages.fits.algorithm1 import Algorithm1, allocations, fit_bases
+from stages.fits.statistics import RunningMaximum
+from stages.fitted import Fit
+from stages.neurons.spikes import Params, Spikes
+from stages.neurons.step import step_encode, step_quantise, step_table
 from stages.registry import register
-from stages.statistics.statistics import RunningMaximum
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 
 @register("coding/multigrain", was="stages.codings.multigrain.Multigrain")
 @dataclass(frozen=True)
-class Multigrain:
+class Multigrain(Coding):
     """d(t) = B_g^-t with one output, reset and threshold base per grain g(t) (the paper's coding).
 
     Every allocation of steps to grains is fitted and the best one of each site taken. `v0` is zero or
@@ -36,11 +34,9 @@ class Multigrain:
     v0: str = "half_step"
     tied: bool = False
     tau: str = field(default="maximum", kw_only=True)
+    algorithm1: Algorithm1 = field(default=Algorithm1(), kw_only=True)
 
     trained = True
-    neuron = True
-    convention = "bit_plane"
-    gate_comparisons = 0
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
@@ -50,6 +46,11 @@ class Multigrain:
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number of at least 1"
             )
         allocations(self.timesteps, self.grains)
+        if not isinstance(self.algorithm1, Algorithm1):
+            raise InputError(
+                f"coding.algorithm1={self.algorithm1} for {self.name}, which is trained by it: give its "
+                "settings, such as coding.algorithm1.rounds=4"
+            )
         if self.tau not in ("maximum", "running_maximum"):
             raise InputError(
                 f"coding.tau={self.tau!r} for {self.name}: choose maximum or running_maximum"
@@ -65,9 +66,7 @@ class Multigrain:
         """Step weights are no powers of two, so every step's sum is multiplied by its own."""
         return self.timesteps
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
-        if algorithm is None:
-            raise InputError(f"{self.name} is trained: fitting.algorithm1 must be given")
+    def fit(self, atoms: Atoms) -> Fit:
         scale = atoms.maximum
         for statistic in self.statistics:
             scale = atoms.statistics[statistic.name]["maximum"]
@@ -78,15 +77,15 @@ class Multigrain:
             grains=self.grains,
             tied=self.tied,
             half_step=self.v0 == "half_step",
-            algorithm=algorithm,
+            algorithm=self.algorithm1,
         )
         return Fit(params, curve)
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
-        return neurons.step_encode(x, p)
+    def encode(self, x: Tensor, p: Params) -> Spikes:
+        return step_encode(x, p)
 
-    def table(self, p: neurons.Params) -> Tensor:
-        return neurons.step_table(p)
+    def table(self, p: Params) -> Tensor:
+        return step_table(p)
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
-        return neurons.step_quantise(x, p)
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        return step_quantise(x, p)

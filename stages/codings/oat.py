@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from stages.codings.base import Fit
+from stages.atoms import Atoms
 from stages.codings.las import Las
 from stages.errors import InputError
+from stages.fitted import Fit
 from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 
 @register("coding/oat", was="stages.codings.oat.Oat")
@@ -40,7 +36,7 @@ class Oat(Las):
                 f"coding.percentile={self.percentile} for {self.name}: give 50 up to below 100"
             )
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         normal = atoms.quantile(self.percentile / 100).float()
         # A site that is zero almost everywhere has no normal range of its own.
         outlier = atoms.scale()

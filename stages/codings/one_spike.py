@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import Fit
-from stages.codings.lloyd_max import running
+from stages.atoms import Atoms
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.fits.quantiser import running
+from stages.fitted import Fit
+from stages.neurons.spikes import Params, SpikeTime
 from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 LONGEST_WINDOW = 64
 BASES = (1.005, 16.0)  # searched between these
@@ -26,7 +23,7 @@ GRID, FINER, ROUNDS = 256, 17, 4
 
 @register("coding/one_spike", was="stages.codings.one_spike.OneSpike")
 @dataclass(frozen=True)
-class OneSpike:
+class OneSpike(Coding):
     """Magnitudes M B^-t, t = 0 … T - 1, and zero; M is the largest. The spike comes at the first t
     with |x| >= M B^-t (1 + 1/B) / 2, the midpoint to the next level.
 
@@ -45,11 +42,7 @@ class OneSpike:
     timesteps: int = 6
     base: float | None = None
 
-    grains = 1
-    trained = False
-    neuron = True
     convention = "one_spike"
-    gate_comparisons = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.timesteps, int) or not 1 <= self.timesteps <= LONGEST_WINDOW:
@@ -67,7 +60,7 @@ class OneSpike:
     def decode_macs(self) -> int:
         return self.timesteps
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         given = self.base
         base = (
             best_base(atoms, self.timesteps)
@@ -79,7 +72,7 @@ class OneSpike:
         levels = torch.nn.functional.pad(level, (1, 0)).float()  # ascending, silence first
         return Fit({"levels": levels, "thresholds": threshold.float(), "base": base.float()})
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.SpikeTime:
+    def encode(self, x: Tensor, p: Params) -> SpikeTime:
         """The neuron of one site, blocked after its spike: levels [T + 1], thresholds [T].
 
         Its threshold falls to 1/B a step. The membrane that SpikedAttention multiplies by B instead
@@ -90,13 +83,13 @@ class OneSpike:
         for t, threshold in enumerate(p["thresholds"].flip(-1)):
             fires = (time == self.timesteps) & (magnitude >= threshold)
             time = torch.where(fires, t, time)
-        return neurons.SpikeTime(x.sign().to(torch.int8), time, self.timesteps)
+        return SpikeTime(x.sign().to(torch.int8), time, self.timesteps)
 
-    def table(self, p: neurons.Params) -> Tensor:
+    def table(self, p: Params) -> Tensor:
         """Magnitude of every spike time, silence last, [*S, T + 1]."""
         return p["levels"].flip(-1)
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """The level of the highest threshold reached, unrolled: fused, this beats a table look-up."""
         magnitude = x.float().abs()
         level = torch.zeros_like(magnitude)
@@ -107,7 +100,7 @@ class OneSpike:
         return torch.sign(x).float() * level, fires.float()
 
     def softmax(
-        self, scores: Tensor, scaling: float, mask: Tensor, p: neurons.Params
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
         """The winner-oriented spike-shift softmax: a key spikes k = round((max - x) / ln B) steps
         after its row's winner with weight B^-k, if at all (k < T), and the weights are divided by
@@ -119,18 +112,18 @@ class OneSpike:
         return weight / weight.sum(-1, keepdim=True).clamp(min=1), spikes
 
     def softmax_spikes(
-        self, scores: Tensor, scaling: float, mask: Tensor, p: neurons.Params
-    ) -> tuple[neurons.SpikeTime, Tensor, Tensor]:
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
+    ) -> tuple[SpikeTime, Tensor, Tensor]:
         """The same as spikes: when each key fires, the weights B^-k [T], and one over their sums."""
         step, spikes = self._shifted(scores, scaling, mask, p)
         weight = torch.exp(-torch.arange(self.timesteps, device=step.device) * p["base"].log())
         time = torch.where(spikes > 0, step, self.timesteps).long()
         total = (spikes * weight[step.long().clamp(max=self.timesteps - 1)]).sum(-1, keepdim=True)
-        fired = neurons.SpikeTime(spikes.to(torch.int8), time, self.timesteps)
+        fired = SpikeTime(spikes.to(torch.int8), time, self.timesteps)
         return fired, weight, 1 / total.clamp(min=1)
 
     def _shifted(
-        self, scores: Tensor, scaling: float, mask: Tensor, p: neurons.Params
+        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
         """Steps behind the winner of the row, at most T, and whether a key fires, in float32."""
         x = torch.where(mask, scores.float() * scaling, torch.finfo(torch.float32).min)

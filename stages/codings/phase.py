@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.neurons.spikes import Params, Spikes
+from stages.neurons.step import step_encode, step_quantise
 from stages.registry import register
 
 
@@ -30,8 +31,8 @@ class Phase(Multigrain):
         if self.max_spikes is not None and self.max_spikes < 1:
             raise InputError(f"coding.max_spikes={self.max_spikes}: give at least 1, or null")
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.Spikes:
-        return neurons.step_encode(x, p, self.max_spikes)
+    def encode(self, x: Tensor, p: Params) -> Spikes:
+        return step_encode(x, p, self.max_spikes)
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
-        return neurons.step_quantise(x, p, self.max_spikes)
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        return step_quantise(x, p, self.max_spikes)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stages.codings.base import Fit
+from stages.atoms import Atoms
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.fitted import Fit
+from stages.neurons.spikes import Params, SpikeTime
 from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
 
 LONGEST_WINDOW = 4096
 
 
 @register("coding/ttfs", was="stages.codings.ttfs.Ttfs")
 @dataclass(frozen=True)
-class Ttfs:
+class Ttfs(Coding):
     """A linear latency code of the interval [a, b]: t = clip(round((b - x) / δ), 0, T - 1) is decoded
     as b - t δ with δ = (b - a) / (T - 1): T levels for both signs, no sign plane.
 
@@ -44,12 +41,8 @@ class Ttfs:
     percentile: float | None = None
     silent_zero: bool = False
 
-    grains = 1
-    trained = False
-    neuron = True
     convention = "one_spike"
     decode_macs = 1
-    gate_comparisons = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.timesteps, int) or not 2 <= self.timesteps <= LONGEST_WINDOW:
@@ -63,7 +56,7 @@ class Ttfs:
                 "null for the extremes"
             )
 
-    def fit(self, atoms: Atoms, algorithm: Algorithm1 | None) -> Fit:
+    def fit(self, atoms: Atoms) -> Fit:
         low, high = (end.double() for end in atoms.range())
         if self.percentile is not None:
             limit = atoms.quantile(self.percentile / 100)
@@ -74,7 +67,7 @@ class Ttfs:
         step = (high - low) / (self.timesteps - 1)
         return Fit({"origin": (high / step).float(), "step": step.float()})
 
-    def encode(self, x: Tensor, p: neurons.Params) -> neurons.SpikeTime:
+    def encode(self, x: Tensor, p: Params) -> SpikeTime:
         """Fires once, when the threshold, falling by δ a step, is no more than δ / 2 above the value:
         p: origin [] = b / δ, the time of the value 0; step [] = δ."""
         wait = p["origin"] - x.float() / p["step"]
@@ -88,9 +81,9 @@ class Ttfs:
             waiting = waiting & ~fires
         if self.silent_zero:
             time = torch.where(time == _zero_time(p["origin"]), self.timesteps, time)
-        return neurons.SpikeTime(torch.ones_like(time, dtype=torch.int8), time, self.timesteps)
+        return SpikeTime(torch.ones_like(time, dtype=torch.int8), time, self.timesteps)
 
-    def table(self, p: neurons.Params) -> Tensor:
+    def table(self, p: Params) -> Tensor:
         """Signed value of every spike time, silence last, [*S, T + 1]."""
         origin, step = p["origin"][..., None], p["step"][..., None]
         time = torch.arange(self.timesteps, dtype=torch.float32, device=step.device)
@@ -98,7 +91,7 @@ class Ttfs:
         time = torch.cat([time.expand(*step.shape[:-1], -1), silent], -1)
         return (origin - time) * step
 
-    def quantise(self, x: Tensor, p: neurons.Params) -> tuple[Tensor, Tensor]:
+    def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Closed form of `encode`. Exact: the subtraction of a half is, wherever it decides."""
         origin, step = p["origin"][..., None], p["step"][..., None]
         wait = origin - x.float() / step

@@ -10,22 +10,53 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.atoms import Atoms
 from stages.compiler import fused
 from stages.errors import InputError
-
-if TYPE_CHECKING:
-    from stages.distribution import Atoms
-    from stages.fitting import Algorithm1
+from stages.registry import register
 
 SMALLEST_BASE = 1.05
 COMPILED_FROM = 2e9  # steps of values in all iterations
 PROBLEMS_AT_ONCE = 1 << 21  # values held by one batch of problems
+
+
+@register("fit/algorithm1")
+@dataclass(frozen=True)
+class Algorithm1:
+    """The paper's alternation: `rounds` times N1 = `neuron_steps` Adam steps on {h, theta}, then
+    N2 = `base_steps` on the output bases d.
+
+    eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
+    normalised magnitude. Every grain starts at each base of `starts` in turn and the best fit is
+    kept; the paper starts at 2 alone. Without any step the starts themselves are compared.
+    """
+
+    rounds: int = 4
+    neuron_steps: int = 20
+    base_steps: int = 20
+    neuron_lr: float = 1e-3
+    base_lr: float = 1e-3
+    slope: float = 10.0
+    starts: tuple[float, ...] = (2.0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", tuple(self.starts))
+        if not self.starts or min(self.starts) <= 1:
+            raise InputError(
+                f"coding.algorithm1.starts={list(self.starts)}: give one base above 1 at least"
+            )
+        steps = (self.rounds, self.neuron_steps, self.base_steps)
+        rates = (self.neuron_lr, self.base_lr, self.slope)
+        if min(steps) < 0 or min(rates) <= 0:
+            raise InputError(
+                f"coding.algorithm1={self}: steps must be whole numbers >= 0, learning rates and "
+                "slope positive"
+            )
 
 
 def allocations(timesteps: int, grains: int) -> Tensor:

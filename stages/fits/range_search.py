@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.neurons.neurons import Params
+from stages.neurons.spikes import Params
 
 SITES_AT_ONCE = 16
 # Candidate ranges: 16 octaves below the maximum at six an octave, then finer around the best ones.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.neurons.neurons import Params, Spikes, popcount
+from stages.neurons.spikes import Params, Spikes, popcount
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.codings.base import Coding, ReplacesSoftmax, Tokenwise
+from stages.codings.base import Coding
 from stages.compiler import fused
-from stages.neurons.neurons import Params
+from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
 # shapes would be specialised one by one.
@@ -40,7 +40,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
         value, spikes = coding.quantise(x, p)
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
-    if isinstance(coding, Tokenwise):
+    if coding.tokenwise:
         return kernel  # its layout is part of the code, and it is no elementwise expression
     fast = fused(kernel)
 
@@ -59,7 +59,7 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
     def probabilities(
         scores: Tensor, scaling: float, mask: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(coding, ReplacesSoftmax):
+        if coding.replaces_softmax:
             return coding.softmax(scores, scaling, mask, p)
         return coding.quantise(masked_softmax(scores, scaling, mask), p)
 

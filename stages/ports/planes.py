@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.neurons import Params, Spikes, SpikeTime
 from stages.neurons.ranges import Bank, RangeSpikes
-
-
-@runtime_checkable
-class SpikingSoftmax(Protocol):
-    """A coding that computes the attention probabilities as spikes."""
-
-    def softmax_spikes(
-        self, scores: Tensor, scaling: float, mask: Tensor, p: Params
-    ) -> tuple[SpikeTime, Tensor, Tensor]:
-        """Return the spikes of scores [B, H, Q, K], the weight of every step [T], and what
-        scales the sum of each row [B, H, Q, 1]."""
+from stages.neurons.spikes import Params, Spikes, SpikeTime
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class Planes:
 
 def check_ternary(coding: Coding) -> None:
     """Raise InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
-    if not coding.neuron or getattr(coding, "tokenwise", False):
+    if not coding.neuron or coding.tokenwise:
         raise InputError(
             f"coding={coding.name} has no steps in {{-1, 0, 1}}: a bound has no spikes, and gif emits "
             "whole numbers on a range of each token; use runtime.execution=fast, or another coding"

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stages.codings.base import Coding, ReplacesSoftmax
+from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.neurons import Params
+from stages.neurons.spikes import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax
-from stages.ports.planes import Planes, SpikingSoftmax, check_ternary, planes, timed
+from stages.ports.planes import Planes, check_ternary, planes, timed
 from stages.ports.port import allowed, real_rows
 
 EXECUTIONS = ("fast", "stepped")
@@ -48,8 +48,7 @@ class SteppedPort:
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         coding = self._coding
-        if isinstance(coding, ReplacesSoftmax):
-            assert isinstance(coding, SpikingSoftmax)  # see check_steps
+        if coding.replaces_softmax:
             fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
             probs, spikes = timed(fired, weight, row), fired.count
         else:
@@ -70,7 +69,7 @@ class SteppedPort:
 def check_steps(coding: Coding) -> None:
     """Raise InputError for a coding that has no step-by-step form."""
     check_ternary(coding)
-    if isinstance(coding, ReplacesSoftmax) and not isinstance(coding, SpikingSoftmax):
+    if coding.replaces_softmax and not coding.softmax_in_steps:
         raise InputError(f"coding={coding.name} has no softmax in steps: use execution=fast")
 
 

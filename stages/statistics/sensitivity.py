@@ -1,10 +1,8 @@
-"""How much an error at a site costs the model: the curvature of its loss, by site and by magnitude."""
+"""The curvature of the loss at every site, by magnitude: one backward pass a window."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,98 +11,64 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.fits.sensitivity import CELLS, Sensitivity, cell
 from stages.model.offload import refuse_offloaded
 from stages.model.sites import Site, find_sites
 from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.hooks import attached
 from stages.ports.port import DensePort
-from stages.registry import register
-
-if TYPE_CHECKING:
-    from stages.codings.base import Coding
-    from stages.distribution import Atoms
-    from stages.neurons.neurons import Params
-
-CELLS_PER_OCTAVE = 4
-LOWEST_OCTAVE = -40
-CELLS = 64 * CELLS_PER_OCTAVE
-PRIOR = 16.0
+from stages.statistics import measure
 
 
-def cell(x: Tensor) -> Tensor:
-    """The cell of |x|, a quarter of an octave wide from 2^-40 on, below and zero the first."""
-    place = (x.abs().clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE) * CELLS_PER_OCTAVE
-    return place.long().clamp(0, CELLS - 1)
-
-
-@register("statistic/sensitivity", was="stages.llm.sensitivity.Sensitivity")
-@dataclass(frozen=True)
-class Sensitivity:
-    """The diagonal of the Fisher information at every site, over the first `windows` windows.
-
-    An error e at a value adds f e^2 / 2 to KL(dense || spiking), where f is the expected squared
-    derivative of log p(y) for y drawn from the model itself (with `seed`): one backward pass tells
-    all sites. Values of one magnitude share one f. Source: Fisher information as the second-order
-    term of KL (Amari 1998; used for bit allocation by HAWQ, Dong et al. 2019).
-    """
-
-    name: str = "sensitivity"
-    windows: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise InputError(f"sensitivity: windows={self.windows}: give at least 1")
-
-    def run(
-        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
-    ) -> dict[str, Tensor]:
-        """total, count [S, CELLS]: sum of f, and number of values, by cell of |x|; macs [S]:
-        multiplications that a site's values enter; all float64, over `tokens` [S]."""
-        refuse_offloaded(model, "a coding's sensitivity", "leave coding.sensitivity off")
-        if len(ids) < self.windows:
-            raise InputError(
-                f"sensitivity: {self.windows} windows asked of {len(ids)} calibration windows; give "
-                "more calibration.windows"
-            )
-        generator = torch.Generator(device=model.device).manual_seed(self.seed)
-        counters = Counters(sites, model.device)
-        ports = {
-            s.name: _CurvaturePort(SiteCounter(counters, i), model.device)
-            for i, s in enumerate(sites)
-        }
-        embedding = model.get_input_embeddings()
-        follow = embedding.register_forward_hook(lambda _, args, x: x.detach().requires_grad_())
-        learns = [p for p in model.parameters() if p.requires_grad]
-        try:
-            for weight in learns:  # the derivative of values is asked, of no weight
-                weight.requires_grad_(False)
-            with torch.enable_grad(), attached(model, find_sites(model), ports):
-                windows = ids[: self.windows].to(model.device).split(1)
-                for tokens in tqdm(windows, desc="sensitivity", unit="window", disable=None):
-                    logits = model(tokens, use_cache=False).logits[0].float()
-                    with torch.no_grad():
-                        drawn = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
-                    F.cross_entropy(logits, drawn, reduction="sum").backward()
-        finally:
-            follow.remove()
-            for weight in learns:
-                weight.requires_grad_(True)
-        rows = [ports[site.name] for site in sites]
-        silent = [s.name for s, row in zip(sites, rows, strict=True) if not int(row.count.sum())]
-        if silent:  # experts: without a derivative they would have no weight in the fit, silently
-            raise InputError(
-                f"sensitivity: {len(silent)} sites passed no value in {self.windows} windows, the "
-                f"first is {silent[0]}: give more coding.sensitivity.windows"
-            )
-        tokens = float(self.windows * ids.shape[1])
-        return {
-            "total": torch.stack([port.total for port in rows]).cpu(),
-            "count": torch.stack([port.count for port in rows]).cpu(),
-            "macs": torch.from_numpy(counters.frame(set())["macs"].to_numpy().copy()),
-            "tokens": torch.full((len(rows),), tokens, dtype=torch.float64),
-        }
+@measure.register
+def sensitivity(
+    statistic: Sensitivity, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+) -> dict[str, Tensor]:
+    """total, count [S, CELLS]: sum of f, and number of values, by cell of |x|; macs [S]:
+    multiplications that a site's values enter; all float64, over `tokens` [S]."""
+    refuse_offloaded(model, "a coding's sensitivity", "leave coding.sensitivity off")
+    if len(ids) < statistic.windows:
+        raise InputError(
+            f"sensitivity: {statistic.windows} windows asked of {len(ids)} calibration windows; give "
+            "more calibration.windows"
+        )
+    generator = torch.Generator(device=model.device).manual_seed(statistic.seed)
+    counters = Counters(sites, model.device)
+    ports = {
+        s.name: _CurvaturePort(SiteCounter(counters, i), model.device) for i, s in enumerate(sites)
+    }
+    embedding = model.get_input_embeddings()
+    follow = embedding.register_forward_hook(lambda _, args, x: x.detach().requires_grad_())
+    learns = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for weight in learns:  # the derivative of values is asked, of no weight
+            weight.requires_grad_(False)
+        with torch.enable_grad(), attached(model, find_sites(model), ports):
+            windows = ids[: statistic.windows].to(model.device).split(1)
+            for tokens in tqdm(windows, desc="sensitivity", unit="window", disable=None):
+                logits = model(tokens, use_cache=False).logits[0].float()
+                with torch.no_grad():
+                    drawn = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+                F.cross_entropy(logits, drawn, reduction="sum").backward()
+    finally:
+        follow.remove()
+        for weight in learns:
+            weight.requires_grad_(True)
+    rows = [ports[site.name] for site in sites]
+    silent = [s.name for s, row in zip(sites, rows, strict=True) if not int(row.count.sum())]
+    if silent:  # experts: without a derivative they would have no weight in the fit, silently
+        raise InputError(
+            f"sensitivity: {len(silent)} sites passed no value in {statistic.windows} windows, the "
+            f"first is {silent[0]}: give more coding.sensitivity.windows"
+        )
+    tokens = float(statistic.windows * ids.shape[1])
+    return {
+        "total": torch.stack([port.total for port in rows]).cpu(),
+        "count": torch.stack([port.count for port in rows]).cpu(),
+        "macs": torch.from_numpy(counters.frame(set())["macs"].to_numpy().copy()),
+        "tokens": torch.full((len(rows),), tokens, dtype=torch.float64),
+    }
 
 
 class _CurvaturePort(DensePort):
@@ -138,29 +102,3 @@ class _CurvaturePort(DensePort):
 
         if x.requires_grad:
             x.register_hook(add)
-
-
-def curvature(statistic: Mapping[str, Tensor]) -> Tensor:
-    """Mean f of a value by cell of its magnitude, [S, CELLS]; a cell of few values leans on the
-    mean of its site, as if it held `PRIOR` values more of that mean."""
-    total, count = statistic["total"], statistic["count"]
-    mean = total.sum(-1, keepdim=True) / count.sum(-1, keepdim=True)
-    return (total + PRIOR * mean) / (count + PRIOR)
-
-
-def loss_weight(statistic: Mapping[str, Tensor], atoms: Atoms) -> Tensor:
-    """What a squared error of one at every atom adds to the loss, in nats a token, [S, K]."""
-    f = curvature(statistic).gather(-1, cell(atoms.value))
-    values = statistic["count"].sum(-1) / statistic["tokens"]
-    return atoms.weight * f / 2 * values[:, None]
-
-
-def predicted_loss(
-    coding: Coding, atoms: Atoms, params: Params, statistic: Mapping[str, Tensor]
-) -> Tensor:
-    """KL(dense || spiking) a token that the error of each site alone adds, to second order, [S]."""
-    x, weight = atoms.points()
-    value, _ = coding.quantise(x.float(), {name: t.float() for name, t in params.items()})
-    f = curvature(statistic).gather(-1, cell(x))
-    per_value = ((value.double() - x) ** 2 * f * weight).sum(-1) / 2
-    return per_value * statistic["count"].sum(-1) / statistic["tokens"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,133 +14,104 @@ from transformers import PreTrainedModel
 from stages.codings.base import site_params
 from stages.codings.gif import Gif
 from stages.errors import InputError
+from stages.fits.statistics import Saliency, Smoothing
 from stages.model.experts import refuse_experts
 from stages.model.offload import refuse_offloaded
 from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
 from stages.ports.hooks import attached, stream
 from stages.ports.port import DensePort
-from stages.registry import register
-from stages.statistics.statistics import Saliency, Watch, padded
+from stages.statistics import measure
+from stages.statistics.saliency import saliency
+from stages.statistics.watch import Watch, padded
 
 SMOOTHED = ("attn.in", "attn.out", "mlp.in")  # scales of a range and of the weights it meets
 SMALLEST = 1e-5
 
 
-@register("statistic/smoothing", was="stages.llm.smoothing.Smoothing")
-@dataclass(frozen=True)
-class Smoothing:
-    """The learnable equivalent transform of OmniQuant and SpikeLLM, applied and undone around the code
-    so that weights stay as they are: x becomes s * Q(x / s) with s per channel.
+@measure.register
+def smoothing(
+    statistic: Smoothing, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+) -> dict[str, Tensor]:
+    """scale [sites, C], filled up with 1; loss [sites, epochs]: that of the site's block, NaN
+    for the head. Raises InputError on experts, and if ids [W, S] has too few windows."""
+    refuse_offloaded(model, "smoothing", "use coding=gif")
+    refuse_experts(find_sites(model), "smoothing", "use coding=gif")
+    if len(ids) < statistic.windows:
+        raise InputError(
+            f"coding.smoothing.windows={statistic.windows}: calibration has {len(ids)}; lower it or "
+            "raise calibration.windows"
+        )
+    gif = Gif(
+        "gif", statistic.timesteps, statistic.levels, statistic.salient_fraction, "unary", None
+    )
+    found = {Saliency.name: saliency(Saliency(), model, ids, sites, batch)} if gif.salient else {}
+    params = gif.parameters(len(sites), found)
+    ids = ids[: statistic.windows].to(model.device)
+    blocks = _blocks(model, ids, batch, statistic.alpha)
+    ports = {}
+    for index, site in enumerate(sites):
+        if site.layer >= 0 and site.role not in gif.dense_roles:
+            own = {k: v.to(model.device) for k, v in site_params(params, index).items()}
+            ports[site.name] = TrainPort(gif, own, blocks[site.layer], site.role)
+    losses = _train(statistic, model, ids, blocks, ports)
+    scales = [blocks[s.layer].scale(s.role) if s.layer >= 0 else None for s in sites]
+    rows = [None if scale is None else scale.detach().flatten() for scale in scales]
+    unknown = [torch.nan] * statistic.epochs
+    curve = torch.tensor([losses[s.layer] if s.layer >= 0 else unknown for s in sites])
+    return {"scale": padded(rows, 1.0), "loss": curve}
 
-    s of attn.in, attn.out and mlp.in starts at max|x|^alpha / max|w|^(1 - alpha); v shares that of
-    attn.out, which is its product with probabilities; q and k share one that starts at 1 and enters
-    k inversely (q k is unchanged). Adam with `lr` on log s, `epochs` times over the first `windows`
-    calibration windows, one window a step, block after block: the squared error between the block
-    with coded inputs, behind the coded blocks before it, and the dense block behind the dense ones.
-    Rounding is passed straight through. The last s is kept. `timesteps`, `levels` and
-    `salient_fraction` are those of the coding; the paper takes 128 windows of 2048 tokens.
-    """
 
-    epochs: int
-    windows: int
-    lr: float
-    alpha: float
-    timesteps: int
-    levels: int
-    salient_fraction: float
+def _train(
+    statistic: Smoothing,
+    model: PreTrainedModel,
+    ids: Tensor,
+    blocks: Sequence[Block],
+    ports: Mapping[str, TrainPort],
+) -> list[list[float]]:
+    """Learns the scales of every block in turn; the mean loss of its epochs."""
+    layers = dict(model.named_modules())[architecture(model).layers]
+    assert isinstance(layers, nn.ModuleList)
+    losses = []
+    with attached(model, find_sites(model), ports):
+        hidden, settings = _inputs(model, layers, ids)
+        dense = coded = hidden
+        for layer, block, kwargs in zip(
+            tqdm(layers, desc=statistic.name, unit="block", disable=None),
+            blocks,
+            settings,
+            strict=True,
+        ):
+            target = _through(layer, dense, kwargs)
+            block.coded = True
+            losses.append(_descend(statistic, layer, block, coded, target, kwargs))
+            coded, dense = _through(layer, coded, kwargs), target
+    return losses
 
-    name = "smoothing"
 
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.windows) < 1 or self.lr <= 0 or not 0 <= self.alpha <= 1:
-            raise InputError(
-                f"coding.smoothing: got epochs={self.epochs}, windows={self.windows}, lr={self.lr}, "
-                f"alpha={self.alpha}; needs 1 epoch and window at least, lr above 0, alpha 0 to 1"
-            )
-
-    def check(self, coding: Gif) -> None:
-        """Raises InputError unless it is learned for this coding."""
-        for name in ("timesteps", "levels", "salient_fraction"):
-            if getattr(self, name) != getattr(coding, name):
-                raise InputError(
-                    f"coding.smoothing.{name}={getattr(self, name)} but coding.{name}="
-                    f"{getattr(coding, name)}: leave it at ${{..{name}}}"
-                )
-
-    def run(
-        self, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
-    ) -> dict[str, Tensor]:
-        """scale [sites, C], filled up with 1; loss [sites, epochs]: that of the site's block, NaN
-        for the head. Raises InputError on experts, and if ids [W, S] has too few windows."""
-        refuse_offloaded(model, "smoothing", "use coding=gif")
-        refuse_experts(find_sites(model), "smoothing", "use coding=gif")
-        if len(ids) < self.windows:
-            raise InputError(
-                f"coding.smoothing.windows={self.windows}: calibration has {len(ids)}; lower it or "
-                "raise calibration.windows"
-            )
-        gif = Gif("gif", self.timesteps, self.levels, self.salient_fraction, "unary", None)
-        found = {Saliency.name: Saliency().run(model, ids, sites, batch)} if gif.salient else {}
-        params = gif.parameters(len(sites), found)
-        ids = ids[: self.windows].to(model.device)
-        blocks = _blocks(model, ids, batch, self.alpha)
-        ports = {}
-        for index, site in enumerate(sites):
-            if site.layer >= 0 and site.role not in gif.dense_roles:
-                own = {k: v.to(model.device) for k, v in site_params(params, index).items()}
-                ports[site.name] = TrainPort(gif, own, blocks[site.layer], site.role)
-        losses = self._train(model, ids, blocks, ports)
-        scales = [blocks[s.layer].scale(s.role) if s.layer >= 0 else None for s in sites]
-        rows = [None if scale is None else scale.detach().flatten() for scale in scales]
-        unknown = [torch.nan] * self.epochs
-        curve = torch.tensor([losses[s.layer] if s.layer >= 0 else unknown for s in sites])
-        return {"scale": padded(rows, 1.0), "loss": curve}
-
-    def _train(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        blocks: Sequence[Block],
-        ports: Mapping[str, TrainPort],
-    ) -> list[list[float]]:
-        """Learns the scales of every block in turn; the mean loss of its epochs."""
-        layers = dict(model.named_modules())[architecture(model).layers]
-        assert isinstance(layers, nn.ModuleList)
-        losses = []
-        with attached(model, find_sites(model), ports):
-            hidden, settings = _inputs(model, layers, ids)
-            dense = coded = hidden
-            for layer, block, kwargs in zip(
-                tqdm(layers, desc=self.name, unit="block", disable=None),
-                blocks,
-                settings,
-                strict=True,
-            ):
-                target = _through(layer, dense, kwargs)
-                block.coded = True
-                losses.append(self._descend(layer, block, coded, target, kwargs))
-                coded, dense = _through(layer, coded, kwargs), target
-        return losses
-
-    def _descend(
-        self, layer: nn.Module, block: Block, x: Tensor, target: Tensor, kwargs: dict[str, Any]
-    ) -> list[float]:
-        """Adam on one block's log scales: x, target [W, S, C]."""
-        logs = list(block.logs.values())
-        optimiser = torch.optim.Adam(logs, lr=self.lr)
-        curve = []
-        for _ in range(self.epochs):
-            total = 0.0
-            for own, right in zip(x.split(1), target.split(1), strict=True):
-                loss = functional.mse_loss(layer(own, **kwargs).float(), right.float())
-                grads = torch.autograd.grad(loss, logs, allow_unused=True)  # weights get none
-                for log, grad in zip(logs, grads, strict=True):
-                    log.grad = grad
-                optimiser.step()
-                total += float(loss.detach()) / len(x)
-            curve.append(total)
-        return curve
+def _descend(
+    statistic: Smoothing,
+    layer: nn.Module,
+    block: Block,
+    x: Tensor,
+    target: Tensor,
+    kwargs: dict[str, Any],
+) -> list[float]:
+    """Adam on one block's log scales: x, target [W, S, C]."""
+    logs = list(block.logs.values())
+    optimiser = torch.optim.Adam(logs, lr=statistic.lr)
+    curve = []
+    for _ in range(statistic.epochs):
+        total = 0.0
+        for own, right in zip(x.split(1), target.split(1), strict=True):
+            loss = functional.mse_loss(layer(own, **kwargs).float(), right.float())
+            grads = torch.autograd.grad(loss, logs, allow_unused=True)  # weights get none
+            for log, grad in zip(logs, grads, strict=True):
+                log.grad = grad
+            optimiser.step()
+            total += float(loss.detach()) / len(x)
+        curve.append(total)
+    return curve
 
 
 class Block:

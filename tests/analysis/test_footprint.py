@@ -120,6 +120,6 @@ def test_neurons_take_what_a_fit_of_the_model_takes_a_site(coding, model, conver
 
 
 def test_neurons_that_need_statistics_are_not_guessed():
-    from stages.statistics.sensitivity import Sensitivity
+    from stages.fits.sensitivity import Sensitivity
 
     assert parameter_bytes(Gated("gated", 6, 2, sensitivity=Sensitivity("s", 1, 0))) is None

@@ -27,7 +27,7 @@ from stages.compiler import compiled
 from stages.distribution import Densities, Distribution
 from stages.fitted import Conversion
 from stages.model.sites import find_sites, select
-from stages.neurons import neurons
+from stages.neurons.spikes import decode
 from stages.ports.kernels import row_kernel
 from stages.ports.patched import patched
 from stages.text import corpus
@@ -117,7 +117,7 @@ def fast_path(
 
     def stepped() -> Any:
         spikes = coding.encode(x, params)
-        return neurons.decode(spikes, coding.table(params)), spikes.count.sum(-1)
+        return decode(spikes, coding.table(params)), spikes.count.sum(-1)
 
     slow, fast = in_turn(stepped, lambda: kernel(x, params))
     show(figures, "encode_decode_over_fast_path", slow / fast, ">= 5")

@@ -179,7 +179,7 @@ def convert(folder: Path, dtype: str, boundary: str) -> dict[str, Any]:
     sites, coding = find_sites(model), Gated("gated", 6, 2)
     sketches = stage("capture", lambda: Capture().run(model, ids[:-1], sites, 1))
     densities = stage("distribution", lambda: Distribution().run(sketches))
-    fitting = Fitting("atoms", 1, 0, None)
+    fitting = Fitting("atoms", 1, 0)
     neurons = stage("fitting", lambda: fitting.run(densities, coding))
     conversion = Conversion(coding, neurons)
     result = stage("perplexity", lambda: perplexity(model, ids[-1:], conversion, 1, "random"))

@@ -60,7 +60,7 @@ def main() -> None:
     stage("capture_first", lambda: Capture().run(model, windows[:1], sites, 1))
     sketches = stage("capture", lambda: Capture().run(model, windows, sites, WINDOWS))
     densities = stage("distribution", lambda: Distribution().run(sketches))
-    neurons = stage("fitting", lambda: Fitting("atoms", 1, 0, None).run(densities, coding))
+    neurons = stage("fitting", lambda: Fitting("atoms", 1, 0).run(densities, coding))
     conversion = Conversion(coding, neurons)
     text = ids[-1:, :TOKENS]
     stage("perplexity_first", lambda: perplexity(model, text, conversion, 1, "random"))

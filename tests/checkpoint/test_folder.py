@@ -34,7 +34,7 @@ from stages.codings.ttfs import Ttfs
 from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitted import Conversion
-from stages.fitting import Algorithm1, Fitting
+from stages.fitting import Fitting
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload
 from stages.model.sites import find_sites
@@ -200,7 +200,7 @@ def spiking_llama(
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
     sketches = Capture().run(tiny_llama, ids, find_sites(tiny_llama), 4)
     densities = Distribution(atoms=64).run(sketches)
-    conversion = Conversion(GATED, Fitting("atoms", 1, 0, Algorithm1()).run(densities, GATED))
+    conversion = Conversion(GATED, Fitting("atoms", 1, 0).run(densities, GATED))
     save(tiny_llama, conversion, Untouched(), (), tmp_path / "spiking")
     byte_tokenizer.save_pretrained(tmp_path / "spiking")
     return tmp_path / "spiking"

@@ -16,7 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from stages.codings.base import Coding, Tokenwise
+from stages.atoms import Atoms
+from stages.codings.base import Coding
 from stages.codings.free_steps import FreeSteps
 from stages.codings.gated import Gated
 from stages.codings.las import Las
@@ -28,10 +29,9 @@ from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
-from stages.distribution import Atoms
 from stages.errors import InputError
-from stages.fitting import Algorithm1
-from stages.neurons import neurons
+from stages.fits.algorithm1 import Algorithm1
+from stages.neurons.spikes import decode
 from tests.codings import scalar
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
@@ -199,7 +199,7 @@ def shipped() -> dict[str, Coding]:
         codings[path.stem] = instantiate(cfg.coding)
     # With a sensitivity they are the neurons of `gated`, with ranges from a measured model.
     plain = {name: c for name, c in codings.items() if getattr(c, "sensitivity", None) is None}
-    scalar = {name: c for name, c in plain.items() if not isinstance(c, Tokenwise)}
+    scalar = {name: c for name, c in plain.items() if not c.tokenwise}
     return {name: c for name, c in scalar.items() if getattr(c, "neuron", False)}
 
 
@@ -242,12 +242,18 @@ def atoms_of(x: Tensor, maximum: Tensor | None = None) -> Atoms:
     return Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / x.shape[1]), maximum)
 
 
+def learning(coding: Any, algorithm: Algorithm1) -> Coding:
+    """The coding with other settings of Algorithm 1; itself if it is not trained."""
+    found: Coding = replace(coding, algorithm1=algorithm) if coding.trained else coding
+    return found
+
+
 def fitted(coding: Coding, sites: int = 2) -> dict[str, Tensor]:
     """Float32 parameters of the coding, fitted fast enough to leave their starting values."""
     quick = Algorithm1(
         rounds=2, neuron_steps=8, base_steps=8, neuron_lr=0.003, base_lr=0.003, slope=200
     )
-    fit = coding.fit(atoms_of(heavy_tailed(sites, 200)), quick)
+    fit = learning(coding, quick).fit(atoms_of(heavy_tailed(sites, 200)))
     return {name: value.float() for name, value in fit.params.items()}
 
 
@@ -312,6 +318,6 @@ def check_equal(coding: Coding, p: dict[str, Tensor], x: Tensor) -> None:
     assert fast_value.dtype == table.dtype == torch.float32
     assert torch.equal(spikes.code, code)
     assert torch.equal(spikes.count, count)
-    assert torch.equal(neurons.decode(spikes, table), value)
+    assert torch.equal(decode(spikes, table), value)
     assert torch.equal(fast_value, value)
     assert torch.equal(fast_count.long(), count)

@@ -9,11 +9,11 @@ import torch
 from scipy import stats
 
 from stages.analysis.quantiles import error_by_quantile
+from stages.atoms import Atoms
 from stages.codings.base import squared_error
 from stages.codings.compander import Compander, panter_dite
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
-from stages.distribution import Atoms
 from stages.errors import InputError
 from tests.codings.reference import atoms_of, heavy_tailed
 
@@ -37,7 +37,7 @@ def known(name: str, cells: int = 60_000) -> Atoms:
 
 def error(atoms: Atoms, timesteps: int, alpha: float) -> float:
     coding = Compander("compander", timesteps, alpha)
-    return float(squared_error(coding, atoms, coding.fit(atoms, None).params))
+    return float(squared_error(coding, atoms, coding.fit(atoms).params))
 
 
 @pytest.mark.parametrize("name", TOPS)
@@ -73,10 +73,10 @@ def test_lloyd_max_is_at_or_below_it(timesteps: int) -> None:
     x[::4, :400] = 0
     for atoms in (atoms_of(x), known("gaussian", 4000)):
         bound = LloydMax("lloyd_max", timesteps)
-        least = squared_error(bound, atoms, bound.fit(atoms, None).params)
+        least = squared_error(bound, atoms, bound.fit(atoms).params)
         for alpha in (0.0, THIRD, 1.0):
             coding = Compander("compander", timesteps, alpha)
-            found = squared_error(coding, atoms, coding.fit(atoms, None).params)
+            found = squared_error(coding, atoms, coding.fit(atoms).params)
             assert bool((least <= found * (1 + 1e-6)).all())
 
 
@@ -94,7 +94,7 @@ def test_zeros_and_unused_places_attract_no_level() -> None:
     )
     for alpha in (0.0, THIRD, 1.0):
         coding = Compander("compander", 5, alpha)
-        one, other = (coding.fit(atoms, None).params["levels"] for atoms in (plain, mixed))
+        one, other = (coding.fit(atoms).params["levels"] for atoms in (plain, mixed))
         torch.testing.assert_close(one, other)
     assert float(panter_dite(mixed, 32) / panter_dite(plain, 32)) == pytest.approx(0.25)
 
@@ -102,11 +102,11 @@ def test_zeros_and_unused_places_attract_no_level() -> None:
 def test_every_site_is_fitted_alone_and_its_levels_ascend_inside_the_range() -> None:
     atoms = atoms_of(heavy_tailed(4, 400))
     coding = Compander("compander", 6, 0.5)
-    levels = coding.fit(atoms, None).params["levels"]
+    levels = coding.fit(atoms).params["levels"]
     assert levels.shape == (4, 64) and bool((levels.diff() >= 0).all())
     assert bool((levels > 0).all()) and bool((levels[:, -1] <= atoms.scale()).all())
     for k in range(4):
-        own = coding.fit(atoms.rows(torch.tensor([k])), None).params["levels"]
+        own = coding.fit(atoms.rows(torch.tensor([k]))).params["levels"]
         assert torch.equal(own[0], levels[k])
 
 
@@ -124,7 +124,7 @@ EDGES = (0.0, 0.5, 0.9, 0.99, 1.0)
 def test_the_error_by_quantile_is_that_of_the_sorted_values() -> None:
     x = heavy_tailed(3, 1000, seed=5)
     atoms, coding = atoms_of(x), Las("las", 6, "zero")
-    p = coding.fit(atoms, None).params
+    p = coding.fit(atoms).params
     found = error_by_quantile(coding, atoms, p, EDGES)
     assert found.share.shape == found.relative.shape == (3, 4)
     torch.testing.assert_close(found.share.sum(-1), torch.ones(3, dtype=torch.float64))
@@ -157,7 +157,7 @@ def test_a_larger_exponent_moves_the_error_to_the_tail(name: str) -> None:
     shares = []
     for alpha in (0.0, THIRD, 0.6, 1.0):
         coding = Compander("compander", 6, alpha)
-        found = error_by_quantile(coding, atoms, coding.fit(atoms, None).params, EDGES)
+        found = error_by_quantile(coding, atoms, coding.fit(atoms).params, EDGES)
         shares.append(float(found.share[0, -1]))
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(0.01, abs=0.01) and shares[-1] > 0.5
@@ -167,4 +167,4 @@ def test_a_larger_exponent_moves_the_error_to_the_tail(name: str) -> None:
 def test_edges_that_are_no_quantiles_are_refused(edges: tuple[float, ...]) -> None:
     atoms, coding = atoms_of(heavy_tailed(1, 20)), Las("las", 4, "zero")
     with pytest.raises(InputError, match="ascend from 0 to 1"):
-        error_by_quantile(coding, atoms, coding.fit(atoms, None).params, edges)
+        error_by_quantile(coding, atoms, coding.fit(atoms).params, edges)

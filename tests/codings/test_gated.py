@@ -9,9 +9,9 @@ import torch
 from scipy import integrate
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.codings.base import error_and_spikes, squared_error
 from stages.codings.gated import Gated
-from stages.distribution import Atoms
 from stages.errors import InputError
 from stages.fits import range_search
 from stages.fits.range_search import _costs, _search, nested_ranges, rounding_error
@@ -114,7 +114,7 @@ def test_more_ranges_are_never_worse(timesteps: int) -> None:
     errors = []
     for grains in (1, 2, 3):
         coding = Gated("gated", timesteps, grains)
-        p = coding.fit(atoms, None).params
+        p = coding.fit(atoms).params
         assert bool((p["scale"].diff(dim=-1) >= 0).all())
         errors.append(squared_error(coding, atoms, p))
     assert bool((errors[1] < errors[0]).all()) and bool((errors[2] < errors[1]).all())
@@ -126,7 +126,7 @@ def test_the_fit_beats_a_random_search(grains: int) -> None:
     timesteps = 5
     atoms = atoms_of(heavy_tailed(4, 1000))
     coding = Gated("gated", timesteps, grains)
-    error = squared_error(coding, atoms, coding.fit(atoms, None).params)
+    error = squared_error(coding, atoms, coding.fit(atoms).params)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
         octaves = 8 * torch.rand(4, grains, generator=generator, dtype=torch.float64) - 7.8
@@ -154,9 +154,9 @@ def test_the_error_the_search_expects_is_the_error_of_samples() -> None:
 
 def test_sites_are_fitted_alone() -> None:
     atoms = atoms_of(heavy_tailed(20, 300))  # more sites than are searched at once
-    together = Gated("gated", 4, 2).fit(atoms, None).params["scale"]
+    together = Gated("gated", 4, 2).fit(atoms).params["scale"]
     for k in (0, 15, 16, 19):
-        alone = Gated("gated", 4, 2).fit(atoms.rows(torch.tensor([k])), None)
+        alone = Gated("gated", 4, 2).fit(atoms.rows(torch.tensor([k])))
         torch.testing.assert_close(together[k : k + 1], alone.params["scale"], rtol=1e-12, atol=0)
     assert not torch.allclose(together[0], together[1])
 
@@ -168,18 +168,16 @@ def test_an_offset_makes_every_level_count() -> None:
     """All n 2^T levels differ, and the error falls where nested ranges repeat theirs."""
     atoms = atoms_of(heavy_tailed(6, 1500))
     nested, offset = Gated("gated", 4, 3), Gated("gated", 4, 3, offset=True)
-    p = offset.fit(atoms, None).params
+    p = offset.fit(atoms).params
     assert all(len(levels.unique()) == 3 * 2**4 for levels in offset.table(p))
-    ratio = squared_error(offset, atoms, p) / squared_error(
-        nested, atoms, nested.fit(atoms, None).params
-    )
+    ratio = squared_error(offset, atoms, p) / squared_error(nested, atoms, nested.fit(atoms).params)
     assert bool((ratio < 0.95).all())
 
 
 def test_the_search_with_an_offset_beats_a_random_search() -> None:
     atoms = atoms_of(heavy_tailed(4, 1000))
     coding = Gated("gated", 5, 2, offset=True)
-    error = squared_error(coding, atoms, coding.fit(atoms, None).params)
+    error = squared_error(coding, atoms, coding.fit(atoms).params)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
         octaves = 8 * torch.rand(4, 2, generator=generator, dtype=torch.float64) - 7.8
@@ -192,12 +190,12 @@ def test_steps_may_differ_between_grains() -> None:
     """One step more for the outer range costs nothing on values that stay inside the inner one."""
     atoms = atoms_of(heavy_tailed(6, 1500))
     plain, longer = Gated("gated", 4, 2), Gated("gated", 4, 2, grain_steps=(0, 1))
-    p = longer.fit(atoms, None).params
+    p = longer.fit(atoms).params
     assert p["steps"].unique(dim=0).tolist() == [[16.0, 32.0]]
-    least = squared_error(plain, atoms, plain.fit(atoms, None).params)
+    least = squared_error(plain, atoms, plain.fit(atoms).params)
     assert bool((squared_error(longer, atoms, p) < least).all())
     finest = Gated("gated", 5, 2)
-    bound = squared_error(finest, atoms, finest.fit(atoms, None).params)
+    bound = squared_error(finest, atoms, finest.fit(atoms).params)
     assert bool((squared_error(longer, atoms, p) > bound).all())
 
 
@@ -207,7 +205,7 @@ def test_a_price_on_spikes_draws_the_frontier(offset: bool) -> None:
     points = []
     for mu in (0.0, 1e-4, 1e-3, 1e-2):
         coding = Gated("gated", 5, 2, offset=offset, mu=mu)
-        points.append(error_and_spikes(coding, atoms, coding.fit(atoms, None).params))
+        points.append(error_and_spikes(coding, atoms, coding.fit(atoms).params))
     for (less, more), (error, fewer) in itertools.pairwise(points):
         assert bool((error >= less * (1 - 1e-3)).all())
         assert bool((fewer <= more * (1 + 1e-3)).all())

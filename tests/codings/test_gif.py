@@ -7,19 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.capture import Capture
-from stages.codings.base import Observing, Partial, Tokenwise
 from stages.codings.gif import Gif
-from stages.distribution import Atoms, Distribution
+from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fits.statistics import Saliency
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.patching import Patching
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
-from stages.statistics.statistics import Saliency
+from stages.statistics import measuring
 
 GIF = Gif("gif", 4, 16, 0.25, "unary", None)
 
@@ -157,7 +158,7 @@ def atoms(score: list[list[float]], operand: list[float]) -> Atoms:
 def test_the_highest_signed_scores_are_salient() -> None:
     nan = float("nan")
     score = [[1.0, -9.0, 5.0, 2.0], [0.5, 3.0, nan, nan], [nan] * 4]
-    p = replace(GIF, salient_fraction=0.5).fit(atoms(score, [0, 1, 0]), None).params
+    p = replace(GIF, salient_fraction=0.5).fit(atoms(score, [0, 1, 0])).params
     assert p["salient"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert p["steps"].tolist() == [4, 2, 4]  # one more bit in k and v
     assert (
@@ -167,7 +168,7 @@ def test_the_highest_signed_scores_are_salient() -> None:
 
 
 def test_what_it_declares() -> None:
-    assert isinstance(GIF, Tokenwise) and isinstance(GIF, Partial) and isinstance(GIF, Observing)
+    assert GIF.tokenwise and GIF.dense_roles == ("attn.probs",)
     assert GIF.decode_macs == 4 and replace(GIF, salient_fraction=0.0).decode_macs == 2
 
 
@@ -190,8 +191,8 @@ def converted(model, tokens) -> Callable[[Gif], Conversion]:
     densities = Distribution(atoms=64).run(Capture().run(model, ids, sites, 4))
 
     def make(coding: Gif) -> Conversion:
-        found = {s.name: s.run(model, ids, sites, 2) for s in coding.statistics}
-        return Conversion(coding, Fitting("atoms", 1, 0, None).run(densities, coding, found))
+        found = {s.name: measuring(s)(model, ids, sites, 2) for s in coding.statistics}
+        return Conversion(coding, Fitting("atoms", 1, 0).run(densities, coding, found))
 
     return make
 

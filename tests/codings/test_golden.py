@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.codings.base import Coding
 from stages.codings.compander import Compander
 from stages.codings.free_steps import FreeSteps
@@ -15,9 +16,8 @@ from stages.codings.one_spike import OneSpike
 from stages.codings.rate import Rate
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
-from stages.distribution import Atoms
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.neurons.spikes import decode
 from tests.codings.reference import atoms_of
 
 
@@ -27,12 +27,12 @@ def check(coding: Coding, p: dict[str, Tensor], rows: list[tuple[float, float, i
     fast, count = coding.quantise(x, p)
     stepped = coding.encode(x, p)
     torch.testing.assert_close(fast, value)
-    torch.testing.assert_close(neurons.decode(stepped, coding.table(p)), value)
+    torch.testing.assert_close(decode(stepped, coding.table(p)), value)
     assert count.long().tolist() == spikes.tolist() == stepped.count.tolist()
 
 
 def fitted(coding: Coding, largest: float, others: list[float]) -> dict[str, Tensor]:
-    params = coding.fit(atoms_of(torch.tensor([[*others, largest]])), None).params
+    params = coding.fit(atoms_of(torch.tensor([[*others, largest]]))).params
     return {name: value[0].float() for name, value in params.items()}
 
 
@@ -78,7 +78,7 @@ def test_first_spikes_count_from_the_upper_end() -> None:
     """From -2 to 6 in T=9 levels one apart: the time is 6 - x, rounded, a tie to the earlier one."""
     atoms = replace(atoms_of(torch.tensor([[2.0, 6.0]])), extremes=torch.tensor([[-2.0, 6.0]]))
     coding = Ttfs("ttfs", 9, None, False)
-    p = {name: value[0] for name, value in coding.fit(atoms, None).params.items()}
+    p = {name: value[0] for name, value in coding.fit(atoms).params.items()}
     rows = [(6.0, 6.0, 1), (2.4, 2.0, 1), (2.5, 3.0, 1), (-0.6, -1.0, 1), (0.3, 0.0, 1)]
     rows += [(9.0, 6.0, 1), (-7.0, -2.0, 1), (-1.5, -1.0, 1)]
     check(coding, p, rows)
@@ -124,7 +124,7 @@ def test_companded_levels_have_equal_shares(alpha: float, levels: list[float]) -
     weight = torch.tensor([[0.2, *(0.8 / 22 * w for w in (16, 4, 1, 1))]], dtype=torch.float64)
     atoms = Atoms(value, torch.zeros_like(value), weight, torch.tensor([4.0]).double())
     coding = Compander("compander", 2, alpha)
-    p = {name: tensor[0] for name, tensor in coding.fit(atoms, None).params.items()}
+    p = {name: tensor[0] for name, tensor in coding.fit(atoms).params.items()}
     torch.testing.assert_close(p["levels"], torch.tensor(levels))
     assert coding.quantise(torch.tensor([0.0, -4.0]), p)[0].tolist() == [0, -levels[-1]]
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from scipy import stats
 
-from stages.codings import lloyd_max
+from stages.atoms import Atoms
 from stages.codings.base import squared_error
 from stages.codings.gated import Gated
 from stages.codings.las import Las
-from stages.codings.lloyd_max import LloydMax, companded_cells, lloyd, optimal_cells
+from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
 from stages.codings.phase import Phase
-from stages.distribution import Atoms
-from stages.fitting import Algorithm1
-from tests.codings.reference import atoms_of, heavy_tailed, shipped
+from stages.fits import quantiser
+from stages.fits.algorithm1 import Algorithm1
+from stages.fits.quantiser import companded_cells, lloyd, optimal_cells
+from tests.codings.reference import atoms_of, heavy_tailed, learning, shipped
 
 
 def distortion(x: torch.Tensor, weight: torch.Tensor, levels: torch.Tensor) -> float:
@@ -43,7 +44,7 @@ def test_the_dynamic_programme_finds_the_best_partition(
     levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So many pieces that each point is one of its own; the first point, zero, weighs nothing.
-    monkeypatch.setattr(lloyd_max, "PIECES_PER_LEVEL", 300 // levels)
+    monkeypatch.setattr(quantiser, "PIECES_PER_LEVEL", 300 // levels)
     generator = torch.Generator().manual_seed(levels)
     x, weight = 0.1 + torch.rand(2, 4, 11, generator=generator, dtype=torch.float64)
     x = x.cumsum(-1)
@@ -73,13 +74,13 @@ def test_the_gaussian_distortions_of_max(timesteps: int, published: float) -> No
     """Max 1960, table I: 4, 8, 16 and 32 output levels, of which half are magnitudes."""
     atoms = half_normal()
     coding = LloydMax("lloyd_max", timesteps)
-    p = coding.fit(atoms, None).params
+    p = coding.fit(atoms).params
     assert p["levels"].shape == (1, 2**timesteps)
     assert float(squared_error(coding, atoms, p)) == pytest.approx(published, rel=0.02)
 
 
 def test_the_first_gaussian_levels_of_max() -> None:
-    p = LloydMax("lloyd_max", 1).fit(half_normal(), None).params
+    p = LloydMax("lloyd_max", 1).fit(half_normal()).params
     torch.testing.assert_close(p["levels"], torch.tensor([[0.4528, 1.510]]), rtol=2e-3, atol=0)
     torch.testing.assert_close(p["thresholds"], torch.tensor([[0.9816]]), rtol=2e-3, atol=0)
 
@@ -111,13 +112,13 @@ def sites() -> Atoms:
 def test_lloyd_max_is_at_or_below_every_code_it_bounds(timesteps: int) -> None:
     atoms = sites()
     bound = LloydMax("lloyd_max", timesteps)
-    least = squared_error(bound, atoms, bound.fit(atoms, None).params)
+    least = squared_error(bound, atoms, bound.fit(atoms).params)
     algorithm = Algorithm1(rounds=1, neuron_steps=8, base_steps=8, neuron_lr=3e-3, base_lr=3e-3)
     for coding in bounded(timesteps):
-        error = squared_error(coding, atoms, coding.fit(atoms, algorithm).params)
+        error = squared_error(coding, atoms, learning(coding, algorithm).fit(atoms).params)
         assert bool((least <= error).all()), coding
     gated = Gated("gated", timesteps, 3)  # 3 * 2^T magnitudes: the bound does not hold for it
-    beyond = squared_error(gated, atoms, gated.fit(atoms, None).params)
+    beyond = squared_error(gated, atoms, gated.fit(atoms).params)
     assert bool((beyond < least).any())
 
 
@@ -136,7 +137,7 @@ def test_lloyd_never_raises_the_error() -> None:
 
 def test_it_is_a_quantiser_to_the_nearest_level_and_no_neuron() -> None:
     coding, atoms = LloydMax("lloyd_max", 3), atoms_of(heavy_tailed(2, 500))
-    p = {name: value.float() for name, value in coding.fit(atoms, None).params.items()}
+    p = {name: value.float() for name, value in coding.fit(atoms).params.items()}
     x = heavy_tailed(2, 400, seed=9)
     value, spikes = coding.quantise(x, p)
     for k in range(2):
@@ -156,7 +157,7 @@ def test_an_outlier_beyond_a_gap_gets_a_level_of_its_own(timesteps: int) -> None
     """A thousand values up to 1 and one of 100: sharing its cell with others costs about 5."""
     x = torch.cat([torch.linspace(0.001, 1, 1000), torch.tensor([100.0])])
     coding, atoms = LloydMax("lloyd_max", timesteps), atoms_of(x[None])
-    p = coding.fit(atoms, None).params
+    p = coding.fit(atoms).params
     body = 2**timesteps - 1  # levels left for the uniform part
     assert float(p["levels"].max()) == 100
     expected = 1000 / 1001 / (12 * body**2)

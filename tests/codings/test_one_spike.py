@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages import patching
-from stages.codings.base import ReplacesSoftmax, squared_error
+from stages.codings.base import squared_error
 from stages.codings.one_spike import OneSpike
 from stages.errors import InputError
 from stages.ports.kernels import softmax_kernel
@@ -17,7 +17,7 @@ from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_ta
 
 
 def params(coding: OneSpike, x: Tensor) -> dict[str, Tensor]:
-    return {k: v[0].float() for k, v in coding.fit(atoms_of(x[None]), None).params.items()}
+    return {k: v[0].float() for k, v in coding.fit(atoms_of(x[None])).params.items()}
 
 
 def amplified(x: float, largest: float, base: float, timesteps: int) -> tuple[int, float]:
@@ -71,12 +71,12 @@ def test_no_base_of_a_fine_scan_beats_the_one_found(timesteps: int) -> None:
     x = x.sign() * x.abs() ** torch.tensor([0.3, 0.6, 1.0, 1.5, 2.0])[:, None]
     atoms = atoms_of(x)
     found = OneSpike("one_spike", timesteps, None)
-    p = found.fit(atoms, None).params
+    p = found.fit(atoms).params
     least = squared_error(found, atoms, p)
     scan = []
     for base in torch.cat([torch.linspace(1.01, 3, 400), torch.linspace(3, 14, 100)]).tolist():
         coding = OneSpike("one_spike", timesteps, base)
-        scan.append(squared_error(coding, atoms, coding.fit(atoms, None).params))
+        scan.append(squared_error(coding, atoms, coding.fit(atoms).params))
     best = torch.stack(scan).amin(0)
     assert bool((least <= best * 1.003).all()), (least / best, p["base"])
     if timesteps > 1:
@@ -85,8 +85,8 @@ def test_no_base_of_a_fine_scan_beats_the_one_found(timesteps: int) -> None:
 
 def test_the_base_found_is_one_that_may_be_given() -> None:
     atoms = atoms_of(heavy_tailed(1, 500))
-    found = OneSpike("one_spike", 8, None).fit(atoms, None).params
-    given = OneSpike("one_spike", 8, float(found["base"])).fit(atoms, None).params
+    found = OneSpike("one_spike", 8, None).fit(atoms).params
+    given = OneSpike("one_spike", 8, float(found["base"])).fit(atoms).params
     assert found.keys() == given.keys()
     for name, value in found.items():
         torch.testing.assert_close(given[name], value, rtol=1e-5, atol=0)
@@ -125,7 +125,7 @@ def agree(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize(("timesteps", "base"), [(6, 1.7), (16, 1.4), (40, 1.15)])
 def test_the_softmax_is_that_of_the_scalar_loop(timesteps: int, base: float) -> None:
     coding = OneSpike("one_spike", timesteps, base)
-    assert isinstance(coding, ReplacesSoftmax)
+    assert coding.replaces_softmax
     p = params(coding, torch.rand(50))
     scores = 5 * torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 1, 20, 20).tril().bool()

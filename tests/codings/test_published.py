@@ -21,7 +21,7 @@ from stages.codings.rate import Rate
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.neurons.step import step_table
 from tests.codings.reference import atoms_of, heavy_tailed
 
 STEPS = (6, 8, 10)
@@ -83,7 +83,7 @@ def shipped_code(coding: Coding, x: Tensor) -> tuple[float, float]:
     """`sqnr` of a coding that fits x."""
     ends = torch.stack([x.min(), x.max()]).double()[None]
     atoms = replace(atoms_of(x[None]), extremes=ends)
-    params = {k: v[0].float() for k, v in coding.fit(atoms, None).params.items()}
+    params = {k: v[0].float() for k, v in coding.fit(atoms).params.items()}
     return sqnr(coding, params, x)
 
 
@@ -225,7 +225,7 @@ def test_a_base_above_two_leaves_holes() -> None:
     assert len(level) == 64
     assert float(level.max()) == pytest.approx((1 - 2.2**-6) / 1.2)
     assert float(level.diff().max()) == pytest.approx(0.083, abs=0.001)
-    assert torch.equal(level, neurons.step_table(bases(6, 2.2, 0)).unique())
+    assert torch.equal(level, step_table(bases(6, 2.2, 0)).unique())
 
 
 @pytest.mark.parametrize("timesteps", [0, -1, 17, 2.5, "6", None])

@@ -8,7 +8,7 @@ import torch
 from stages.codings.base import site_params
 from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
-from stages.fitting import Algorithm1
+from stages.fits.algorithm1 import Algorithm1
 from tests.codings.reference import atoms_of, heavy_tailed
 
 SHORT = Algorithm1(rounds=3, neuron_steps=4, base_steps=5, neuron_lr=3e-3, base_lr=2e-3, slope=100)
@@ -19,9 +19,11 @@ def test_a_smoothed_range_clips_and_is_learned_with() -> None:
     x = heavy_tailed(2, 400)
     top = x.abs().amax(-1)
     atoms = replace(atoms_of(x), statistics={"running_maximum": {"maximum": top / 2}})
-    coding = Multigrain("multigrain", 6, 2, "half_step", False, tau="running_maximum")
+    coding = Multigrain(
+        "multigrain", 6, 2, "half_step", False, tau="running_maximum", algorithm1=SHORT
+    )
     assert [s.name for s in coding.statistics] == ["running_maximum"]
-    fit = coding.fit(atoms, SHORT)
+    fit = coding.fit(atoms)
     assert fit.curve is not None and torch.equal(fit.params["scale"], top / 2)
     for k in range(2):
         value, _ = coding.quantise(x[k], site_params(fit.params, k))

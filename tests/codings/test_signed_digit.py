@@ -9,7 +9,7 @@ from stages.codings.base import error_and_spikes
 from stages.codings.gated import Gated
 from stages.codings.signed_digit import SignedDigit
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.neurons.spikes import decode
 from tests.codings.reference import atoms_of, heavy_tailed
 
 
@@ -45,7 +45,7 @@ def test_seven_is_eight_less_one() -> None:
     coding, p = SignedDigit("signed_digit", 4, 1), {"scale": torch.tensor([16.0])}
     train = coding.encode(torch.tensor([7.0, -7.4, 13.0, 0.4]), p)
     assert train.train.T.tolist() == [[1, 0, 0, -1], [1, 0, 0, -1], [1, 1, 0, 1], [0, 0, 0, 0]]
-    assert neurons.decode(train, coding.table(p)).tolist() == [7.0, -7.0, 13.0, 0.0]
+    assert decode(train, coding.table(p)).tolist() == [7.0, -7.0, 13.0, 0.0]
     assert train.count.tolist() == [2, 2, 3, 0]
 
 
@@ -53,7 +53,7 @@ def test_seven_is_eight_less_one() -> None:
 def test_the_levels_are_those_of_the_binary_code(grains: int) -> None:
     atoms = atoms_of(heavy_tailed(3, 1500))
     binary, signed = Gated("gated", 6, grains), SignedDigit("signed_digit", 6, grains)
-    p = {name: t.float() for name, t in binary.fit(atoms, None).params.items()}
+    p = {name: t.float() for name, t in binary.fit(atoms).params.items()}
     error, spikes = error_and_spikes(binary, atoms, p)
     own_error, own_spikes = error_and_spikes(signed, atoms, p)
     torch.testing.assert_close(own_error, error, rtol=1e-4, atol=0)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.codings import ttfs
 from stages.codings.ttfs import Ttfs
-from stages.distribution import Atoms
 from stages.errors import InputError
-from stages.neurons import neurons
+from stages.neurons.spikes import SpikeTime, decode
 from stages.ports.kernels import softmax_kernel
 from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
 
@@ -23,7 +23,7 @@ def site(coding: Ttfs, low: float, high: float, x: Tensor | None = None) -> dict
     largest = torch.tensor([max(abs(low), abs(high))], dtype=torch.float64)
     atoms = atoms_of(largest[None] if x is None else x[None], largest)
     ends = torch.tensor([[low, high]], dtype=torch.float64)
-    params = coding.fit(replace(atoms, extremes=ends), None).params
+    params = coding.fit(replace(atoms, extremes=ends)).params
     return {name: value[0].float() for name, value in params.items()}
 
 
@@ -148,7 +148,7 @@ def test_an_atom_of_both_signs_costs_what_each_sign_does() -> None:
     ends = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     positive = replace(even, negative=torch.zeros_like(value), extremes=ends)
     coding = Ttfs("ttfs", 8, None, False)
-    one, both = (coding.fit(atoms, None).params["step"] for atoms in (positive, even))
+    one, both = (coding.fit(atoms).params["step"] for atoms in (positive, even))
     assert float(both) == pytest.approx(2 * float(one))
 
 
@@ -201,7 +201,7 @@ def test_what_it_cannot_be_is_refused(timesteps: int, percentile: float | None, 
 
 
 def test_its_spikes_are_their_times() -> None:
-    spikes = neurons.SpikeTime(torch.tensor([1, -1, 1]), torch.tensor([0, 3, 4]), 4)
+    spikes = SpikeTime(torch.tensor([1, -1, 1]), torch.tensor([0, 3, 4]), 4)
     assert spikes.code.tolist() == [0, 3, 4] and spikes.count.tolist() == [1, 1, 0]
     table = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
-    assert neurons.decode(spikes, table).tolist() == [8, -1, 0]
+    assert decode(spikes, table).tolist() == [8, -1, 0]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.codings.base import Fit, site_params, squared_error
+from stages.atoms import Atoms
+from stages.codings.base import site_params, squared_error
 from stages.codings.multigrain import Multigrain
 from stages.codings.phase import Phase
-from stages.distribution import Atoms
 from stages.errors import InputError
 from stages.fits import algorithm1
-from stages.fits.algorithm1 import Bases, allocations, fit_bases, loss_and_slopes
-from stages.fitting import Algorithm1
-from stages.neurons.neurons import step_quantise
-from tests.codings.reference import atoms_of, heavy_tailed
+from stages.fits.algorithm1 import Algorithm1, Bases, allocations, fit_bases, loss_and_slopes
+from stages.fitted import Fit
+from stages.neurons.step import step_quantise
+from tests.codings.reference import atoms_of, heavy_tailed, learning
 
 SHORT = Algorithm1(rounds=3, neuron_steps=4, base_steps=5, neuron_lr=3e-3, base_lr=2e-3, slope=100)
 
@@ -76,7 +76,7 @@ def recovered(timesteps: int, starts: tuple[float, ...] = STARTS) -> list[Fit]:
     x = generated(timesteps)
     atoms = atoms_of(x, torch.full((len(x),), SCALE, dtype=torch.float64))
     coding = Multigrain("multigrain", timesteps, 2, "half_step", False)
-    fit = coding.fit(atoms, _setting(timesteps, starts))
+    fit = learning(coding, _setting(timesteps, starts)).fit(atoms)
     assert fit.curve is not None
     return [Fit(site_params(fit.params, k), fit.curve[k]) for k in range(len(x))]
 
@@ -124,7 +124,7 @@ def relative_error(coding: Multigrain, atoms: Atoms, fit: Fit) -> Tensor:
 def test_the_best_bases_are_kept_never_the_last() -> None:
     coding, atoms = Multigrain("multigrain", 5, 2, "zero", False), atoms_of(heavy_tailed(4, 400))
     wild = Algorithm1(rounds=3, neuron_steps=3, base_steps=3, neuron_lr=0.3, base_lr=0.3, slope=20)
-    fit = coding.fit(atoms, wild)
+    fit = learning(coding, wild).fit(atoms)
     assert fit.curve is not None and fit.curve.shape == (4, 3 * 6 + 1)
     assert bool((fit.curve[:, -1] > 1.2 * fit.curve.amin(-1)).all())  # the last are worse
     found = relative_error(coding, atoms, fit)
@@ -134,8 +134,8 @@ def test_the_best_bases_are_kept_never_the_last() -> None:
 def test_the_curve_starts_at_binary_phase_coding() -> None:
     atoms = atoms_of(heavy_tailed(3, 400))
     for v0 in ("zero", "half_step"):
-        fit = Multigrain("multigrain", 6, 2, v0, False).fit(atoms, SHORT)
-        binary = Phase("phase", 6, 1, v0, True).fit(atoms, SHORT)
+        fit = Multigrain("multigrain", 6, 2, v0, False, algorithm1=SHORT).fit(atoms)
+        binary = Phase("phase", 6, 1, v0, True, algorithm1=SHORT).fit(atoms)
         assert fit.curve is not None and binary.curve is not None
         assert fit.curve.shape == (3, SHORT.rounds * 9 + 1)
         torch.testing.assert_close(fit.curve[:, 0], binary.curve[:, 0])
@@ -192,8 +192,8 @@ def test_each_turn_moves_its_own_bases_only() -> None:
     only = {"rounds": 1, "neuron_lr": 0.01, "base_lr": 0.01}
     still = torch.full((2, 2), 2.0)
     coding = Multigrain("multigrain", 6, 2, "zero", False)
-    neuron = coding.fit(atoms, Algorithm1(neuron_steps=1, base_steps=0, **only)).params
-    base = coding.fit(atoms, Algorithm1(neuron_steps=0, base_steps=1, **only)).params
+    turns = [Algorithm1(neuron_steps=n, base_steps=1 - n, **only) for n in (1, 0)]
+    neuron, base = (learning(coding, turn).fit(atoms).params for turn in turns)
     assert torch.equal(neuron["base_d"], still)
     assert bool((neuron["base_h"] != 2).any())
     assert torch.equal(base["base_h"], still) and torch.equal(base["base_theta"], still)
@@ -256,12 +256,12 @@ def test_tied_stays_tied_and_decoupled_does_not() -> None:
         Multigrain("multigrain", 6, 2, "zero", True),
         Phase("phase", 6, 1, "zero", True),
     ):
-        p = coding.fit(atoms, SHORT).params
+        p = learning(coding, SHORT).fit(atoms).params
         for name in ("h", "theta"):
             assert torch.equal(p["d"], p[name])
             assert torch.equal(p["base_d"], p[f"base_{name}"])
         assert bool((p["base_d"] != 2).any())
-    free = Multigrain("multigrain", 6, 2, "zero", False).fit(atoms, SHORT).params
+    free = Multigrain("multigrain", 6, 2, "zero", False, algorithm1=SHORT).fit(atoms).params
     assert not torch.equal(free["base_d"], free["base_h"])
     assert not torch.equal(free["base_h"], free["base_theta"])
 
@@ -322,9 +322,9 @@ def test_a_batch_of_sites_is_the_sites_one_by_one(
     monkeypatch.setattr(algorithm1, "PROBLEMS_AT_ONCE", at_once)
     atoms = atoms_of(heavy_tailed(4, 300))
     coding = Multigrain("multigrain", 6, 2, "half_step", False)
-    together = coding.fit(atoms, SHORT)
+    together = learning(coding, SHORT).fit(atoms)
     for k in range(4):
-        alone = coding.fit(atoms.rows(torch.tensor([k])), SHORT)
+        alone = learning(coding, SHORT).fit(atoms.rows(torch.tensor([k])))
         for name, value in alone.params.items():
             torch.testing.assert_close(together.params[name][k : k + 1], value, rtol=1e-5, atol=0)
         assert together.curve is not None and alone.curve is not None
@@ -333,5 +333,5 @@ def test_a_batch_of_sites_is_the_sites_one_by_one(
 
 
 def test_a_trained_coding_needs_its_settings() -> None:
-    with pytest.raises(InputError, match="fitting.algorithm1 must be given"):
-        Multigrain("multigrain", 6, 2, "zero", False).fit(atoms_of(heavy_tailed(1, 50)), None)
+    with pytest.raises(InputError, match="coding.algorithm1=None for multigrain"):
+        Multigrain("multigrain", 6, 2, algorithm1=None)  # type: ignore[arg-type]

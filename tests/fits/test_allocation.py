@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.atoms import Atoms
 from stages.codings.base import error_and_spikes
 from stages.codings.gated import Gated
-from stages.distribution import Atoms
-from stages.fits.allocation import _cheapest
-from stages.statistics.sensitivity import CELLS, Sensitivity, predicted_loss
+from stages.fits.allocation import cheapest
+from stages.fits.sensitivity import CELLS, Sensitivity, predicted_loss
 from tests.codings.reference import atoms_of, heavy_tailed
 
 SENSITIVITY = Sensitivity("sensitivity", 1, 0)
@@ -42,7 +42,7 @@ def test_no_choice_within_the_budget_costs_less() -> None:
 
     every = itertools.product(range(5), repeat=4)
     least = min(total(c, loss) for c in every if total(c, cost) <= allowed)
-    found = tuple(_cheapest(loss, cost, allowed).tolist())
+    found = tuple(cheapest(loss, cost, allowed).tolist())
     assert total(found, cost) <= allowed
     assert total(found, loss) == pytest.approx(least)
 
@@ -53,9 +53,9 @@ def test_the_budget_is_kept_and_the_predicted_loss_falls(budget: str) -> None:
     statistic = atoms.statistics["sensitivity"]
     uniform = Gated("gated", 5, 2, sensitivity=SENSITIVITY)
     coding = replace(uniform, allocation="budget", budget=budget)
-    p, even = coding.fit(atoms, None).params, uniform.fit(atoms, None).params
-    loss = predicted_loss(coding, atoms, p, statistic).sum()
-    assert float(loss) < 0.6 * float(predicted_loss(uniform, atoms, even, statistic).sum())
+    p, even = coding.fit(atoms).params, uniform.fit(atoms).params
+    loss = predicted_loss(coding.quantise, atoms, p, statistic).sum()
+    assert float(loss) < 0.6 * float(predicted_loss(uniform.quantise, atoms, even, statistic).sum())
     steps = p["steps"][:, 0].log2()
     assert len(steps.unique()) > 1
     if budget == "timesteps":
@@ -77,13 +77,13 @@ def test_a_price_takes_the_least_of_loss_and_spikes() -> None:
     points = []
     for mu in (0.01, 1.0, 100.0):
         coding = Gated("gated", 5, 2, mu=mu, sensitivity=SENSITIVITY, allocation="price")
-        p = coding.fit(atoms, None).params
-        loss = predicted_loss(coding, atoms, p, statistic)
+        p = coding.fit(atoms).params
+        loss = predicted_loss(coding.quantise, atoms, p, statistic)
         spikes = error_and_spikes(coding, atoms, p)[1] * share
         points.append((float(loss.sum()), float(spikes.sum())))
         for timesteps in (3, 4, 5, 6, 7):
             other = coding.fit_at(atoms, timesteps)
-            rival = predicted_loss(coding, atoms, other, statistic)
+            rival = predicted_loss(coding.quantise, atoms, other, statistic)
             rival = rival + mu * error_and_spikes(coding, atoms, other)[1] * share
             assert bool((loss + mu * spikes <= rival * (1 + 1e-9)).all())
     for (loss, spikes), (more, fewer) in itertools.pairwise(points):
@@ -94,5 +94,5 @@ def test_a_site_that_matters_nothing_gets_the_fewest_steps() -> None:
     atoms = observed()
     atoms.statistics["sensitivity"]["total"][2] = 0
     coding = Gated("gated", 5, 2, sensitivity=SENSITIVITY, allocation="budget")
-    steps = coding.fit(atoms, None).params["steps"][:, 0].log2()
+    steps = coding.fit(atoms).params["steps"][:, 0].log2()
     assert float(steps[2]) == 3

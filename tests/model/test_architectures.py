@@ -336,7 +336,7 @@ def test_or_stays_dense_and_costs_multiplications(
     sketches.save(tmp_path)
     assert SketchSet.load(tmp_path).unreached == lost
     densities = Distribution(atoms=64).run(sketches)
-    conversion = Conversion(GATED, Fitting("atoms", 1, 0, None).run(densities, GATED))
+    conversion = Conversion(GATED, Fitting("atoms", 1, 0).run(densities, GATED))
     del lonely.model.layers[1].mlp.gate.forward  # now tokens come there
     found = perplexity(lonely, tokens(3, 16, seed=2), conversion, 2, "text")
     counters = found.counters.set_index("site")

@@ -18,15 +18,15 @@ from stages.capture import Capture
 from stages.codings.gated import Gated
 from stages.errors import InputError
 from stages.evaluation import accuracy, perplexity
+from stages.fits.sensitivity import Sensitivity
+from stages.fits.statistics import RunningMaximum, Saliency, Smoothing
 from stages.model import forward
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload, Weights, offloaded
 from stages.model.sites import find_sites
 from stages.patching import Patching
 from stages.ports.hooks import stream
-from stages.statistics.sensitivity import Sensitivity
-from stages.statistics.smoothing import Smoothing
-from stages.statistics.statistics import RunningMaximum, Saliency
+from stages.statistics import measuring
 from stages.transforms.prefix import PeakPort
 from stages.transforms.rotation import rotate
 from tests.conftest import FAMILIES
@@ -257,8 +257,11 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(saved, tokens, byte_t
     for work, says in (
         (lambda: accuracy(lazy, byte_tokenizer, None, [], 1, 1), "evaluation.tasks=[]"),
         (lambda: rotate(lazy, 0), "transform=none"),
-        (lambda: Sensitivity("sensitivity", 1, 0).run(lazy, ids, sites, 1), "coding.sensitivity"),
-        (lambda: smoothing.run(lazy, ids, sites, 1), "coding=gif"),
+        (
+            lambda: measuring(Sensitivity("sensitivity", 1, 0))(lazy, ids, sites, 1),
+            "coding.sensitivity",
+        ),
+        (lambda: measuring(smoothing)(lazy, ids, sites, 1), "coding=gif"),
     ):
         with pytest.raises(InputError, match=re.escape(says)) as error:
             work()

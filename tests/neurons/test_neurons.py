@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +20,8 @@ from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
-from stages.neurons import neurons, ranges
+from stages.neurons import bank, ranges, spikes, step
+from stages.neurons.spikes import popcount
 from tests.codings.reference import (
     SIGNED,
     bfloat16_patterns,
@@ -145,7 +147,7 @@ def test_an_interval_codes_zero_within_half_a_step_and_infinity_by_its_ends(codi
 def test_the_population_count_is_that_of_python() -> None:
     codes = torch.arange(2**16)
     expected = [code.bit_count() for code in range(2**16)]
-    assert neurons.popcount(codes.float()).tolist() == expected
+    assert popcount(codes.float()).tolist() == expected
 
 
 # --- each check fails when what it guards is broken -----------------------------------------------
@@ -225,6 +227,10 @@ def broken(module: ModuleType, name: str, old: str, new: str) -> object:
     return scope[name]
 
 
+def _defines(module: ModuleType, name: str) -> bool:
+    return getattr(vars(module).get(name), "__module__", None) == module.__name__
+
+
 @pytest.mark.parametrize(("coding", "name", "old", "new"), BREAKS)
 def test_the_comparison_fails_on_a_broken_neuron(
     coding: Coding, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
@@ -233,8 +239,11 @@ def test_the_comparison_fails_on_a_broken_neuron(
     beyond = 2 * p["scale"].max() * torch.tensor([1.0, -1.0])
     x = torch.cat([breakpoints(coding, p), heavy_tailed(2, 300)[1], beyond])
     check_equal(coding, p, x)
-    module = neurons if hasattr(neurons, name) else ranges
-    monkeypatch.setattr(module, name, broken(module, name, old, new))
+    module = next(each for each in (spikes, step, bank, ranges) if _defines(each, name))
+    whole, part = vars(module)[name], broken(module, name, old, new)
+    for user in [m for n, m in sys.modules.items() if n.startswith(("stages.", "tests."))]:
+        if vars(user).get(name) is whole:
+            monkeypatch.setattr(user, name, part)
     with pytest.raises(AssertionError):
         check_equal(coding, p, x)
 

@@ -51,7 +51,7 @@ class Tiny:
             *("calibration.windows=4", "calibration.length=48"),
             *("evaluation.windows=3", "evaluation.length=48"),
             *("evaluation.tasks=[]", f"tasks.piqa.path={self.folder}/piqa.jsonl"),
-            *("evaluation.items=6", "distribution.atoms=64", "fitting.algorithm1.rounds=1"),
+            *("evaluation.items=6", "distribution.atoms=64"),
             *("runtime.compile=false", "runtime.figures=false", "tracking.enabled=false"),
         ]
 

@@ -12,10 +12,9 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
-from stages.fitted import Conversion
-from stages.fitting import Fit
+from stages.fitted import Conversion, Fit
 from stages.model.sites import find_sites
-from stages.neurons import neurons
+from stages.neurons.spikes import decode
 from stages.ports import attention
 from stages.ports.counters import Counters
 from stages.ports.hooks import attached
@@ -46,7 +45,7 @@ class Recorder:
     def coded(self, x):
         if self.coding is None:
             return x
-        return neurons.decode(self.coding.encode(x, self.params), self.coding.table(self.params))
+        return decode(self.coding.encode(x, self.params), self.coding.table(self.params))
 
     def spikes(self, x):
         if self.coding is None:

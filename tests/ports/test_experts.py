@@ -19,18 +19,18 @@ from stages.distribution import Distribution
 from stages.energy import Energy, account
 from stages.errors import InputError
 from stages.evaluation import perplexity
+from stages.fits.sensitivity import Sensitivity
+from stages.fits.statistics import RunningMaximum, Saliency, Smoothing
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
-from stages.neurons.neurons import decode
+from stages.neurons.spikes import decode
 from stages.ports import experts as functions
 from stages.ports.counters import Counters
 from stages.ports.hooks import attached
 from stages.ports.patched import patched
 from stages.ports.port import DensePort
-from stages.statistics.sensitivity import Sensitivity
-from stages.statistics.smoothing import Smoothing
-from stages.statistics.statistics import RunningMaximum, Saliency
+from stages.statistics import measuring
 from stages.transforms.prefix import PrefixSearch
 from stages.transforms.rotation import rotate
 
@@ -214,7 +214,7 @@ def partly_dense(model: PreTrainedModel, ids: Tensor) -> Conversion:
     """Neurons for all experts but the first of each layer."""
     sites = [s for s in find_sites(model) if s.expert is None or s.expert[1]]
     densities = Distribution(atoms=64).run(Capture().run(model, ids, sites, 4))
-    return Conversion(GATED, Fitting("atoms", 1, 0, None).run(densities, GATED))
+    return Conversion(GATED, Fitting("atoms", 1, 0).run(densities, GATED))
 
 
 def test_experts_left_dense_have_no_gates_and_no_decoding(
@@ -251,11 +251,11 @@ def test_statistics_that_experts_lack_are_refused_in_one_line(
 ) -> None:
     ids, sites = tokens(4, 16), find_sites(mixture)
     with pytest.raises(InputError, match="running maximum is not defined on experts"):
-        RunningMaximum().run(mixture, ids, sites, 2)
+        measuring(RunningMaximum())(mixture, ids, sites, 2)
     with pytest.raises(InputError, match="saliency is defined on linear modules, .*layernorm:out"):
-        Saliency().run(mixture, ids, sites, 2)
+        measuring(Saliency())(mixture, ids, sites, 2)
     with pytest.raises(InputError, match="smoothing is not defined on experts"):
-        Smoothing(1, 1, 0.01, 0.5, 2, 16, 0.0).run(mixture, ids, sites, 2)
+        measuring(Smoothing(1, 1, 0.01, 0.5, 2, 16, 0.0))(mixture, ids, sites, 2)
     with pytest.raises(InputError, match="prefix is not defined on experts"):
         PrefixSearch(outlier=64.0).run(mixture, None, ids, 2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="rotation is not defined on experts"):
@@ -266,9 +266,9 @@ def test_an_expert_without_sensitivity_is_an_error_not_a_zero(
     mixture: PreTrainedModel, tokens: Draws
 ) -> None:
     sites, few, many = find_sites(mixture), tokens(1, 1), tokens(6, 16)
-    assert Sensitivity("s", 6, 0).run(mixture, many, sites, 1)["count"].sum(-1).min() > 0
+    assert measuring(Sensitivity("s", 6, 0))(mixture, many, sites, 1)["count"].sum(-1).min() > 0
     with pytest.raises(InputError, match=r"sensitivity: \d+ sites passed no value in 1 windows"):
-        Sensitivity("s", 1, 0).run(mixture, few, sites, 1)
+        measuring(Sensitivity("s", 1, 0))(mixture, few, sites, 1)
 
 
 def test_statistics_of_experts_without_values_are_an_error_in_the_fit(
@@ -277,8 +277,8 @@ def test_statistics_of_experts_without_values_are_an_error_in_the_fit(
     ids = tokens(6, 16, seed=1)
     coding = Gated("gated", 5, 2, sensitivity=Sensitivity("s", 6, 0))
     sites = find_sites(mixture)
-    statistic = {"s": Sensitivity("s", 6, 0).run(mixture, ids, sites, 1)}
-    fitting = Fitting("atoms", 1, 0, None)
+    statistic = {"s": measuring(Sensitivity("s", 6, 0))(mixture, ids, sites, 1)}
+    fitting = Fitting("atoms", 1, 0)
     whole = Distribution(atoms=64).run(Capture().run(mixture, ids, sites, 4))
     assert len(fitting.run(whole, coding, statistic).sites) == len(sites)
     part = [s for s in sites if s.expert is None or s.expert[1]]

@@ -10,10 +10,11 @@ from scipy import special, stats
 from torch import Tensor
 
 from stages import distribution
+from stages.atoms import Atoms
 from stages.codings.base import squared_error
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
-from stages.distribution import Atoms, Densities, Distribution, merge
+from stages.distribution import Densities, Distribution, merge
 from stages.errors import InputError
 from stages.sketch import Accumulator, Grid, SketchSet
 
@@ -217,7 +218,7 @@ def test_the_bennett_value_has_its_closed_form(densities: Densities) -> None:
 def test_the_bennett_value_predicts_the_optimal_quantiser(densities: Densities) -> None:
     """L optimal magnitudes cost bennett / (12 L^2), as L grows."""
     coding = LloydMax("lloyd_max", 7)
-    error = squared_error(coding, densities.atoms, coding.fit(densities.atoms, None).params)
+    error = squared_error(coding, densities.atoms, coding.fit(densities.atoms).params)
     expected = densities.tensors["bennett"] / (12 * 4**7)
     torch.testing.assert_close(error[:2], expected[:2], rtol=0.1, atol=0)
 

@@ -15,16 +15,18 @@ from stages.codings.multigrain import Multigrain
 from stages.codings.phase import Phase
 from stages.distribution import Densities, Distribution
 from stages.errors import InputError
-from stages.fitting import Algorithm1, FittedNeurons, Fitting
+from stages.fits.algorithm1 import Algorithm1
+from stages.fitted import FittedNeurons
+from stages.fitting import Fitting
 from stages.sketch import Accumulator, Grid, SketchSet
 
 QUICK = Algorithm1(rounds=2, neuron_steps=5, base_steps=5, neuron_lr=2e-3, base_lr=2e-3, slope=100)
-ATOMS = Fitting("atoms", 1000, 0, QUICK)
+ATOMS = Fitting("atoms", 1000, 0)
 CODINGS: list[Coding] = [
     Las("las", 6, "zero"),
     Las("las_rounded", 6, "half_step"),
-    Phase("phase", 6, 1, "half_step", True),
-    Multigrain("multigrain", 6, 2, "half_step", False),
+    Phase("phase", 6, 1, "half_step", True, algorithm1=QUICK),
+    Multigrain("multigrain", 6, 2, "half_step", False, algorithm1=QUICK),
     Gated("gated", 6, 1),
     Gated("gated", 6, 2),
     Gated("gated", 6, 3),
@@ -97,8 +99,8 @@ def test_held_out_values_cost_about_the_same_within_the_range_seen(densities: De
 
 
 def test_samples_are_drawn_by_seed_and_agree_with_atoms(densities: Densities) -> None:
-    coding = Multigrain("multigrain", 6, 2, "zero", False)
-    drawn = Fitting("samples", 4000, 3, QUICK)
+    coding = Multigrain("multigrain", 6, 2, "zero", False, algorithm1=QUICK)
+    drawn = Fitting("samples", 4000, 3)
     first, again = drawn.run(densities, coding), drawn.run(densities, coding)
     other = replace(drawn, seed=4).run(densities, coding)
     for name, value in first.fit.params.items():
@@ -114,7 +116,7 @@ def test_samples_are_drawn_by_seed_and_agree_with_atoms(densities: Densities) ->
 
 def test_training_never_worsens_its_start(densities: Densities) -> None:
     rounded = ATOMS.run(densities, Las("las_rounded", 6, "half_step"))
-    for coding in (Phase("phase", 6, 1, "half_step", True), CODINGS[3]):
+    for coding in (Phase("phase", 6, 1, "half_step", True, algorithm1=QUICK), CODINGS[3]):
         assert bool((ATOMS.run(densities, coding).nmse <= rounded.nmse * (1 + 1e-6)).all())
 
 
@@ -127,15 +129,13 @@ def test_more_ranges_and_the_bound_order_the_errors(densities: Densities) -> Non
 
 def test_settings_that_a_coding_does_not_use_are_left_out() -> None:
     """So they do not enter the key of its artifact."""
-    plain = Fitting("atoms", 1, 0, None)
+    plain = Fitting("atoms", 1, 0)
     for coding in (Las("las", 6, "zero"), Gated("gated", 6, 2), LloydMax("lloyd_max", 6)):
-        assert Fitting("samples", 5000, 3, QUICK).for_coding(coding) == plain
+        assert Fitting("samples", 5000, 3).for_coding(coding) == plain
         assert ATOMS.for_coding(coding) == plain
-    trained = Multigrain("multigrain", 6, 2, "zero", False)
-    assert Fitting("samples", 5000, 3, QUICK).for_coding(trained) == Fitting(
-        "samples", 5000, 3, QUICK
-    )
-    assert Fitting("atoms", 5000, 3, QUICK).for_coding(trained) == Fitting("atoms", 1, 0, QUICK)
+    trained = Multigrain("multigrain", 6, 2, "zero", False, algorithm1=QUICK)
+    assert Fitting("samples", 5000, 3).for_coding(trained) == Fitting("samples", 5000, 3)
+    assert Fitting("atoms", 5000, 3).for_coding(trained) == plain
 
 
 def test_for_coding_leaves_out_nothing_that_matters(densities: Densities) -> None:
@@ -173,7 +173,7 @@ def test_saved_and_loaded(coding: Coding, densities: Densities, tmp_path: Path) 
     ],
 )
 def test_settings_of_algorithm_1_that_cannot_be_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=r"fitting\.algorithm1=") as caught:
+    with pytest.raises(InputError, match=r"coding\.algorithm1=") as caught:
         replace(QUICK, **change)
     assert "\n" not in str(caught.value)
 
@@ -182,8 +182,9 @@ def test_settings_of_algorithm_1_that_cannot_be_are_refused(change: dict[str, fl
 def test_no_training_leaves_binary_phase_coding(
     change: dict[str, int], densities: Densities
 ) -> None:
-    untrained = replace(ATOMS, algorithm1=replace(QUICK, **change))
-    fitted = untrained.run(densities, Multigrain("multigrain", 6, 2, "half_step", False))
+    still = replace(QUICK, **change)
+    coding = Multigrain("multigrain", 6, 2, "half_step", False, algorithm1=still)
+    fitted = ATOMS.run(densities, coding)
     binary = ATOMS.run(densities, Las("las_rounded", 6, "half_step"))
     assert fitted.fit.curve is not None and fitted.fit.curve.shape == (3, 1)
     torch.testing.assert_close(fitted.nmse, binary.nmse)

@@ -14,10 +14,10 @@ from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
 from stages.compiler import compiled, use_compiler
 from stages.errors import InputError
-from stages.fitted import Conversion
-from stages.fitting import Fit
+from stages.fitted import Conversion, Fit
 from stages.model.sites import ROLES, find_sites
-from stages.neurons import neurons
+from stages.neurons.bank import bank_quantise
+from stages.neurons.spikes import decode
 from stages.patching import Patching
 from stages.ports import kernels
 from stages.ports.hooks import attached
@@ -42,7 +42,7 @@ class Stepped:
 
     def __call__(self, x, real, fanout):
         spikes = self.coding.encode(x, self.params)
-        value = neurons.decode(spikes, self.coding.table(self.params))
+        value = decode(spikes, self.coding.table(self.params))
         self.pairs.append((x, value, spikes.count))
         return value if self.passes_on else x
 
@@ -154,7 +154,7 @@ class FastPathFloors(Las):
     """A coding whose fast path forgot v0."""
 
     def quantise(self, x, p):
-        return neurons.bank_quantise(x, p, self.timesteps, 0.0)
+        return bank_quantise(x, p, self.timesteps, 0.0)
 
 
 def test_a_fast_path_of_another_code_fails_the_comparison(model, tokens, convert):

@@ -17,8 +17,8 @@ from stages import registry
 from stages.codings.gated import Gated
 from stages.codings.signed_digit import SignedDigit
 from stages.errors import InputError
+from stages.fits.sensitivity import Sensitivity
 from stages.registry import identity, lookup, register, registered
-from stages.statistics.sensitivity import Sensitivity
 from stages.transforms.prefix import PrefixSearch
 from stages.transforms.transform import RotatePrefix
 

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.errors import InputError
+from stages.fits.sensitivity import CELLS, Sensitivity, cell
 from stages.model.sites import find_sites
 from stages.ports.hooks import attached
 from stages.ports.port import DensePort
-from stages.statistics.sensitivity import CELLS, Sensitivity, cell
+from stages.statistics import measuring
 
 SITES = ("self_attn:q", "self_attn:v", "mlp.down_proj:in", "input_layernorm:out")
 
@@ -50,7 +51,7 @@ class Noise(DensePort):
 def test_it_predicts_the_divergence_of_small_errors(model, ids, name: str) -> None:
     sites = find_sites(model)
     site = next(s for s in sites if s.layer == 1 and s.name.endswith(name))
-    found = Sensitivity("sensitivity", len(ids), 0).run(model, ids, [site], 4)
+    found = measuring(Sensitivity("sensitivity", len(ids), 0))(model, ids, [site], 4)
     size, repeats, generator = 3e-3, 8, torch.Generator().manual_seed(2)
     predicted = size**2 / 2 * float(found["total"].sum() / found["tokens"][0])
     with torch.inference_mode():
@@ -67,7 +68,7 @@ def test_it_predicts_the_divergence_of_small_errors(model, ids, name: str) -> No
 def test_every_site_is_counted_and_the_model_is_left_as_it_was(model, ids) -> None:
     sites = find_sites(model)
     before = [p.requires_grad for p in model.parameters()]
-    found = Sensitivity("sensitivity", 2, 0).run(model, ids, sites, 1)
+    found = measuring(Sensitivity("sensitivity", 2, 0))(model, ids, sites, 1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     values = {"attn.in": 32, "attn.q": 32, "attn.k": 16, "mlp.down": 48, "head.in": 32}
@@ -88,4 +89,4 @@ def test_a_cell_is_a_quarter_of_an_octave() -> None:
 
 def test_more_windows_than_there_are_is_refused(model, ids) -> None:
     with pytest.raises(InputError, match="calibration"):
-        Sensitivity("sensitivity", 49, 0).run(model, ids, find_sites(model), 1)
+        measuring(Sensitivity("sensitivity", 49, 0))(model, ids, find_sites(model), 1)

@@ -11,12 +11,13 @@ from stages.capture import Capture
 from stages.codings.gif import Gif
 from stages.distribution import Distribution
 from stages.errors import InputError
+from stages.fits.statistics import Smoothing
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import find_sites
 from stages.ports.attention import NAME
 from stages.ports.patched import patched
-from stages.statistics.smoothing import Smoothing
+from stages.statistics import measuring
 from tests.conftest import FAMILIES
 
 SMOOTHING = Smoothing(8, 4, 0.02, 0.75, 2, 16, 0.0)
@@ -45,8 +46,8 @@ def coded(model, ids, smoothing: Smoothing | None) -> Callable[[], Tensor]:
     gif = Gif("gif", 2, 16, 0.0, "unary", smoothing)
     sites = find_sites(model)
     densities = Distribution(atoms=64).run(Capture().run(model, ids, sites, 4))
-    found = {s.name: s.run(model, ids, sites, 2) for s in gif.statistics}
-    conversion = Conversion(gif, Fitting("atoms", 1, 0, None).run(densities, gif, found))
+    found = {s.name: measuring(s)(model, ids, sites, 2) for s in gif.statistics}
+    conversion = Conversion(gif, Fitting("atoms", 1, 0).run(densities, gif, found))
 
     def run() -> Tensor:
         with torch.inference_mode(), patched(model, conversion):
@@ -69,7 +70,7 @@ def test_the_block_error_falls_below_the_unsmoothed_one(outliers, ids) -> None:
 def test_the_loss_falls_and_the_model_is_as_before(outliers, ids) -> None:
     before = {name: value.clone() for name, value in outliers.state_dict().items()}
     sites = find_sites(outliers)
-    found = SMOOTHING.run(outliers, ids, sites, 2)
+    found = measuring(SMOOTHING)(outliers, ids, sites, 2)
     for name, value in outliers.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(p.grad is None for p in outliers.parameters())
@@ -78,14 +79,14 @@ def test_the_loss_falls_and_the_model_is_as_before(outliers, ids) -> None:
     # The block behind it has no outliers, and most of its loss is the error that it is given.
     planted = torch.stack([r for s, r in zip(sites, found["loss"], strict=True) if s.layer == 0])
     assert bool((planted[:, -1] < 0.95 * planted[:, 0]).all())
-    again = SMOOTHING.run(outliers, ids, sites, 4)
+    again = measuring(SMOOTHING)(outliers, ids, sites, 4)
     torch.testing.assert_close(again["scale"], found["scale"])
 
 
 def test_the_first_loss_is_the_error_of_the_converted_block(outliers, ids) -> None:
     """With a learning rate that moves nothing, the loss of block 1 is measured independently."""
     still = replace(SMOOTHING, epochs=1, lr=1e-12)
-    found = still.run(outliers, ids, find_sites(outliers), 2)
+    found = measuring(still)(outliers, ids, find_sites(outliers), 2)
     with torch.inference_mode():
         right = outliers(ids, output_hidden_states=True).hidden_states[1]
     error = (coded(outliers, ids, still)() - right).square().mean()
@@ -107,14 +108,14 @@ def test_every_family_without_experts_is_smoothed(tiny, ids, kind, changes) -> N
     model = tiny(kind, **changes)
     test_the_first_loss_is_the_error_of_the_converted_block(model, ids)
     sites = find_sites(model)
-    rows = replace(SMOOTHING, epochs=1).run(model, ids, sites, 2)["scale"]
+    rows = measuring(replace(SMOOTHING, epochs=1))(model, ids, sites, 2)["scale"]
     moved = {s.role for s, row in zip(sites, rows, strict=True) if bool((row != 1).any())}
     assert moved == {"attn.in", "attn.q", "attn.k", "attn.v", "attn.out", "mlp.in"}
 
 
 def test_scales_are_shared_as_the_products_need_them(outliers, ids) -> None:
     sites = find_sites(outliers)
-    rows = SMOOTHING.run(outliers, ids, sites, 2)["scale"]
+    rows = measuring(SMOOTHING)(outliers, ids, sites, 2)["scale"]
     own = {s.role: row for s, row in zip(sites, rows, strict=True) if s.layer == 0}
     heads, groups, width = 4, 2, 10
     value, output = own["attn.v"][: groups * width], own["attn.out"][: heads * width]
@@ -144,4 +145,4 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, float]) -> None:
 
 def test_too_few_windows_are_refused(model, ids) -> None:
     with pytest.raises(InputError, match="calibration has 2"):
-        SMOOTHING.run(model, ids[:2], find_sites(model), 2)
+        measuring(SMOOTHING)(model, ids[:2], find_sites(model), 2)

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from stages.errors import InputError
+from stages.fits.statistics import RunningMaximum, Saliency
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
 from stages.ports.hooks import attached
-from stages.statistics.statistics import RunningMaximum, Saliency, Watch
+from stages.statistics import measuring
+from stages.statistics.watch import Watch
 
 HEADS, GROUPS, WIDTH, LENGTH = 4, 2, 10, 12
 
@@ -30,7 +32,7 @@ def seen(model, ids) -> dict[str, Tensor]:
 
 def scores(model, ids, batch=2, roles=ROLES) -> dict[str, Tensor]:
     sites = select(find_sites(model), SiteSelection(roles))
-    found = Saliency().run(model, ids, sites, batch)
+    found = measuring(Saliency())(model, ids, sites, batch)
     assert found["score"].shape[0] == found["operand"].shape[0] == len(sites)
     marked = [s.role for s, mark in zip(sites, found["operand"], strict=True) if mark]
     assert set(marked) <= {"attn.k", "attn.v"}
@@ -87,7 +89,7 @@ def test_saliency_finds_a_planted_channel(model, ids) -> None:
 def test_running_maximum_is_the_recurrence(model, ids, seen) -> None:
     sites = find_sites(model)
     for batch in (1, 3):
-        found = RunningMaximum(0.9).run(model, ids, sites, batch)["maximum"]
+        found = measuring(RunningMaximum(0.9))(model, ids, sites, batch)["maximum"]
         for site, maximum in zip(sites, found, strict=True):
             average = None
             for x in seen[site.name]:
@@ -107,7 +109,7 @@ def test_running_maximum_over_blocks_of_queries(model, tokens) -> None:
     sites = [s for s in find_sites(model) if s.role == "attn.probs"]
     with torch.inference_mode():
         probs = [model(row[None], output_attentions=True).attentions for row in ids]
-    found = RunningMaximum(0.5).run(model, ids, sites, 2)["maximum"]
+    found = measuring(RunningMaximum(0.5))(model, ids, sites, 2)["maximum"]
     for layer, maximum in enumerate(found):
         first, second = (each[layer][0].amax((1, 2)) for each in probs)
         assert float(maximum) == pytest.approx(float((first + second).max() / 2), rel=1e-5)
@@ -132,8 +134,8 @@ def test_of_other_families_against_what_their_modules_are_given(tiny, ids, kind)
         model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    maxima = RunningMaximum(0.9).run(model, ids, sites, 2)["maximum"]
-    found = Saliency().run(model, ids, sites, 2)["score"]
+    maxima = measuring(RunningMaximum(0.9))(model, ids, sites, 2)["maximum"]
+    found = measuring(Saliency())(model, ids, sites, 2)["score"]
     for site, maximum, score in zip(sites, maxima, found, strict=True):
         average = given[site.name][0].abs().amax(0)
         for x in given[site.name][1:]:

@@ -40,7 +40,7 @@ def test_a_run_without_an_experiment_is_called_after_what_was_asked(overrides, s
 
 def test_what_no_name_has_room_for_still_tells_runs_apart():
     one, other = (
-        run_stem(GATED, [f"calibration.corpus={name}", "fitting.algorithm1.lr_bases=1e-3"], False)
+        run_stem(GATED, [f"calibration.corpus={name}", "coding.algorithm1.base_lr=1e-3"], False)
         for name in ("wikipedia", "wikitext2")
     )
     assert one != other and re.fullmatch("smollm2-135m_gated_T6_n2_[0-9a-f]{8}", one)

@@ -22,7 +22,6 @@ from pipeline.run.errors import one_line
 from pipeline.run.options import settings
 from pipeline.run.settings import Settings
 from stages.codings.base import Coding
-from stages.codings.dense import Dense
 from stages.errors import InputError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -98,8 +97,7 @@ def test_the_main_job_is_a_sweep_over_the_six_codings_at_six_steps():
     assert [job.label for job in jobs] == variants
     codings = [job.coding for job in jobs]
     assert [
-        (c.name, None, None) if isinstance(c, Dense) else (c.name, c.grains, c.timesteps)
-        for c in codings
+        (c.name, None, None) if not c.converts else (c.name, c.grains, c.timesteps) for c in codings
     ] == [
         ("dense", None, None),
         ("las", 1, 6),
@@ -160,14 +158,18 @@ LINES = [
     (["evaluation.corpora=wikipedia"], "give a list, evaluation.corpora=[wikipedia]"),
     (["sites.roles=attn.in"], "give a list, sites.roles=[attn.in]"),
     (["sites.exclude=lm_head:in"], "give a list, sites.exclude=[lm_head:in]"),
-    (["fitting.algorithm1.starts=2"], "give a list, fitting.algorithm1.starts=[2]"),
-    (["fitting.algorithm1.starts=[a]"], "give a list of numbers"),
-    (["coding=multigrain", "fitting.algorithm1=null"], "fitting.algorithm1=null, by which"),
+    (
+        ["coding=multigrain", "coding.algorithm1.starts=2"],
+        "give a list, coding.algorithm1.starts=[2]",
+    ),
+    (["coding=phase", "coding.algorithm1.starts=[a]"], "give a list of numbers"),
+    (["coding=multigrain", "coding.algorithm1=null"], "coding.algorithm1=null: give"),
     (["coding=gated_budget", "coding.sensitivity.windows=null"], "coding.sensitivity.windows=null"),
     (["runtime.batch=0"], "runtime.batch=0: give 1 or more"),
     (["~coding"], "coding is not given"),
     (["codin=las"], "unknown config key codin; did you mean coding?"),
     (["coding.timestep=6"], "did you mean coding.timesteps"),
+    (["fitting.algorithm1.rounds=3"], "did you mean coding.algorithm1?"),
     (["+coding.timestep=6"], "did you mean coding.timesteps"),
     (["windows=6"], "did you mean calibration.windows or patching.windows or evaluation.windows?"),
     (["corpus.wikpedia.path=x"], "did you mean corpus.wikipedia"),
@@ -256,5 +258,5 @@ def test_every_coding_yaml_holds_to_the_protocol():
         if option.startswith("coding="):
             coding = instantiate(composed(option)).coding
             assert coding.name == option.partition("=")[2]
-            if not isinstance(coding, Dense):
+            if coding.converts:
                 assert not [member for member in members if not hasattr(coding, member)]

@@ -17,7 +17,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pipeline.results.rows import sweep_results, variant
-from stages.codings.dense import Dense
 from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -83,7 +82,7 @@ def test_every_coding_runs_at_every_number_of_steps():
     codings = set()
     for name, steps in itertools.product(found["variant"], ("4", "10")):
         coding = at("codings", variant=name, timesteps=steps).coding
-        assert isinstance(coding, Dense) or coding.timesteps in (int(steps), 128)
+        assert not coding.converts or coding.timesteps in (int(steps), 128)
         codings.add(coding.name)
     # SpikeLLM's smoothing trains for hours and is asked for by name.
     known = {path.stem for path in (CONF / "coding").glob("*.yaml")} - {"gif_smoothed"}
@@ -102,8 +101,8 @@ def test_decoupling_learns_what_its_rows_say_in_equal_steps():
     learnt = {}
     for name in axes("decoupling")["variant"]:
         settings = at("decoupling", variant=name)
-        steps = settings.fitting.algorithm1
-        learnt[name] = (steps.neuron_steps, steps.base_steps) if settings.coding.trained else (0, 0)
+        steps = getattr(settings.coding, "algorithm1", None)
+        learnt[name] = (steps.neuron_steps, steps.base_steps) if steps else (0, 0)
     assert [tuple(map(bool, pair)) for pair in learnt.values()] == [
         *((False, False), (True, False), (False, True), (True, True))
     ]
@@ -112,11 +111,10 @@ def test_decoupling_learns_what_its_rows_say_in_equal_steps():
 
 def test_algorithm1_varies_one_setting_at_a_time():
     whole = [at("algorithm1", variant=name) for name in axes("algorithm1")["variant"]]
-    base, *others = [vars(s.fitting) | vars(s.fitting.algorithm1) for s in whole]
-    assert len({settings.coding for settings in whole}) == 1
-    changed = [
-        {name for name in base if fields[name] != base[name]} - {"algorithm1"} for fields in others
-    ]
+    base, *others = [vars(s.fitting) | vars(s.coding.algorithm1) for s in whole]
+    alike = [replace(s.coding, algorithm1=whole[0].coding.algorithm1) for s in whole]
+    assert len({*alike}) == 1
+    changed = [{name for name in base if fields[name] != base[name]} for fields in others]
     names = {"neuron_steps", "base_steps", "neuron_lr", "base_lr", "slope"}
     assert all(len(one) == 1 or one <= {"data", "samples"} for one in changed)
     assert set().union(*changed) == names | {"data", "samples"}
@@ -139,7 +137,7 @@ def test_the_grid_of_grains_and_timesteps_is_complete():
     grid = []
     for steps, name in itertools.product(found["timesteps"], found["variant"]):
         coding = at("grain_timestep", timesteps=steps, variant=name).coding
-        if not isinstance(coding, Dense):
+        if coding.converts:
             grid.append((coding.name, coding.grains, coding.timesteps))
     assert sorted(grid) == sorted(itertools.product(("multigrain", "gated"), (1, 2, 3), (6, 8, 10)))
 

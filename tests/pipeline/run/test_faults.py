@@ -20,7 +20,7 @@ from tests.pipeline.conftest import fork_server, half_written
 Make = Callable[..., Settings]
 REPOSITORY = Path(__file__).parents[3]
 ATTEMPTS = 3  # to kill a run in the middle of a stage
-CODING = ("coding=multigrain", "fitting.algorithm1.rounds=4")  # its fitting takes a while
+CODING = ("coding=multigrain", "coding.algorithm1.rounds=4")  # its fitting takes a while
 PRELOADED = ("pipeline.run.runner", "pyarrow.parquet", "transformers.models.llama.modeling_llama")
 # Folders of the store in the order of their building; the texts are tokenised in two of them.
 STAGES = ("tokens", "capture", "distribution", "fitting", "patching", "evaluation", "energy")

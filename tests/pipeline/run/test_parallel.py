@@ -170,7 +170,7 @@ def test_eight_jobs_at_once_build_every_artifact_once_and_are_all_logged(start):
 def test_ctrl_c_in_mid_stage_leaves_a_store_from_which_the_same_command_goes_on(launcher, start):
     sweep = (
         *("-m", "experiment=none", "coding=multigrain", "coding.grains=2,3"),
-        *("fitting.algorithm1.rounds=8", f"hydra/launcher={launcher}"),
+        *("coding.algorithm1.rounds=8", f"hydra/launcher={launcher}"),
     )
     first = start(*sweep)
     first.interrupt_in("fitting")

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.run import inputs, runner
 from pipeline.run.settings import Settings
 from stages.errors import InputError
-from stages.statistics.statistics import RunningMaximum
+from stages.fits.statistics import RunningMaximum
 from stages.transforms.rotation import online_rotation
 
 Make = Callable[..., Settings]
@@ -89,7 +89,7 @@ def test_codings_share_what_comes_before_fitting(settings, built, loads):
 
 def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
     plain = runner.execute(settings(built))[0]["keys"]
-    other = ("fitting.seed=7", "fitting.algorithm1.rounds=3", "tasks.piqa.metric=acc")
+    other = ("fitting.seed=7", "fitting.samples=9", "tasks.piqa.metric=acc")
     assert runner.execute(settings(built, *other))[0]["keys"] == plain
     assert runner.execute(settings(built, "label=other"))[0]["keys"] == plain
 

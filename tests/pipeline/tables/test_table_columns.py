@@ -32,7 +32,7 @@ def gated(variant: str, *overrides: str, **more) -> dict:
     return CODED | named | {"run": {"overrides": list(overrides)}} | more
 
 
-SLOWER = "fitting.algorithm1.lr_bases=1e-3"
+SLOWER = "coding.algorithm1.base_lr=1e-3"
 SWEEP = [LONG, CODED, gated("gated2"), gated("gated2_offset"), gated("gated2_offset", SLOWER)]
 
 

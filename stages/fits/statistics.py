@@ -1,0 +1,111 @@
+"""What a fit may need to know of the dense model beyond the distribution of its values.
+
+A statistic is declared here, as the settings that determine it, and measured by the function of
+`stages.statistics` that is registered for its class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.errors import InputError
+from stages.registry import register
+
+
+class Statistic:
+    """A measurement on calibration text, a frozen dataclass registered by `@register("statistic/...")`;
+    it is an artifact of its own, tensors with the dimension of the sites first."""
+
+    name: str
+    whole_model: bool = False  # whether it is measured on a model that is in memory as a whole
+
+    @property
+    def least_windows(self) -> int:
+        """Calibration windows that it reads at least."""
+        return 1
+
+
+@register("statistic/running_maximum", was="stages.llm.statistics.RunningMaximum")
+@dataclass(frozen=True)
+class RunningMaximum(Statistic):
+    """The smoothed range of the paper's released code: tau of a site is the maximum over channels of
+    an exponential moving average, over windows, of the channel's largest |x| in a window.
+
+    The first window starts the average; `momentum` is the share of the old one. A channel is a
+    feature, in q, k and v a head's dimension, in the probabilities a head. Below the true maximum, so
+    that a coding with this scale clips.
+    """
+
+    momentum: float = 0.99
+
+    name = "running_maximum"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise InputError(
+                f"running maximum: momentum={self.momentum}: give a share from 0 to below 1"
+            )
+
+
+@register("statistic/saliency", was="stages.llm.statistics.Saliency")
+@dataclass(frozen=True)
+class Saliency(Statistic):
+    """How much the channels of a site weigh in the product they enter (SpikeLLM, arXiv 2407.04752,
+    "optimal brain spiking"): signed, a mean over tokens and windows.
+
+    A linear site with input X [tokens, C] and the weights W [out, C] of all its consumers scores
+    X o (X W^T W). K scores K o (K Q^T Q), with Q of all query heads that read the key head, and V
+    scores V o (P^T P V) likewise; a channel is then a key head's dimension. Q^T Q is taken over the
+    whole window without the causal mask. Sites that feed no product with weights, q and the
+    probabilities have no score.
+    """
+
+    name = "saliency"
+
+
+@register("statistic/smoothing", was="stages.llm.smoothing.Smoothing")
+@dataclass(frozen=True)
+class Smoothing(Statistic):
+    """The learnable equivalent transform of OmniQuant and SpikeLLM, applied and undone around the code
+    so that weights stay as they are: x becomes s * Q(x / s) with s per channel.
+
+    s of attn.in, attn.out and mlp.in starts at max|x|^alpha / max|w|^(1 - alpha); v shares that of
+    attn.out, which is its product with probabilities; q and k share one that starts at 1 and enters
+    k inversely (q k is unchanged). Adam with `lr` on log s, `epochs` times over the first `windows`
+    calibration windows, one window a step, block after block: the squared error between the block
+    with coded inputs, behind the coded blocks before it, and the dense block behind the dense ones.
+    Rounding is passed straight through. The last s is kept. `timesteps`, `levels` and
+    `salient_fraction` are those of the coding; the paper takes 128 windows of 2048 tokens.
+    """
+
+    epochs: int
+    windows: int
+    lr: float
+    alpha: float
+    timesteps: int
+    levels: int
+    salient_fraction: float
+
+    name = "smoothing"
+    whole_model = True
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.windows) < 1 or self.lr <= 0 or not 0 <= self.alpha <= 1:
+            raise InputError(
+                f"coding.smoothing: got epochs={self.epochs}, windows={self.windows}, lr={self.lr}, "
+                f"alpha={self.alpha}; needs 1 epoch and window at least, lr above 0, alpha 0 to 1"
+            )
+
+    @property
+    def least_windows(self) -> int:
+        return self.windows
+
+    def check(self, coding: Any) -> None:
+        """Raise InputError unless it is learned for this coding (`gif`)."""
+        for name in ("timesteps", "levels", "salient_fraction"):
+            if getattr(self, name) != getattr(coding, name):
+                raise InputError(
+                    f"coding.smoothing.{name}={getattr(self, name)} but coding.{name}="
+                    f"{getattr(coding, name)}: leave it at ${{..{name}}}"
+                )

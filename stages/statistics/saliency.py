@@ -1,0 +1,126 @@
+"""How much the channels of a site weigh in the product they enter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.fits.statistics import Saliency
+from stages.model.sites import Site, find_sites
+from stages.ports.hooks import stream
+from stages.statistics import measure
+from stages.statistics.watch import See, Watch, padded
+
+
+@measure.register
+def saliency(
+    statistic: Saliency, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
+) -> dict[str, Tensor]:
+    """score [sites, C], NaN where there is none; operand [sites]: 1 for k and v, else 0.
+
+    Raises InputError where other modules than linear ones multiply a site.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    odd = [site.name for site in sites if not linear.issuperset(site.consumers)]
+    if odd:
+        raise InputError(
+            f"saliency is defined on linear modules, not on what multiplies {odd[0]}: use "
+            "coding.salient_fraction=0, or another coding"
+        )
+    outputs = {site.layer: site for site in find_sites(model) if site.role == "attn.out"}
+    layers: dict[str, _Operands] = {}
+    sums: dict[str, _Sum] = {}
+    sees: dict[str, list[See]] = {}
+    for site in sites:
+        linears = [modules[name] for name in site.consumers]
+        operands = layers.setdefault(site.path, _Operands())
+        if site.port == "k":
+            sums[site.name] = operands.key
+            sees.setdefault(f"{site.path}:q", []).append(operands.see_query)
+            sees.setdefault(site.name, []).append(operands.see_key)
+        elif site.port == "v":
+            sums[site.name] = operands.value
+            sees.setdefault(site.name, []).append(operands.see_value)
+            sees.setdefault(outputs[site.layer].name, []).append(operands.see_output)
+        elif linears:
+            product = _Linear(linears)
+            sums[site.name] = product.score
+            sees.setdefault(site.name, []).append(product.see)
+    watches = {name: Watch(*each) for name, each in sees.items()}
+    stream(model, ids, batch, watches, statistic.name)
+    rows = [sums[s.name].total if s.name in sums else None for s in sites]
+    operand = torch.tensor([float(site.port in ("k", "v")) for site in sites])
+    return {
+        "score": padded([_mean(row, len(ids)) for row in rows], torch.nan),
+        "operand": operand,
+    }
+
+
+def _mean(total: Tensor | None, windows: int) -> Tensor | None:
+    return None if total is None else total / windows
+
+
+@dataclass
+class _Sum:
+    """A sum over windows, [C] float64."""
+
+    total: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        part = part.double()
+        self.total = part if self.total is None else self.total + part
+
+
+class _Linear:
+    """Mean over tokens of X o (X W^T W), summed over windows."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._linears, self.score = linears, _Sum()
+
+    def see(self, x: Tensor) -> None:
+        for window in x.float():  # one at a time: a vocabulary of outputs is wide
+            back = torch.zeros_like(window)
+            for linear in self._linears:
+                w = linear.weight.float()
+                back += (window @ w.T) @ w
+            self.score.add((window * back).mean(0))
+
+
+@dataclass
+class _Operands:
+    """Scores of one layer's K and V, from second moments only: the column sums of K o (K Q^T Q) are
+    the diagonal of K^T K Q^T Q, and those of V o (P^T P V) are the column sums of (P V)^2."""
+
+    key: _Sum = field(default_factory=_Sum)
+    value: _Sum = field(default_factory=_Sum)
+    _query: Tensor | None = None  # Q^T Q [B, H, D, D] of the pass
+    _shape: tuple[int, int] = (0, 0)  # G, D
+
+    def see_query(self, x: Tensor) -> None:
+        q = x.float()
+        self._query = q.transpose(-1, -2) @ q
+
+    def see_key(self, x: Tensor) -> None:
+        assert self._query is not None
+        k = x.float()  # [B, G, S, D]
+        own = k.transpose(-1, -2) @ k
+        read = self._query.unflatten(1, (k.shape[1], -1)).sum(2)
+        for window in (own * read).sum(-1).flatten(1) / k.shape[2]:
+            self.key.add(window)
+
+    def see_value(self, x: Tensor) -> None:
+        self._shape = (x.shape[1], x.shape[3])
+
+    def see_output(self, x: Tensor) -> None:
+        """x [B, S, H * D] is P V, the heads that read one value head side by side."""
+        groups, width = self._shape
+        square = x.float().square().mean(1).view(len(x), groups, -1, width)
+        for window in square.sum(2).flatten(1):
+            self.value.add(window)
