@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -39,36 +39,28 @@ def attached(
     counted = any(getattr(port, "counter", None) is not None for port in ports.values())
     mixture = any(site.expert is not None for site in sites)
     state = Pass(model, prefix_length(model), mixture, counted)
-    handles = [decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)]
-    attention = _attention_ports(sites, ports)
     experts = _expert_ports(sites, ports, state)
-    before, routed = model.config._attn_implementation, None
-    try:
+    with ExitStack() as undo:
+        entry = decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)
+        undo.callback(entry.remove)
         for site in sites:
             inside = site.port in ATTENTION_PORTS or site.expert is not None
             if not inside and site.name in ports:
-                handles += _hooks(
-                    modules, site, ports[site.name], state, _fanout(site, modules, model.config)
-                )
-        for path, group in attention.items():
+                fanout = _fanout(site, modules, model.config)
+                for handle in _hooks(modules, site, ports[site.name], state, fanout):
+                    undo.callback(handle.remove)
+        for path, group in _attention_ports(sites, ports).items():
             set_ports(modules[path], AttentionPorts(**group, state=state))
+            undo.callback(set_ports, modules[path], None)
         for path, bank in experts.items():
             set_expert_ports(modules[path], bank)
+            undo.callback(set_expert_ports, modules[path], None)
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
         if experts:
-            routed = switch_experts(model, EXPERTS)
-        with pinned(model):
-            yield state
-    finally:
-        model.set_attn_implementation(before)
-        if routed is not None:
-            switch_experts(model, routed)
-        for path in attention:
-            set_ports(modules[path], None)
-        for path in experts:
-            set_expert_ports(modules[path], None)
-        for handle in handles:
-            handle.remove()
+            undo.callback(switch_experts, model, switch_experts(model, EXPERTS))
+        undo.enter_context(pinned(model))
+        yield state
 
 
 def stream(
