@@ -17,7 +17,7 @@ from stages.sketch import SketchSet
 
 CELLS_PER_OCTAVE = 8
 EXTREME_BINS = 16
-NAMED = 8  # constant sites whose values are told
+NAMED = 8  # constant sites whose values a refusal lists
 SITES_AT_ONCE = 64  # of a megabyte each while their bins are dense
 
 
@@ -39,18 +39,18 @@ class Densities:
     tensors: dict[str, Tensor]
 
     def sample(self, size: int, generator: torch.Generator) -> Tensor:
-        """Draws `size` magnitudes of every site from its estimated distribution, [sites, size]."""
+        """Draw `size` magnitudes of every site from its estimated distribution, [sites, size]."""
         shape = (len(self.sites), size)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         x = 3**0.5 * (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1)
         names = ("bin_count", "bin_mean", "bin_spread")
         sizes = self.tensors["bin_offsets"].diff().tolist()
         bins = zip(*(self.tensors[name].split(sizes) for name in names), strict=True)
-        for own, place, (count, mean, spread) in zip(x, uniform, bins, strict=True):
+        for row, place, (count, mean, spread) in zip(x, uniform, bins, strict=True):
             cumulative = count.cumsum(-1)
             index = torch.searchsorted(cumulative, place * cumulative[-1], right=True)
             index = index.clamp(max=len(count) - 1)
-            own.mul_(spread[index]).add_(mean[index])
+            row.mul_(spread[index]).add_(mean[index])
         return torch.minimum(x.clamp(min=0), self.atoms.maximum[:, None])
 
     def save(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ class Distribution:
             )
 
     def run(self, sketches: SketchSet) -> Densities:
-        """Estimates the distribution of every site; raises InputError for a site of one value."""
+        """Estimate the distribution of every site; raise InputError for a site of one value."""
         _refuse_constant(sketches)
         cells = Cells.of(sketches)
         parts = [self._estimate(part, cells) for part in sketches.split(SITES_AT_ONCE)]
@@ -129,10 +129,10 @@ def merge(
     size: int,
     negative: Tensor,
 ) -> Atoms:
-    """Merges neighbouring bins [sites, M] into at most `size` atoms, keeping mean and variance.
+    """Merge neighbouring bins [sites, M] into at most `size` atoms, keeping mean and variance.
     negative [sites, M] counts the negative values among `count`.
 
-    The highest bins stay single and the maximum is an atom of its own weight. Merging bins of equal
+    The highest bins stay single and the maximum is an atom by itself. Merging bins of equal
     p^(1/3) mass keeps the atoms' width where the optimal quantiser keeps its cells' (Bennett 1948).
     """
     width = edges.diff()
@@ -143,7 +143,7 @@ def merge(
     total = mass.sum(-1, keepdim=True).clamp(min=1e-300)
     body = size - EXTREME_BINS - 3
     place = 1 + ((mass.cumsum(-1) - mass / 2) / total * body).long().clamp(max=body - 1)
-    place[:, 0] = 0  # zeros are an atom of their own
+    place[:, 0] = 0  # zeros are one atom
     tail = (count.gt(0) & high).cumsum(-1)
     place = torch.where(high, body + tail, place)
     merged = torch.zeros(4, len(count), size, dtype=torch.float64)

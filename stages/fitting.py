@@ -1,4 +1,4 @@
-"""Stage 3: fits the neurons of all sites, alone, on values of their own estimated distribution."""
+"""Stage 3: fit the neurons of all sites, alone, on the estimated distribution of their values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Fitting:
         coding: Coding,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> FittedNeurons:
-        """Fits `coding` to every site that it codes, as one batched problem.
+        """Fit `coding` to every site that it codes, as one batched problem.
 
         `statistics` are those that the coding declares, with the sites of `densities` first.
         """

@@ -90,7 +90,7 @@ class Coding(ABC):
 
         A coding without it codes the probabilities of the model.
         """
-        raise NotImplementedError(f"{self.name} has no softmax of its own")
+        raise NotImplementedError(f"{self.name} defines no softmax")
 
     def softmax_spikes(
         self, scores: Tensor, scaling: float, mask: Tensor, p: Params

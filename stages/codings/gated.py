@@ -188,21 +188,22 @@ class Gated(Coding):
         steps: tuple[int, ...],
     ) -> Tensor:
         """The best outcome of a coordinate search from every start, [sites, n]."""
-        x, own = atoms.points()
+        x, mass = atoms.points()
         inside = x.shape[1] // weight.shape[1]
         heavy = (weight / inside).repeat_interleave(inside, -1).float()[:, None]
-        given = (x.float()[:, None], heavy, own.float()[:, None], price[:, None])
+        given = (x.float()[:, None], heavy, mass.float()[:, None], price[:, None])
         kernel = _objective(self)
 
         def cost(scale: Tensor, p: Params) -> Tensor:
             return kernel(*given, {name: t.float() for name, t in p.items()})
 
-        found = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
-        if len(found) == 1:
-            return found[0]
-        costs = cost(ends := torch.stack(found, 1), self._bank(ends, steps))
+        ends = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
+        if len(ends) == 1:
+            return ends[0]
+        scales = torch.stack(ends, 1)
+        costs = cost(scales, self._bank(scales, steps))
         pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
-        return ends.gather(1, pick).squeeze(1)
+        return scales.gather(1, pick).squeeze(1)
 
     def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
         return ranges.encode(x, p, self.timesteps, self.longest, self.signed)
@@ -217,10 +218,10 @@ class Gated(Coding):
 @functools.lru_cache(maxsize=16)
 def _objective(coding: Gated) -> Callable[..., Tensor]:
     """What banks with parameters p [S, C, n] cost, [S, C]: squared errors on x [S, 1, K] that weigh
-    `heavy`, and spikes of values as frequent as `own` at a `price` [S, 1]."""
+    `heavy`, and spikes of values as frequent as `mass` at a `price` [S, 1]."""
 
-    def kernel(x: Tensor, heavy: Tensor, own: Tensor, price: Tensor, p: Params) -> Tensor:
+    def kernel(x: Tensor, heavy: Tensor, mass: Tensor, price: Tensor, p: Params) -> Tensor:
         value, count = coding.quantise(x, p)
-        return ((value - x).square() * heavy).sum(-1) + price * (count * own).sum(-1)
+        return ((value - x).square() * heavy).sum(-1) + price * (count * mass).sum(-1)
 
     return fused(kernel)

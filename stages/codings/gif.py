@@ -94,8 +94,8 @@ class Gif(Coding):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        found: tuple[Statistic, ...] = (Saliency(),) if self.salient else ()
-        return found if self.smoothing is None else (*found, self.smoothing)
+        saliency: tuple[Statistic, ...] = (Saliency(),) if self.salient else ()
+        return saliency if self.smoothing is None else (*saliency, self.smoothing)
 
     @property
     def decode_macs(self) -> int:
@@ -103,7 +103,7 @@ class Gif(Coding):
         return 4 if self.salient else 2
 
     def fit(self, atoms: Atoms) -> Fit:
-        """Which channels are salient: the range itself is found token by token."""
+        """Which channels are salient: the range itself is that of every token."""
         params = self.parameters(len(atoms.maximum), atoms.statistics)
         if self.smoothing is not None:
             params["smooth"] = atoms.statistics[self.smoothing.name]["scale"]
@@ -116,9 +116,9 @@ class Gif(Coding):
         steps = torch.full((sites,), float(self.timesteps))
         if not self.salient:
             return {"steps": steps, "salient": torch.zeros(sites, 1)}
-        found = statistics[Saliency.name]
-        steps = torch.where(found["operand"] > 0, steps.clamp(max=2), steps)
-        score = found["score"]
+        saliency = statistics[Saliency.name]
+        steps = torch.where(saliency["operand"] > 0, steps.clamp(max=2), steps)
+        score = saliency["score"]
         number = (score.isfinite().sum(-1, keepdim=True) * self.salient_fraction).round()
         rank = score.nan_to_num(nan=-torch.inf).argsort(-1, descending=True).argsort(-1)
         return {"steps": steps, "salient": (rank < number).float()}
@@ -126,7 +126,7 @@ class Gif(Coding):
     def code(
         self, x: Tensor, p: Params, rounding: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Code, zero point and scale of every x [..., C], each value's own.
+        """Return code, zero point and scale of every value of x [..., C].
 
         scale = (max - min) / top and zero = round(-min / scale) over the token, with top the highest
         code of the channel; a token of equal values is exact.
@@ -187,5 +187,5 @@ def per_channel(values: Tensor, x: Tensor, rest: float) -> Tensor:
     heads = x.shape[1] if x.dim() == 4 else 1
     width = heads * x.shape[-1]
     short = max(0, width - len(values))
-    own = functional.pad(values[:width], (0, short), value=rest)
-    return own.view(heads, 1, -1) if x.dim() == 4 else own
+    padded = functional.pad(values[:width], (0, short), value=rest)
+    return padded.view(heads, 1, -1) if x.dim() == 4 else padded

@@ -63,7 +63,7 @@ class Multigrain(Coding):
 
     @property
     def decode_macs(self) -> int:
-        """Step weights are no powers of two, so every step's sum is multiplied by its own."""
+        """Step weights are no powers of two, so the sum of every step is multiplied by its weight."""
         return self.timesteps
 
     def fit(self, atoms: Atoms) -> Fit:

@@ -72,8 +72,8 @@ def allocations(timesteps: int, grains: int) -> Tensor:
         rows.append(torch.repeat_interleave(torch.arange(grains), parts))
     if not rows:
         raise InputError(
-            f"coding.grains={grains} with coding.timesteps={timesteps}: a grain needs a step of its "
-            "own; give at most as many grains as timesteps"
+            f"coding.grains={grains} with coding.timesteps={timesteps}: every grain needs a "
+            "step; give at most as many grains as timesteps"
         )
     return torch.stack(rows)
 
@@ -147,7 +147,7 @@ def fit_bases(
     half_step: bool,
     algorithm: Algorithm1,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Fits every allocation grain [A, T] from every start to every site and keeps the best
+    """Fit every allocation grain [A, T] from every start to every site and keep the best
     parameters ever seen. Magnitudes are normalised by scale [sites]; those above it are clipped by
     the neuron, and count in the loss.
 
@@ -190,7 +190,7 @@ def _descend(
     algorithm: Algorithm1,
     progress: tqdm,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the alternation: best loss [P], its bases [P, 3, n], and the loss curve [P, iterations + 1]."""
+    """Run the alternation: best loss [P], its bases [P, 3, n], and the loss curve [P, iterations + 1]."""
     groups: Sequence[tuple[list[Tensor], float, int]] = (
         ([bases.h, bases.theta], algorithm.neuron_lr, algorithm.neuron_steps),
         ([bases.d], algorithm.base_lr, algorithm.base_steps),
@@ -215,10 +215,12 @@ def _descend(
             for _ in range(steps):
                 weights = bases.steps()
                 with torch.no_grad():
-                    value, *found = slopes(u, weight, *weights, algorithm.slope)
+                    value, *derivatives = slopes(u, weight, *weights, algorithm.slope)
                 note(value)
                 optimiser.zero_grad()
-                moved = [(w, g) for w, g in zip(weights, found, strict=True) if w.requires_grad]
+                moved = [
+                    (w, g) for w, g in zip(weights, derivatives, strict=True) if w.requires_grad
+                ]
                 torch.autograd.backward([w for w, _ in moved], [g for _, g in moved])
                 optimiser.step()
                 with torch.no_grad():

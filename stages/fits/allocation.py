@@ -14,7 +14,7 @@ HALVINGS = 60
 
 
 def picked(fits: Sequence[Mapping[str, Tensor]], index: Tensor) -> dict[str, Tensor]:
-    """Every site's parameters out of the fit that `index` [sites] names."""
+    """Take every site's parameters out of the fit that `index` [sites] names."""
     stacked = {name: torch.stack([p[name] for p in fits], 1) for name in fits[0]}
     rows = torch.arange(len(index))
     return {name: t[rows, index] for name, t in stacked.items()}
@@ -44,7 +44,7 @@ def cheapest(loss: Tensor, cost: Tensor, allowed: float) -> Tensor:
 
 
 def _spend(loss: Tensor, cost: Tensor, index: Tensor, allowed: float) -> Tensor:
-    """Spends what the last price left over, one step of one site at a time, best first."""
+    """Spend what the last price left over, one step of one site at a time, best first."""
     last = loss.shape[1] - 1
     while True:
         up = (index + 1).clamp(max=last)

@@ -39,7 +39,7 @@ def optimal_cells(x: Tensor, weight: Tensor, levels: int) -> Tensor:
     """Centroids of the optimal cells over the points merged to a few pieces a level, [sites, levels].
 
     Dynamic programming: best[l, j] = min_i best[l-1, i] + cost(i, j). The best i grows with j, so the
-    rows of a level are found by halving (divide and conquer), all sites and all rows of a depth at
+    rows of a level are searched by halving (divide and conquer), all sites and all rows of a depth at
     once.
     """
     total, first, second = _pieces(x, weight, levels * PIECES_PER_LEVEL)
@@ -67,9 +67,9 @@ def optimal_cells(x: Tensor, weight: Tensor, levels: int) -> Tensor:
 def _next_level(best, cost, pieces: int) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """One level of the dynamic programme: its costs and origins, each [sites, pieces + 1]."""
     sites = len(best)
-    found = torch.full_like(best, torch.inf)
+    least = torch.full_like(best, torch.inf)
     origin = torch.zeros(sites, pieces + 1, dtype=torch.long)
-    found[:, 0] = 0
+    least[:, 0] = 0
     stride = 1 << (pieces.bit_length() - 1)
     while stride >= 1:
         rows = torch.arange(stride, pieces + 1, 2 * stride)
@@ -80,11 +80,11 @@ def _next_level(best, cost, pieces: int) -> tuple[Tensor, Tensor]:  # type: igno
         i = torch.minimum(low[..., None] + torch.arange(span), high[..., None])
         j = rows[:, None].expand(sites, -1, span)
         value = best.gather(-1, i.flatten(1)) + cost(i.flatten(1), j.flatten(1))
-        least = value.view(i.shape).min(-1)
-        found[:, rows] = least.values
-        origin[:, rows] = i.gather(-1, least.indices[..., None]).squeeze(-1)
+        row = value.view(i.shape).min(-1)
+        least[:, rows] = row.values
+        origin[:, rows] = i.gather(-1, row.indices[..., None]).squeeze(-1)
         stride //= 2
-    return found, origin
+    return least, origin
 
 
 def _pieces(x: Tensor, weight: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:

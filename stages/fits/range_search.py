@@ -54,8 +54,8 @@ def adjacent_ranges(value: Tensor, weight: Tensor, timesteps: Sequence[int]) -> 
     rising = torch.ones_like(width[0]).tril(-1).bool()
     choice = []
     for steps in timesteps[1:]:
-        own = width**2 / 12 * 4.0**-steps * held
-        step = torch.where(rising, total[:, None, :] + own, torch.inf).min(-1)
+        error = width**2 / 12 * 4.0**-steps * held
+        step = torch.where(rising, total[:, None, :] + error, torch.inf).min(-1)
         choice.append(step.indices)
         total = step.values
     over = (value[:, None] >= scale[..., None]).double() * weight[:, None]
@@ -67,7 +67,7 @@ def adjacent_ranges(value: Tensor, weight: Tensor, timesteps: Sequence[int]) -> 
 
 
 def coordinate_search(start: Tensor, cost: Cost, bank: Callable[[Tensor], Params]) -> Tensor:
-    """Moves one scale at a time, in ever smaller steps, while the cost falls: [sites, n] -> [sites, n].
+    """Move one scale at a time, in ever smaller steps, while the cost falls: [sites, n] -> [sites, n].
 
     `bank` makes the parameters of scales [sites, C, n], and cost(scales, parameters) [sites, C] is
     the exact objective.
@@ -80,8 +80,8 @@ def coordinate_search(start: Tensor, cost: Cost, bank: Callable[[Tensor], Params
                 moved = best[:, None, :].repeat(1, len(near), 1)
                 moved[..., k] *= 2.0 ** (near * fraction)
                 falling = (moved.diff(dim=-1) <= 0).any(-1)
-                found = torch.where(falling, torch.inf, cost(moved, bank(moved)))
-                pick = found.argmin(-1)[:, None, None].expand(-1, 1, start.shape[1])
+                costs = torch.where(falling, torch.inf, cost(moved, bank(moved)))
+                pick = costs.argmin(-1)[:, None, None].expand(-1, 1, start.shape[1])
                 best = moved.gather(1, pick).squeeze(1)
     return best
 

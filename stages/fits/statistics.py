@@ -15,7 +15,7 @@ from stages.registry import register
 
 class Statistic:
     """A measurement on calibration text, a frozen dataclass registered by `@register("statistic/...")`;
-    it is an artifact of its own, tensors with the dimension of the sites first."""
+    an artifact by itself, tensors with the dimension of the sites first."""
 
     name: str
     whole_model: bool = False  # whether it is measured on a model that is in memory as a whole

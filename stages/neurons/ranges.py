@@ -1,4 +1,4 @@
-"""A bank of base-2 neurons over consecutive ranges of |x|, each with its own steps and offset.
+"""A bank of base-2 neurons over consecutive ranges of |x|, each with steps and an offset.
 
 Neuron k codes |x| - floor_k on the width scale_k - floor_k with T_k steps; the smallest k whose range
 holds |x| fires, else the last, which saturates. Parameters carry the site dimensions in front: scale
@@ -54,8 +54,8 @@ class Bank:
         grain = torch.full_like(magnitude, last)
         for k in range(last - 1, -1, -1):
             inside = magnitude < limit[..., k, None]
-            own = (self.width, self.floor, self.steps)
-            pairs = zip(own, parts, strict=True)
+            neuron = (self.width, self.floor, self.steps)
+            pairs = zip(neuron, parts, strict=True)
             parts = [torch.where(inside, t[..., k, None], rest) for t, rest in pairs]
             grain = torch.where(inside, float(k), grain)
         width, floor, steps = parts
@@ -73,7 +73,7 @@ def threshold(steps: Tensor, t: int) -> Tensor:
 
 
 def encode(x: Tensor, p: Params, timesteps: int, longest: int, signed: bool) -> RangeSpikes:
-    """Runs the chosen neuron of one site over `longest` steps; it stays silent after its own last.
+    """Run the chosen neuron of one site over `longest` steps; it stays silent after its last.
 
     Binary: v(1) = u + 2^-(T+1), s = [v >= 2^-t]. Signed: v(1) = u, s = [v >= theta(t)] -
     [v < -theta(t)]; halves round up in both.

@@ -16,7 +16,7 @@ def fixed_steps(scale: Tensor, step: Tensor, v0: float) -> dict[str, Tensor]:
 
 
 def step_encode(x: Tensor, p: Params, max_spikes: int | None = None) -> Spikes:
-    """Runs v(1) = u + v0; s = [v >= theta(t)]; v -= h(t) s over the T steps of one site.
+    """Run v(1) = u + v0; s = [v >= theta(t)]; v -= h(t) s over the T steps of one site.
 
     p: scale [], v0 [], d, h, theta [T]. After `max_spikes` spikes the neuron stays silent.
     """

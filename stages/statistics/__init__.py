@@ -1,12 +1,12 @@
 """Measurements of the dense model on calibration text, each by the class of its declaration.
 
 A module of this package registers a function for the statistic that it measures, and is imported by
-name alone, so that its code enters the keys of its own artifacts and of no others:
+name alone, so that its code enters the keys of no other artifacts:
 
     @measure.register
     def saliency(statistic: Saliency, model, ids, sites, batch): ...
 
-A coding with a statistic of its own may register the function in its own module.
+The module of a coding may register the function for a statistic that it alone reads.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class _Average:
         self._window = top if self._window is None else torch.maximum(self._window, top)
 
     def close(self) -> None:
-        """Takes the windows of the batch in turn, so that its size changes nothing."""
+        """Take the windows of the batch in turn, so that its size changes nothing."""
         if self._window is None:  # the batch has not come to this layer
             return
         for row in self._window.double():

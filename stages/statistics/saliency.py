@@ -110,9 +110,9 @@ class _Operands:
     def see_key(self, x: Tensor) -> None:
         assert self._query is not None
         k = x.float()  # [B, G, S, D]
-        own = k.transpose(-1, -2) @ k
+        keys = k.transpose(-1, -2) @ k
         read = self._query.unflatten(1, (k.shape[1], -1)).sum(2)
-        for window in (own * read).sum(-1).flatten(1) / k.shape[2]:
+        for window in (keys * read).sum(-1).flatten(1) / k.shape[2]:
             self.key.add(window)
 
     def see_value(self, x: Tensor) -> None:

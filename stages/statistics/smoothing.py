@@ -45,15 +45,17 @@ def smoothing(
     gif = Gif(
         "gif", statistic.timesteps, statistic.levels, statistic.salient_fraction, "unary", None
     )
-    found = {Saliency.name: saliency(Saliency(), model, ids, sites, batch)} if gif.salient else {}
-    params = gif.parameters(len(sites), found)
+    statistics = (
+        {Saliency.name: saliency(Saliency(), model, ids, sites, batch)} if gif.salient else {}
+    )
+    params = gif.parameters(len(sites), statistics)
     ids = ids[: statistic.windows].to(model.device)
     blocks = _blocks(model, ids, batch, statistic.alpha)
     ports = {}
     for index, site in enumerate(sites):
         if site.layer >= 0 and site.role not in gif.dense_roles:
-            own = {k: v.to(model.device) for k, v in site_params(params, index).items()}
-            ports[site.name] = TrainPort(gif, own, blocks[site.layer], site.role)
+            row = {k: v.to(model.device) for k, v in site_params(params, index).items()}
+            ports[site.name] = TrainPort(gif, row, blocks[site.layer], site.role)
     losses = _train(statistic, model, ids, blocks, ports)
     scales = [blocks[s.layer].scale(s.role) if s.layer >= 0 else None for s in sites]
     rows = [None if scale is None else scale.detach().flatten() for scale in scales]
@@ -69,7 +71,7 @@ def _train(
     blocks: Sequence[Block],
     ports: Mapping[str, TrainPort],
 ) -> list[list[float]]:
-    """Learns the scales of every block in turn; the mean loss of its epochs."""
+    """Learn the scales of every block in turn; return the mean loss of its epochs."""
     layers = dict(model.named_modules())[architecture(model).layers]
     assert isinstance(layers, nn.ModuleList)
     losses = []
@@ -103,8 +105,8 @@ def _descend(
     curve = []
     for _ in range(statistic.epochs):
         total = 0.0
-        for own, right in zip(x.split(1), target.split(1), strict=True):
-            loss = functional.mse_loss(layer(own, **kwargs).float(), right.float())
+        for window, wanted in zip(x.split(1), target.split(1), strict=True):
+            loss = functional.mse_loss(layer(window, **kwargs).float(), wanted.float())
             grads = torch.autograd.grad(loss, logs, allow_unused=True)  # weights get none
             for log, grad in zip(logs, grads, strict=True):
                 log.grad = grad
@@ -160,7 +162,7 @@ def _straight_through(x: Tensor) -> Tensor:
 def _through(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The block's outputs, one window at a time, [W, S, C]."""
     with torch.no_grad():
-        return torch.cat([layer(own, **kwargs) for own in x.split(1)])
+        return torch.cat([layer(window, **kwargs) for window in x.split(1)])
 
 
 def _inputs(

@@ -36,7 +36,7 @@ def padded(rows: Sequence[Tensor | None], rest: float) -> Tensor:
     """Rows of different lengths as one float32 tensor [rows, longest], filled up with `rest`."""
     longest = max((len(row) for row in rows if row is not None), default=1)
     table = torch.full((len(rows), longest), rest)
-    for own, row in zip(table, rows, strict=True):
+    for filled, row in zip(table, rows, strict=True):
         if row is not None:
-            own[: len(row)] = row.float().cpu()
+            filled[: len(row)] = row.float().cpu()
     return table

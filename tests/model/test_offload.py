@@ -106,7 +106,7 @@ def test_float32_from_a_bfloat16_checkpoint_is_that_of_the_whole_model(saved, to
 
 @pytest.mark.parametrize("statistic", [RunningMaximum(0.9), Saliency()], ids=lambda s: s.name)
 def test_statistics_are_the_same(statistic, saved, tokens):
-    found = [statistic.run(m, tokens(5, 12), find_sites(m), 2) for m in both(saved())]
+    found = [measuring(statistic)(m, tokens(5, 12), find_sites(m), 2) for m in both(saved())]
     assert same(*found)
 
 
