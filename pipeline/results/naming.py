@@ -27,7 +27,8 @@ def run_name(folder: RunFolder) -> str:
     first = next(iter(sweep_results(folder.path).values()))
     if folder.experiment is not None:
         return stem(folder.experiment, folder.overrides, first["model"])
-    return run_stem(first, folder.overrides, folder.swept)
+    overrides = folder.overrides if folder.swept else (first.get("run") or {}).get("overrides", ())
+    return run_stem(first, overrides, folder.swept)
 
 
 def stem(base: str, overrides: Iterable[str], model: str) -> str:

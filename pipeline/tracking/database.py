@@ -92,9 +92,8 @@ class Database:
 
     def create(self, entry: Entry, parent: str | None = None) -> str:
         """Open a run, as a child if `parent` is given, and return its id."""
-        tags = {"kind": "job", PROCESS: f"{socket.gethostname()} {os.getpid()}"} | {
-            **entry.identity
-        }
+        process = f"{socket.gethostname()} {os.getpid()}"
+        tags = {"kind": "job", PROCESS: process} | dict(entry.identity)
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         number, start = self.experiment.experiment_id, round(1000 * entry.started)
         return str(self.client.create_run(number, start, tags, entry.name).info.run_id)
