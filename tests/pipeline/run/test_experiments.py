@@ -17,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pipeline.results.rows import sweep_results
-from pipeline.run.jobs import jobs
+from pipeline.run import shipped
+from pipeline.run.axes import swept
+from pipeline.run.overrides import spelled
 from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -55,8 +57,10 @@ def axes(experiment: str) -> dict[str, list[str]]:
 
 @functools.cache
 def composed(experiment: str, **choice: str) -> DictConfig:
-    (job,) = jobs([f"experiment={experiment}", *(f"{k}={v}" for k, v in choice.items())])
-    return job.config
+    of, given = shipped.experiment(experiment), spelled([f"{k}={v}" for k, v in choice.items()])
+    (job,) = swept(given, of.params, of.rows, "gated").jobs
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"experiment={experiment}", *job.all])
 
 
 def at(experiment: str, **choice: str) -> Any:

@@ -79,7 +79,7 @@ def test_the_name_is_on_the_card_and_so_in_the_key_of_an_export(settings: Make, 
         chosen = settings(tmp_path, "export.enabled=true", *overrides)
         return {n: step.key() for n, step in runner.stored(chosen)[0].chain.steps.items()}
 
-    plain, named, labelled = keys(), keys("model.name=other"), keys("label=other")
+    plain, named, labelled = keys(), keys("model.name=other"), keys("row=other")
     for other in (named, labelled):
         assert {n for n in plain if plain[n] != other[n]} == {"export"}
     assert named["export"] != labelled["export"]

@@ -91,7 +91,7 @@ def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
     plain = runner.execute(settings(built))[0]["keys"]
     other = ("fitting.seed=7", "fitting.samples=9", "tasks.piqa.metric=acc")
     assert runner.execute(settings(built, *other))[0]["keys"] == plain
-    assert runner.execute(settings(built, "label=other"))[0]["keys"] == plain
+    assert runner.execute(settings(built, "row=other"))[0]["keys"] == plain
 
 
 @pytest.mark.parametrize(
