@@ -33,7 +33,7 @@ def document() -> str:
     }
     folders = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*/*.yaml")}
     page = [INTRODUCTION, *options([root], "")]
-    for group in [*given, *sorted(folders - set(given))]:
+    for group in [*(g for g in given if g in folders), *sorted(folders - set(given))]:
         files = sorted(
             (CONF / group).glob("*.yaml"), key=lambda file: (file.stem != given.get(group), file)
         )
