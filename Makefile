@@ -8,7 +8,7 @@ DATABASE := outputs/mlflow/mlflow.db
 # ones not last.
 PYTESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: demo test test-all lint bench ui clean
+.PHONY: demo test test-all lint bench ui clean conf/README.md
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline
@@ -26,6 +26,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
+
+conf/README.md: $(INSTALLED)
+	$(BIN)/python conf/document.py
 
 ui: $(INSTALLED)
 	@mkdir -p outputs/mlflow

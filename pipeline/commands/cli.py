@@ -21,8 +21,8 @@ from pipeline.commands.verbs import Verbs
 def cli() -> None:
     """Convert a pretrained language model into a spiking one, and measure what that costs.
 
-    Without a verb it is `run`. Everything else is KEY=VALUE, a choice or a key of conf/: README.md says
-    which, `--cfg job` prints them all.
+    Without a verb it is `run`. Everything else is KEY=VALUE, a choice or a key of conf/: conf/README.md
+    lists them, `--cfg job` prints them all.
 
     \b
     python -m pipeline

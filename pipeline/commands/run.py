@@ -49,7 +49,7 @@ FLAGS = (
 PLANNED = re.compile(r"(?i)runtime\.plan=(true|yes|on|1)")
 
 
-@click.command(params=[*FLAGS], epilog="README.md lists the options, conf/ has them all.")
+@click.command(params=[*FLAGS], epilog="conf/README.md lists every option.")
 @verbs.overrides
 @click.pass_context
 def run(ctx: click.Context, overrides: tuple[str, ...], **flags: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,7 +195,6 @@ def test_a_folder_with_files_is_not_written_over(
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
-README = CONF.parent / "README.md"
 CLASSES = {
     file.stem: OmegaConf.load(file)._target_.rpartition(".")[2]
     for file in sorted((CONF / "coding").glob("*.yaml"))
@@ -216,28 +214,6 @@ def test_a_coding_has_the_defaults_of_its_yaml(name: str) -> None:
         {"timesteps": 6, "coding": OmegaConf.load(CONF / f"coding/{name}.yaml")}
     )
     assert instantiate(config, _convert_="all")["coding"] == default
-
-
-def test_the_lines_of_the_readme_run(
-    tiny_llama: PreTrainedModel,
-    byte_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    section = README.read_text().split("## In Python\n")[1].split("\n## ")[0]
-    (lines,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    text = "the first spike comes in time " * 40
-    dense = logits(tiny_llama, torch.arange(40)[None])
-    exec(lines, {"model": tiny_llama, "tokenizer": byte_tokenizer, "text": text})
-    shown = capsys.readouterr().out
-    assert "model.layers.0.mlp.down_proj:in" in shown and "The first spike" in shown
-    head, *rows = shown.splitlines()[: 1 + 21]  # on no line are columns or rows left out
-    assert head.split() == ["site", "role", "layer", "nmse", "spikes", "scale"]
-    assert [row.split()[0] for row in rows] == [str(i) for i in range(21)]
-    assert torch.equal(logits(tiny_llama, torch.arange(40)[None]), dense)
-    assert stages.conversion(stages.load(tmp_path / "spiking")).coding == stages.Gated()
 
 
 def test_codings_are_found_by_their_names() -> None:
