@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import stages
-from pipeline.run import inputs, runner
+from pipeline.run import models, runner
 from pipeline.run.settings import Settings
 from pipeline.run.texts import load_tokens
 from pipeline.store.store import Store
@@ -168,7 +168,7 @@ def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
     assert found[0].metrics == found[1].metrics
     assert found[0].counters.equals(found[1].counters)
     assert found[0].metrics["perplexity"] < 60
-    inputs.forget()
+    models.forget()
 
 
 @pytest.mark.parametrize("coding", ["las", "multigrain", "gated", "signed_digit", "one_spike"])

@@ -21,9 +21,9 @@ COSTS = ("macs_G", "acs_G", "energy_J")
 
 def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the tables; returns the exit status, 1 for bad input, which is one line."""
-    from pipeline.run.errors import told
+    from pipeline.run.errors import exit_status
 
-    return told(lambda: _report(*_configured(list(overrides), conf)))
+    return exit_status(lambda: _report(*_configured(list(overrides), conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:

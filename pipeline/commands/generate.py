@@ -58,9 +58,9 @@ class Generated:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the comparison; returns the exit status, 1 for bad input, which is one line."""
-    from pipeline.run.errors import told
+    from pipeline.run.errors import exit_status
 
-    return told(lambda: _report(parsed(arguments)))
+    return exit_status(lambda: _report(parsed(arguments)))
 
 
 def parsed(arguments: Sequence[str]) -> Request:

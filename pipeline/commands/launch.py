@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be told in one line
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be one line
     os.environ.setdefault(RUN_ID, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     folders.forget()
     sweeper.register()

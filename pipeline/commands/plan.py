@@ -27,12 +27,13 @@ SIZES = (("count", "length"), ("windows", "length"), ("items",))
 @dataclass
 class Planned:
     """One job: how many of its artifacts are there, how many an earlier job of the plan builds, and
-    which it would build itself, with their seconds where they can be told."""
+    which it would build itself, with their seconds where past builds say."""
 
     name: str
     stored: int = 0
     shared: int = 0
     builds: dict[str, float | None] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)  # of each of the builds
     borrowed: list[str] = field(default_factory=list)  # builds estimated from those of other models
 
 
@@ -45,7 +46,7 @@ def show(overrides: Sequence[str]) -> None:
             row.name,
             row.stored,
             row.shared,
-            _short(row.builds),
+            _short(row.stages),
             _span(row.builds.values()),
         )
         for number, row in enumerate(rows)
@@ -63,9 +64,9 @@ def show(overrides: Sequence[str]) -> None:
         print(f"estimated from builds of other models: {', '.join(borrowed)}")
 
 
-def _short(labels: Iterable[str]) -> str:
+def _short(names: Iterable[str]) -> str:
     """Stages by name, each with how many artifacts of it there are if there are several."""
-    stages = Counter(label.partition(" ")[0] for label in labels)
+    stages = Counter(names)
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in stages.items())
 
 
@@ -97,6 +98,7 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
             else:
                 coming.add(key)
                 row.builds[label], same_model = history.estimate(step.step)
+                row.stages.append(step.name)
                 if not same_model:
                     row.borrowed.append(label)
     return rows

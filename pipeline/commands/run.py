@@ -92,10 +92,10 @@ def plan(overrides: tuple[str, ...], multirun: bool) -> int:
 
 def _show_plan(overrides: Sequence[str]) -> int:
     from pipeline.commands.plan import show
-    from pipeline.run.errors import told
+    from pipeline.run.errors import exit_status
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # which jobs an option reaches
-    return told(lambda: show(overrides))
+    return exit_status(lambda: show(overrides))
 
 
 def _typed(flag: click.Option, value: Any) -> Iterator[str]:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the table; returns the exit status, 1 for bad input, which is one line."""
-    from pipeline.run.errors import told
+    from pipeline.run.errors import exit_status
 
     model = [override for override in overrides if re.match(r"model[.=]", override)]
-    return told(lambda: _report(model, *_configured(list(overrides), conf)))
+    return exit_status(lambda: _report(model, *_configured(list(overrides), conf)))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, ...]:

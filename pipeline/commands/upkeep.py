@@ -42,16 +42,16 @@ def ls(store: Store) -> int:
 
 def show(store: Store, key: str) -> int:
     """Print the manifest of the artifact whose key begins with `key`."""
-    found = [path for path in store.folders() if path.name.startswith(key)]
-    if len(found) != 1:
+    artifacts = [path for path in store.folders() if path.name.startswith(key)]
+    if len(artifacts) != 1:
         raise InputError(
-            f"{len(found)} artifacts in {store.root} have a key that starts with "
+            f"{len(artifacts)} artifacts in {store.root} have a key that starts with "
             f"{key}; give one that `ls` prints"
         )
     try:
-        print(json.dumps(manifest.read(found[0]), indent=2))
+        print(json.dumps(manifest.read(artifacts[0]), indent=2))
     except Damaged as fault:
-        raise InputError(f"artifact {found[0]} is damaged: {fault}") from None
+        raise InputError(f"artifact {artifacts[0]} is damaged: {fault}") from None
     return 0
 
 

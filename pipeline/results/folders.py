@@ -92,7 +92,8 @@ class RunFolder:
 
     def artifact(self, stage: str) -> Path:
         """The folder in the store of an artifact that a job has used or made."""
-        return Path(self.config.store.path) / stage.partition(" ")[0] / self.result["keys"][stage]
+        key = self.result["keys"][stage]
+        return next(Path(self.config.store.path).glob(f"[!.]*/{key}"), Path(key))
 
     @property
     def outcome(self) -> Path:

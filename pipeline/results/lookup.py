@@ -38,15 +38,15 @@ def rows(overrides: Sequence[str], fill: bool = False) -> list[Row]:
 
     With `fill` what is missing is run first. Else, or where that fails, raises Missing.
     """
-    found = [(job, *runner.stored(job.settings)) for job in jobs(overrides)]
-    lacking = [(job, labels) for job, _, labels in found if labels]
+    stored = [(job, *runner.stored(job.settings)) for job in jobs(overrides)]
+    lacking = [(job, labels) for job, _, labels in stored if labels]
     if lacking and not fill:
-        raise Missing(_missing(lacking, len(found), overrides))
+        raise Missing(_missing(lacking, len(stored), overrides))
     with failures.interruptible():
         failed = [line for job, _ in lacking if (line := _filled(job))]
     if failed:
         raise Missing("\n".join([f"{len(failed)} of {len(lacking)} jobs failed", *failed]))
-    every = [_row(job, _again(job) if labels else run) for job, run, labels in found]
+    every = [_row(job, _again(job) if labels else run) for job, run, labels in stored]
     named = apart(row.result for row in every)
     every = [replace(row, result=result) for row, result in zip(every, named, strict=True)]
     kept = {id(result) for result in distinct([row.result for row in every])}

@@ -87,31 +87,33 @@ def _over_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["coding"] == "dense":
             for ppl, place in _places(row):
                 dense.setdefault(place, set()).add(row[ppl])
-    found = []
+    apart_rows = []
     for row in rows:
         known = {ppl: dense.get(place, set()) for ppl, place in _places(row)}
         over = {over_dense(p): row[p] / min(d) - 1 for p, d in known.items() if len(d) == 1}
-        found.append(row | over)
+        apart_rows.append(row | over)
     alone = all(row["coding"] == "dense" for row in rows)
-    return rows if alone else found
+    return rows if alone else apart_rows
 
 
 def _places(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The perplexities of a row that are known, and what another must share to compare with one."""
-    found = []
+    named = []
     for name in (n for n in row if n.startswith("ppl_") and row[n] is not None):
         read = (row.get("evaluation") or {}).get(name.removeprefix("ppl_"), {})
         same = (row.get("model"), row.get("transform"), read.get("windows"), read.get("length"))
-        found.append((name, (name, *same)))
-    return found
+        named.append((name, (name, *same)))
+    return named
 
 
 def environment(result: Mapping[str, Any]) -> str | None:
     """Where the artifacts behind a result were computed: versions and device, several joined by `; `."""
     parts = []
     for place in result.get("environments") or ():
-        told = [f"{name} {value}" for name, value in place.items() if value and name != "device"]
-        parts.append(", ".join([*told, place["device"]] if place.get("device") else told))
+        libraries = [
+            f"{name} {value}" for name, value in place.items() if value and name != "device"
+        ]
+        parts.append(", ".join([*libraries, place["device"]] if place.get("device") else libraries))
     return "; ".join(dict.fromkeys(parts)) or None
 
 
@@ -153,7 +155,7 @@ def apart(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their names, if they cannot be told apart without them."""
+    """The rows with their names, if they look alike without them."""
     seen: dict[Any, set[str]] = {}
     for row in rows:
         names = tuple(row.get(name) for name in (*NAMES, *COUNTS) if name != "row")
@@ -171,8 +173,8 @@ def _set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
     ]
     common = set.intersection(*given) if given else set()
-    settings = [" ".join(sorted(own - common)).replace("coding.", "") for own in given]
-    return [row | {"setting": own or None} for row, own in zip(rows, settings, strict=True)]
+    settings = [" ".join(sorted(each - common)).replace("coding.", "") for each in given]
+    return [row | {"setting": setting or None} for row, setting in zip(rows, settings, strict=True)]
 
 
 def _fitting_seconds(result: Mapping[str, Any]) -> float | None:

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.run import stages
-from pipeline.run.inputs import ModelSource, model_source
 from pipeline.run.measured import Measured
+from pipeline.run.models import ModelSource, model_source
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Source, Stage, sources
 from pipeline.run.texts import Tokens
@@ -47,8 +47,8 @@ class Chain:
     def sources(self) -> dict[str, Stage]:
         """What the stages are made from: the model's file, the texts, the questions."""
         steps = {stage.key() for stage in self.steps.values()}
-        found = (source for stage in self.steps.values() for source in sources(stage))
-        return {source.label: source for source in found if source.key() not in steps}
+        below = (source for stage in self.steps.values() for source in sources(stage))
+        return {source.label: source for source in below if source.key() not in steps}
 
 
 def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.chain import Chain
-from pipeline.run.inputs import prefix_ids
+from pipeline.run.models import prefix_ids
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running
 from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap

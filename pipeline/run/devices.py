@@ -33,13 +33,13 @@ def resolve(name: str, key: str = "runtime.device") -> str:
     try:
         device = torch.device(name)
         if device.type == "cuda":  # an allocation would open a context on every device of a list
-            found = (device.index or 0) < torch.cuda.device_count()
+            present = (device.index or 0) < torch.cuda.device_count()
         else:
             torch.empty(0, device=device)
-            found = True
+            present = True
     except (RuntimeError, AssertionError):
-        found = False
-    if not found:
+        present = False
+    if not present:
         gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise InputError(f"{key}: no {name} here; choose among {', '.join(['cpu', *gpus])}")
     return name

@@ -17,8 +17,8 @@ from stages.errors import InputError, nearest
 REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
 
 
-def told(command: Callable[[], object]) -> int:
-    """Runs a command; the exit status, 1 where it is refused or a file cannot be used, which is told."""
+def exit_status(command: Callable[[], object]) -> int:
+    """Run a command; its exit status, 1 where it is refused or a file cannot be used, in one line."""
     try:
         command()
     except (*REFUSED, OSError) as error:
@@ -83,15 +83,15 @@ def _unknown(cause: Any) -> str:
 
 def _keys(root: Any) -> list[str]:
     """The dotted keys of a configuration."""
-    found: list[str] = []
+    keys: list[str] = []
     todo: list[tuple[str, Any]] = [("", OmegaConf.to_container(root, resolve=False))]
     while todo:
         prefix, values = todo.pop(0)
         for key, value in values.items():
-            found.append(f"{prefix}{key}")
+            keys.append(f"{prefix}{key}")
             if isinstance(value, dict):
                 todo.append((f"{prefix}{key}.", value))
-    return [key for key in found if key.rpartition(".")[2][0] != "_"]
+    return [key for key in keys if key.rpartition(".")[2][0] != "_"]
 
 
 def _first(error: BaseException) -> str:

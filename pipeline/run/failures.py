@@ -75,13 +75,13 @@ def release(error: BaseException) -> None:
     """Frees what a failed job held, for the next: the frames of its error still have the model."""
     import torch
 
-    from pipeline.run import inputs
+    from pipeline.run import models
 
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
-    inputs.forget()
+    models.forget()
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -71,9 +71,9 @@ def _sampled(path: Path) -> str:
 @functools.cache
 def _samples(path: Path, size: int, mtime_ns: int) -> str:
     """sha256 of samples at even distances: archives give many files one time, weights one size."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     with path.open("rb") as stream:
         for number in range(SAMPLES):
             stream.seek(number * max(size - SAMPLE, 0) // (SAMPLES - 1))
-            found.update(stream.read(SAMPLE))
-    return found.hexdigest()
+            hashed.update(stream.read(SAMPLE))
+    return hashed.hexdigest()

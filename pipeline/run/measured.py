@@ -139,15 +139,15 @@ def environments(artifacts: Iterable[Artifact]) -> list[dict[str, str | None]]:
 
     Stages that run no model have no device, and count where their versions are like no other's.
     """
-    found: list[dict[str, str | None]] = []
+    distinct: list[dict[str, str | None]] = []
     for artifact in sorted(artifacts, key=lambda each: (each.stage not in RUNNING, each.stage)):
         built = artifact.manifest
         place = {name: _minor(built["versions"].get(name)) for name in LIBRARIES}
         if artifact.stage in RUNNING:
             place["device"] = built["machine"]["device"]
-        if not any(place.items() <= other.items() for other in found):
-            found.append(place)
-    return found
+        if not any(place.items() <= other.items() for other in distinct):
+            distinct.append(place)
+    return distinct
 
 
 def _minor(version: str | None) -> str | None:

@@ -61,15 +61,15 @@ def check(node: Any, path: str = "") -> None:
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """The types of a dataclass' fields; Any for one whose name is known to type checkers alone."""
-    found = {}
+    hints = {}
     for each in reversed(kind.__mro__):
         names = vars(sys.modules[each.__module__])
         for name, hint in each.__dict__.get("__annotations__", {}).items():
             try:
-                found[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
+                hints[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
             except NameError:
-                found[name] = Any
-    return found
+                hints[name] = Any
+    return hints
 
 
 def _below(path: str, key: str) -> str:

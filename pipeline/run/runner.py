@@ -12,8 +12,8 @@ import pandas as pd
 from pipeline.run import checks
 from pipeline.run.chain import Chain, chain
 from pipeline.run.devices import resolve
-from pipeline.run.inputs import ModelSource
 from pipeline.run.measured import CONVERSION, Measured, per_site, row
+from pipeline.run.models import ModelSource
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running, Stage
 from pipeline.store.store import Artifact, Store

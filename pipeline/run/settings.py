@@ -126,7 +126,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for group in ENTRIES:
-            made = {name: entry(group, name, own) for name, own in getattr(self, group).items()}
+            made = {name: entry(group, name, given) for name, given in getattr(self, group).items()}
             object.__setattr__(self, group, made)
         corpora = {"calibration.corpus": [self.calibration.corpus]}
         corpora["evaluation.corpora"] = list(self.evaluation.corpora)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.run.inputs import PREFIX, ModelSource
 from pipeline.run.measured import Measured, numbers, per_site
+from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.stage import Source, Stage
 from pipeline.run.texts import Questions, load_tokens
 from pipeline.store.provenance import versions

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.run.assets import Asset, content, fetch_all
 from pipeline.run.fingerprint import digest
-from pipeline.run.inputs import ModelSource
+from pipeline.run.models import ModelSource
 from pipeline.run.stage import Source, Stage
 from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store

@@ -31,13 +31,13 @@ PACKAGES = (
 @functools.cache
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that can move a number; None where not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    numbers: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            numbers[name] = None
+    return numbers
 
 
 def libraries() -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.codec import encode
 from stages.registry import identity
 
 ROOT = Path(__file__).parents[2]  # the folder that holds the packages `pipeline` and `stages`
@@ -59,27 +60,16 @@ def canonical(value: Any) -> str:
 
 
 def plain(value: Any, where: str = "value") -> Any:
-    """Dataclasses, mappings and sequences as json knows them; a dataclass keeps its registered name and
-    version, or else its qualified name.
+    """Turn dataclasses, mappings and sequences into what json knows; a dataclass keeps its registered
+    name and version, or else its qualified name.
 
-    A path says where something lies and a dtype, an enum or an array has no lasting text of its
-    own, so everything but None, bool, int, float, str is a TypeError that names the place.
+    Everything but these and None, bool, int, float, str is a TypeError that names the place.
     """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        path = f"{type(value).__module__}.{type(value).__qualname__}"
-        name = identity(type(value)) or path
-        members = {f.name: getattr(value, f.name) for f in fields(value)}
-        return {"class": name} | {k: plain(v, f"{where}.{k}") for k, v in members.items()}
-    if isinstance(value, Mapping):
-        if odd := [k for k in value if type(k) is not str]:
-            raise TypeError(f"{where} has the key {odd[0]!r}; only str keys can be hashed")
-        return {k: plain(v, f"{where}.{k}") for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    raise TypeError(f"{where} is a {kind}; only plain values and dataclasses can be hashed")
+    return encode(value, where, _class_name)
+
+
+def _class_name(kind: type) -> str:
+    return identity(kind) or f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _class_modules(value: Any) -> Iterator[str]:

@@ -69,12 +69,12 @@ class Store:
         """
         key = step.key()
         with suppress(Damaged):  # looked at again under the lock
-            if found := self.load(step.stage, key):
-                return found
+            if artifact := self.load(step.stage, key):
+                return artifact
         with self._locked(step.stage, key):
             try:
-                if found := self.load(step.stage, key):
-                    return found
+                if artifact := self.load(step.stage, key):
+                    return artifact
             except Damaged as fault:
                 log.warning("%s; building it again", fault)
                 _discard(self.root / step.stage / key)
@@ -85,12 +85,12 @@ class Store:
     def open(self, stage: str, key: str) -> Artifact:
         """An artifact that must be there, else an InputError."""
         try:
-            found = self.load(stage, key)
+            artifact = self.load(stage, key)
         except Damaged as fault:
             raise InputError(f"{fault}; run the command that made it again") from None
-        if found is None:
+        if artifact is None:
             raise InputError(f"no artifact {stage}/{key} in {self.root}; run what makes it first")
-        return found
+        return artifact
 
     def load(self, stage: str, key: str, full: bool = False) -> Artifact | None:
         """The artifact if it is there, verified (see `manifest.verified`); else None or Damaged."""
@@ -104,8 +104,8 @@ class Store:
 
     def folders(self) -> list[Path]:
         """The folders of all artifacts, whole or damaged."""
-        found = self.root.glob("[!.]*/[!.]*")
-        return sorted(path for path in found if path.is_dir())
+        places = self.root.glob("[!.]*/[!.]*")
+        return sorted(path for path in places if path.is_dir())
 
     def orphans(self) -> list[Path]:
         """Temporary folders whose builder was killed."""

@@ -77,7 +77,7 @@ def _under_groups(text: str, groups: Sequence[str]) -> str:
             rules.append(f"\\cmidrule(lr){{{place}-{place + width - 1}}}")
         place += width
     above = re.compile(r"(\\toprule\n.*\\\\\n)")
-    return above.sub(lambda found: f"{found[0]}{' '.join(rules)}\n", text)
+    return above.sub(lambda match: f"{match[0]}{' '.join(rules)}\n", text)
 
 
 def _fitted(text: str) -> str:
@@ -99,8 +99,8 @@ def _long(text: str, caption: str, columns: int) -> str:
 
 def cell(text: str, bold: bool = False) -> str:
     """The text of a cell; 4.5e7, >1e4, inf and a minus as mathematics, which Styler's escape is not."""
-    if found := POWER.fullmatch(text):
-        sign, number, exponent = found.groups()
+    if match := POWER.fullmatch(text):
+        sign, number, exponent = match.groups()
         power = f"10^{{{exponent}}}" if number == "1" else f"{number}\\times10^{{{exponent}}}"
         return f"$\\mathbf{{{sign}{power}}}$" if bold else f"${sign}{power}$"
     if text == "inf":

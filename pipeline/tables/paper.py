@@ -53,7 +53,7 @@ def status(command: Callable[[], object]) -> int:
     from pipeline.run import errors
 
     try:
-        return errors.told(command)
+        return errors.exit_status(command)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
         return 130

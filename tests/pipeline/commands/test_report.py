@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pipeline.commands import report
 from pipeline.commands.cli import main
 from pipeline.results import lookup
-from pipeline.run import inputs
+from pipeline.run import models
 from pipeline.run.jobs import jobs
 from pipeline.tables import paper
 from tests.pipeline.conftest import CONF, Finished, Tiny
@@ -100,7 +100,7 @@ def overrides(tiny_run: Tiny) -> list[str]:
 @pytest.fixture(scope="module")
 def text(folder, overrides) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "load", None)  # nothing loads a model
+        patch.setattr(models, "load", None)  # nothing loads a model
         done = made(folder, *STUDY, *overrides)
     assert done.code == 0, done.err
     return page(folder).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.commands import launch
 from pipeline.results.folders import RunFolder
-from pipeline.run import failures, inputs, runner
+from pipeline.run import failures, models, runner
 from stages import evaluation
 from stages.errors import InputError
 from tests.pipeline.conftest import Finished
@@ -52,9 +52,9 @@ class Broken:
 @pytest.fixture
 def no_model() -> Iterator[None]:
     """Other tests leave theirs in memory."""
-    inputs.forget()
+    models.forget()
     yield
-    inputs.forget()
+    models.forget()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, InputError])
@@ -95,7 +95,7 @@ def test_it_would_stay_if_its_error_or_the_cache_kept_it(
         monkeypatch.setattr(failures, "record", keeping)
         monkeypatch.setattr(failures.traceback, "clear_frames", lambda frames: None)
     else:
-        monkeypatch.setattr(inputs, "forget", lambda: None)
+        monkeypatch.setattr(models, "forget", lambda: None)
     command(tmp_path, *SWEEP)
     assert broken.alive == [0, 1]
 

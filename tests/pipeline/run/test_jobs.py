@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands import plan
-from pipeline.run import inputs, runner
+from pipeline.run import models, runner
 from pipeline.run.chain import chain
 from pipeline.run.jobs import jobs
 from pipeline.store.store import Store
@@ -82,7 +82,7 @@ def test_the_keys_behind_a_prefix_are_known_before_it_is_found(transform, settin
 
 def test_a_stored_run_gives_its_row_without_loading_a_model(swept, tiny_run, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(inputs, "load", forbidden)
+    monkeypatch.setattr(models, "load", forbidden)
     job = jobs([*tiny_run.overrides, *SWEEP])[3]
     run, missing = runner.stored(job.settings)
     row, sites = run.collect()
@@ -101,7 +101,7 @@ def test_what_the_store_lacks_is_named(swept, tiny_run, folder, monkeypatch):
 
 def test_a_plan_counts_what_is_stored_and_shared(swept, tiny_run, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(inputs, "load", forbidden)
+    monkeypatch.setattr(models, "load", forbidden)
     overrides = [*tiny_run.overrides, "experiment=none", "coding=gated"]
     # T=4 is there but for other windows; T=7 is new; the third repeats the second
     chosen = [jobs([*overrides, t])[0] for t in ("timesteps=4", "timesteps=7", "timesteps=7")]

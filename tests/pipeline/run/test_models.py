@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from pipeline.commands import energy, sites
 from pipeline.results.rows import apart, distinct, result_frame
-from pipeline.run import inputs, runner
+from pipeline.run import models, runner
 from pipeline.run.settings import Settings
 from pipeline.store import provenance
 from pipeline.store.step import code_hash
@@ -106,15 +106,15 @@ def test_an_id_that_is_given_wins_over_the_packaged_file(settings: Make, tmp_pat
     def config(hub: str, revision: str | None) -> Any:
         return SimpleNamespace(model_type="opt", _commit_hash=f"commit of {hub} {revision}")
 
-    monkeypatch.setattr(inputs, "_hub_config", config)
+    monkeypatch.setattr(models, "_hub_config", config)
     chosen = settings(tmp_path, "model.path=null", UNNAMED, "model.hub=org/Net-1b")
     assert chosen.model.name == "Net-1b" and chosen.axes["model"] == "Net-1b"
-    source = inputs.model_source(chosen.model, Store(tmp_path), "cpu")
+    source = models.model_source(chosen.model, Store(tmp_path), "cpu")
     assert source.source == "org/Net-1b"
-    assert inputs._rules(chosen.model) == code_hash(("stages.model.architectures.opt",))
+    assert models._rules(chosen.model) == code_hash(("stages.model.architectures.opt",))
     packaged = settings(tmp_path, "model.path=null", UNNAMED)
     assert packaged.model.name == "smollm2-135m"
-    assert inputs.model_source(packaged.model, Store(tmp_path), "cpu").key() != source.key()
+    assert models.model_source(packaged.model, Store(tmp_path), "cpu").key() != source.key()
     assert "asset model" in runner.stored(packaged)[0].chain.sources
     assert "asset model" not in runner.stored(chosen)[0].chain.sources
 
@@ -131,7 +131,7 @@ def test_an_id_that_is_given_wins_over_the_packaged_file(settings: Make, tmp_pat
 def test_what_a_model_cannot_read_is_refused_before_it_is_loaded(
     settings: Make, tmp_path, overrides, message, monkeypatch
 ):
-    monkeypatch.setattr(inputs, "load", None)
+    monkeypatch.setattr(models, "load", None)
     with pytest.raises(InputError, match=message):
         runner.execute(settings(tmp_path, *overrides))
     assert not list(tmp_path.glob("*/*/manifest.json"))

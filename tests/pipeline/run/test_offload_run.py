@@ -3,16 +3,16 @@
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.run import inputs, runner
+from pipeline.run import models, runner
 from stages.model.offload import offloaded
 
 OFFLOAD = ("runtime=offload", "runtime.offload.boundary=disk", "runtime.batch=4")
 
 
 def test_a_run_from_disk_has_the_keys_and_results_of_one_in_memory(settings, tmp_path):
-    inputs.forget()
+    models.forget()
     there, sites, _ = runner.execute(settings(tmp_path / "memory"))
-    inputs.forget()
+    models.forget()
     lazy, own, run = runner.execute(settings(tmp_path / "disk", *OFFLOAD))
     assert offloaded(run.model.load()[0]) is not None
     assert lazy["keys"] == there["keys"] and not any(lazy["hits"].values())
@@ -22,10 +22,10 @@ def test_a_run_from_disk_has_the_keys_and_results_of_one_in_memory(settings, tmp
         for where in ("memory", "disk")
     ]
     assert all((sketches[0][name] == sketches[1][name]).all() for name in sketches[0])
-    inputs.forget()
+    models.forget()
     again, *_ = runner.execute(settings(tmp_path / "memory", *OFFLOAD))
     assert all(again["hits"].values())
-    inputs.forget()
+    models.forget()
 
 
 @pytest.mark.parametrize(

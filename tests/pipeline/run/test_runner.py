@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.run import inputs, runner, stages, texts
+from pipeline.run import models, runner, stages, texts
 from pipeline.run.settings import Settings
 from stages.errors import InputError
 from stages.fits.statistics import RunningMaximum
@@ -31,14 +31,14 @@ def forbidden(*args: Any, **kwargs: Any) -> Any:
 def loads(monkeypatch) -> list[str]:
     """The sources of the models that are loaded from now on."""
     found: list[str] = []
-    load = inputs.load
+    load = models.load
 
     def counted(source: str, **options: Any) -> Any:
         found.append(source)
         return load(source, **options)
 
-    monkeypatch.setattr(inputs, "load", counted)
-    inputs._loaded.cache_clear()
+    monkeypatch.setattr(models, "load", counted)
+    models._loaded.cache_clear()
     return found
 
 
@@ -55,7 +55,7 @@ def test_a_run_loads_its_model_once_and_none_the_second_time(coding, settings, t
     chosen = settings(tmp_path, f"coding={coding}")
     first, *_ = runner.execute(chosen)
     assert loads == [chosen.model.path] and not any(first["hits"].values())
-    inputs._loaded.cache_clear()
+    models._loaded.cache_clear()
     second, *_ = runner.execute(chosen)
     assert len(loads) == 1 and all(second["hits"].values())
     assert second | {"hits": first["hits"]} == first
@@ -64,7 +64,7 @@ def test_a_run_loads_its_model_once_and_none_the_second_time(coding, settings, t
 def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkeypatch):
     chosen = settings(built)
     for module, name in (
-        (inputs, "load"),
+        (models, "load"),
         (texts, "read_documents"),
         (texts, "tokenise"),
         (type(chosen.capture), "run"),
@@ -75,7 +75,7 @@ def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkey
         (stages, "account"),
     ):
         monkeypatch.setattr(module, name, forbidden)
-    inputs._loaded.cache_clear()
+    models._loaded.cache_clear()
     result, sites, _ = runner.execute(chosen)
     assert all(result["hits"].values()) and len(sites) == 21
 
@@ -268,7 +268,7 @@ def test_dense_under_a_transform_is_the_dense_model_with_its_costs(settings, bui
     assert (additions[1] - additions[0]) * 1e9 == pytest.approx(4 * tokens)
     products = [result["macs_G"] for result, *_ in (plain, rotated, behind)]
     assert (products[1] - products[0]) * 1e9 == pytest.approx(3 * tokens)
-    found = json.loads((behind[2].artifacts["prefix"].path / inputs.PREFIX).read_text())
+    found = json.loads((behind[2].artifacts["prefix"].path / models.PREFIX).read_text())
     assert found["ids"] == [256]  # the model's weights are random: it has no outliers
     per_pair = 2 * 4 * (2 * 8 + 3)  # both products of 4 heads in 2 layers, and their softmax
     assert (products[2] - products[1]) * 1e9 == pytest.approx(per_pair * 48)
@@ -293,7 +293,7 @@ def test_the_scales_of_norms_are_fused_where_that_is_asked(settings, tmp_path, m
     assert fused == []
     model, _ = asked.load()
     assert fused == [model]
-    inputs.forget()
+    models.forget()
 
 
 def test_the_seed_of_a_rotation_and_the_search_of_a_prefix_make_other_artifacts(settings, built):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from pipeline.results import published
-from pipeline.run import inputs
+from pipeline.run import models
 from pipeline.tables import layouts, paper, sheet
 from stages.errors import InputError
 from tests.pipeline.tables.papers import (
@@ -25,7 +25,7 @@ from tests.pipeline.tables.test_latex import check_latex, compile_latex
 
 
 def test_main_has_what_the_runs_measured(swept, monkeypatch):
-    monkeypatch.setattr(inputs, "load", forbidden)
+    monkeypatch.setattr(models, "load", forbidden)
     done = swept.table("table=main", "experiment=codings", *AXES)
     assert done.code == 0, done.err
     frame, measured = swept.read("main"), by_name(swept.results)

@@ -26,7 +26,7 @@ from stages.transforms.transform import Transform, Untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PREFIX = "prefix.json"  # what the search for a prefix found
+PREFIX = "prefix.json"  # the tokens that the search for a prefix has chosen
 
 
 class Weights(Stage):
@@ -181,8 +181,8 @@ def _hashed(parts: dict[str, Any]) -> str:
 
 
 def _rules(spec: ModelSpec) -> str | None:
-    """The hash of the role rules of a model's family; None where there are none, which is told when
-    its sites are looked for."""
+    """The hash of the role rules of a model's family; None where there are none, an error
+    once its sites are looked for."""
     kind = spec.dims.get("model_type")
     if spec.path is not None:
         kind = _model_type(Path(spec.path).expanduser() / "config.json")
@@ -196,12 +196,12 @@ def _rules(spec: ModelSpec) -> str | None:
 
 def _model_type(config: Path) -> str | None:
     try:
-        found: str | None = json.loads(config.read_text())["model_type"]
-    except FileNotFoundError:  # which is told when the model is loaded
+        model_type: str | None = json.loads(config.read_text())["model_type"]
+    except FileNotFoundError:  # an error once the model is loaded
         return None
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{config} cannot be read, or names no model_type: {error}") from error
-    return found
+    return model_type
 
 
 def _commit(hub: str, revision: str | None) -> str:
