@@ -19,6 +19,7 @@ from pipeline.store import manifest
 from pipeline.store.manifest import Damaged
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
+from pipeline.tables.tables import check_columns
 
 # What a build's time grows with, where its fields say so: tokens or questions.
 SIZES = (("count", "length"), ("windows", "length"), ("items",))
@@ -72,6 +73,8 @@ def _short(names: Iterable[str]) -> str:
 
 def _checked(settings: Settings) -> Chain:
     """The steps of a job, which is refused where that needs no more than a look."""
+    read = settings.evaluation
+    check_columns(settings.table.columns, read.corpora, read.tasks)
     steps = chain(settings, Store(Path(settings.store.path)))
     checks.planned(steps)
     return steps

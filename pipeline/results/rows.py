@@ -43,7 +43,7 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     The name of the row is shown where the other names leave rows of several names alike, and so is the
     setting: overrides of the job that no column shows.
     """
-    rows = _set([dict(row) | {"fitting_s": _fitting_seconds(row)} for row in results])
+    rows = _set([dict(row) for row in results])
     rows = [row | {"environment": environment(row)} for row in _over_dense(_named(rows))]
     names = list(dict.fromkeys(name for row in rows for name in row))
     accuracy = [name for name in names if name.startswith("acc_")]
@@ -175,14 +175,6 @@ def _set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     common = set.intersection(*given) if given else set()
     settings = [" ".join(sorted(each - common)).replace("coding.", "") for each in given]
     return [row | {"setting": setting or None} for row, setting in zip(rows, settings, strict=True)]
-
-
-def _fitting_seconds(result: Mapping[str, Any]) -> float | None:
-    """Seconds of fitting and of the statistics it needs, where anything was fitted."""
-    seconds = result.get("seconds") or {}
-    if "fitting" not in seconds:
-        return None
-    return sum(t for stage, t in seconds.items() if stage.split()[0] in ("fitting", "statistics"))
 
 
 def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

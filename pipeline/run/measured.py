@@ -20,6 +20,7 @@ from stages.evaluation import Perplexity
 LIBRARIES = ("torch", "transformers")
 # The stages that run a model; the others compute on the processor with what these have left.
 RUNNING = ("prefix", "capture", "statistics", "patching", "evaluation")
+FITTING = ("statistics", "fitting")
 CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
 T = TypeVar("T")
 U = TypeVar("U")
@@ -94,8 +95,9 @@ def row(
     columns = ("model", "transform", "coding", "row", "grains", "timesteps")
     result = {name: settings.axes[name] for name in columns} | _kind(settings.coding)
     result |= numbers(measured, sites)
-    converted = [each.seconds for each in artifacts.values() if each.stage in CONVERSION]
-    result["conversion_s"] = round(sum(converted), 3) if converted else None
+    for name, stages in (("fitting_s", FITTING), ("conversion_s", CONVERSION)):
+        seconds = [each.seconds for each in artifacts.values() if each.stage in stages]
+        result[name] = round(sum(seconds), 3) if seconds else None
     if measured.anytime is not None:
         result["anytime"] = _json(measured.anytime, "anytime.json")
     energy = _energy(measured)

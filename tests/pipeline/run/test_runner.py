@@ -229,6 +229,10 @@ def test_the_numbers_of_a_row_are_those_of_its_artifacts(settings, built):
     )
     built_in = [run.artifacts[stage].manifest["seconds"] for stage in FOUR]
     assert result["conversion_s"] == pytest.approx(sum(built_in), abs=1e-3)
+    assert result["fitting_s"] == pytest.approx(built_in[FOUR.index("fitting")], abs=1e-3)
+    measured, *_ = runner.execute(settings(built, "coding=gated_budget", "timesteps=4"))
+    of_two = measured["seconds"]["statistics sensitivity"] + measured["seconds"]["fitting"]
+    assert measured["fitting_s"] == pytest.approx(of_two, abs=1e-3)
 
 
 def test_a_failed_stage_keeps_what_was_built_before_it(settings, tmp_path, monkeypatch):
