@@ -40,7 +40,9 @@ class Page(HTMLParser):
         super().__init__()
         self.figure, self.cell, self.words = "", False, ""
         self.tables: dict[str, list[list[str]]] = {}
-        style = "".join(re.findall(r"([^}]*){\s*font-weight: bold;\s*}", text))
+        styles = "".join(part.partition("</style>")[0] for part in text.split("<style")[1:])
+        rules = (rule.partition("{") for rule in styles.split("}"))
+        style = " ".join(ids for ids, _, looks in rules if "font-weight: bold" in looks)
         self.strong, self.bold = set(re.findall(r"#([\w-]+)", style)), set[str]()
         self.links: list[str] = []
         self.tags: list[str] = []
@@ -155,7 +157,7 @@ def test_shared_and_different_configuration_make_the_whole(rows):
     for row, own in zip(rows, different, strict=True):
         whole: Any = OmegaConf.to_container(row.job.config, resolve=True)
         assert shared | own == report._flat(whole) and not set(shared) & set(own)
-    assert {own["label"] for own in different} == {"dense", "las", "gated2"}
+    assert {own["row"] for own in different} == {"dense", "las", "gated2"}
     assert shared["model.name"] == "tiny" and "coding.grains" not in shared
 
 
