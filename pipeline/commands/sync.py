@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.commands import sweep
 from pipeline.results.folders import ENDED, RunFolder
-from pipeline.run.errors import one_line
+from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.shipped import CONF
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
@@ -37,8 +37,8 @@ def main(work: Callable[[Changes], int], overrides: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return work(_changes(overrides))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except REFUSED as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

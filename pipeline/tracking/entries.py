@@ -174,7 +174,8 @@ def _axes(job: RunFolder, axes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(config: DictConfig) -> dict[str, Any]:
     """Every field of the groups that determine a result, by group.field."""
-    groups: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(GROUPS)), resolve=True)
+    whole: Any = OmegaConf.to_container(config, resolve=True)
+    groups = {group: whole[group] for group in GROUPS}
     leaves = {name.replace("/", "."): value for name, value in flat(groups).items()}
     return {n: v for n, v in leaves.items() if not n.rpartition(".")[2].startswith("_")}
 

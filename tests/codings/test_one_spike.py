@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages import patching
 from stages.codings.base import squared_error
 from stages.codings.one_spike import OneSpike
 from stages.errors import InputError
@@ -179,7 +178,7 @@ def test_a_patched_model_attends_by_spike_times(model, tokens, convert, monkeypa
     ids = tokens(2, 12, seed=3)
     with torch.no_grad():
         dense = model(ids).logits
-        monkeypatch.setattr(patching, "SpikingPort", Recorded)
+        monkeypatch.setattr("stages.ports.patched.SpikingPort", Recorded)
         with patched(model, conversion) as sites:
             spiking = model(ids).logits
     assert sites == len(seen) == 2

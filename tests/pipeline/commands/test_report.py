@@ -185,13 +185,13 @@ def test_the_same_store_gives_the_same_page(text, folder, overrides):
 
 
 def test_missing_rows_of_all_experiments_are_named(tmp_path, overrides):
-    experiments = ("+study.experiments.frontier=[grains]", "timesteps=4", "transform=none")
+    experiments = ("+study.experiments.main_table=[grains]", "timesteps=4", "transform=none")
     done = made(tmp_path, *STUDY, *experiments, *overrides)
     assert done.code == 1 and not (tmp_path / "outputs").exists()
-    for name in ("quickstart", "frontier"):
+    for name in ("quickstart", "main_table"):
         assert f"{name}: 3 of 3 rows are not in outputs/store" in done.err
     assert "dense lacks evaluation ppl_wikipedia, evaluation acc_piqa, energy;" in done.err
-    assert done.err.count("\n") == 2 * len(("quickstart", "frontier")) + 1
+    assert done.err.count("\n") == 2 * len(("quickstart", "main_table")) + 1
     last = done.err.splitlines()[-1]
     assert "python -m pipeline report quickstart" in last and "study.fill=true" in last
 

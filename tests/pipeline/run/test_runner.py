@@ -16,7 +16,6 @@ from torch import Tensor
 from pipeline.run import models, runner, stages, texts
 from pipeline.run.settings import Settings
 from stages.errors import InputError
-from stages.fits.statistics import RunningMaximum
 from stages.transforms.rotation import online_rotation
 
 Make = Callable[..., Settings]
@@ -154,10 +153,11 @@ def test_every_window_begins_with_the_token_of_the_model(settings, built, monkey
     for place, name in (
         (type(chosen.capture), "run"),
         (type(chosen.patching), "run"),
-        (RunningMaximum, "run"),
         (stages.evaluation, "perplexity"),
     ):
         monkeypatch.setattr(place, name, noted(getattr(place, name), f"{place.__name__}"))
+    measuring = stages.measuring
+    monkeypatch.setattr(stages, "measuring", lambda each: noted(measuring(each), "statistic"))
     runner.execute(chosen)
     assert len(seen) == 4
     assert all(bool((ids[:, 0] == 256).all()) and ids.shape[1] == 48 for ids in seen.values())

@@ -127,7 +127,7 @@ def test_grains_is_a_matrix_of_n_by_t(swept):
     assert done.code == 0, done.err
     frame, measured = swept.read("grains"), by_name(swept.results)
     assert list(frame["method"]) == ["dense", "multigrain", "gated", "gated"]
-    for name, row in zip(axes[8:].split(","), frame.to_dict("records"), strict=True):
+    for name, row in zip(axes.partition("=")[2].split(","), frame.to_dict("records"), strict=True):
         for t in (4, 5):
             result = measured[name, None if name == "dense" else t]
             mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2

@@ -51,7 +51,7 @@ def test_what_is_printed_has_every_promised_column_in_120_characters():
         *("acc_piqa", "acc_arc_challenge", "spikes_per_value", "energy_J", "saving"),
     ]
     assert len(rule.split()) == len(names)
-    for word in ("gated2_offset", "lr_bases=1e-3", "1.2e5", ">9999 %", "46 ± 5", "0.816", "54.3 %"):
+    for word in ("gated2_offset", "base_lr=1e-3", "1.2e5", ">9999 %", "46 ± 5", "0.816", "54.3 %"):
         assert word in text
     assert "wikipedia (8 windows of 1024 tokens)" in made.caption and "T = 6" in made.caption
 
@@ -97,7 +97,7 @@ def test_columns_are_chosen_by_the_names_of_the_csv():
     ]
     last = shown_sheet(made)[-1]
     told = (last["coding"], last["row"], last["n"])
-    assert told == ("gated lr_bases=1e-3", "gated2_offset", "2")
+    assert told == ("gated base_lr=1e-3", "gated2_offset", "2")
     assert last["conversion [s]"] == "12.3" and last["bits"] == "–"  # what no row has is undefined
     assert "Conversion: capture to patching" in made.caption and "Perplexity" not in made.caption
     with pytest.raises(InputError, match=r"table.columns: got savings; did you mean saving "):
@@ -150,21 +150,21 @@ def test_rows_of_different_environments_are_named_under_the_table(tmp_path):
     assert "environment" not in rows.result_frame(SWEEP)  # results of before
 
 
-def artifact(torch: str, device: str) -> Artifact:
+def artifact(stage: str, torch: str, device: str) -> Artifact:
     versions = {"torch": torch, "transformers": "5.24.1"}
     built = {"versions": versions, "machine": {"device": device}}
-    return Artifact("s", "k", Path(), built, hit=True)
+    return Artifact(stage, "k", Path(), built, hit=True)
 
 
 def test_an_environment_is_that_of_the_stages_that_run_a_model():
     found = environments(
-        {
-            "distribution": artifact("2.13.9", "the processor beside it"),
-            "capture": artifact("2.13.0+cu128", "a GPU"),
-            "fitting": artifact("2.14.0", "a processor"),
-            "evaluation ppl_x": artifact("2.13.1", "a GPU"),
-            "evaluation acc_y": artifact("2.13.1", "another GPU"),
-        }
+        [
+            artifact("distribution", "2.13.9", "the processor beside it"),
+            artifact("capture", "2.13.0+cu128", "a GPU"),
+            artifact("fitting", "2.14.0", "a processor"),
+            artifact("evaluation", "2.13.1", "a GPU"),
+            artifact("evaluation", "2.13.1", "another GPU"),
+        ]
     )
     same = {"torch": "2.13", "transformers": "5.24"}
     assert found == [
