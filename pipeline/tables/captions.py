@@ -20,7 +20,7 @@ CONVENTIONS = (
     "the same convention."
 )
 GRAINS = (
-    "n: grains of steps in time for multigrain; for gated neurons an activation, which are log2 n "
+    "n: grains of steps in time for multigrain; for gated, neurons an activation, so log2 n "
     "bits more."
 )
 
