@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -86,7 +87,9 @@ def gc(
         named = set() if keep_file is None else _named(keep_file)
         for experiment in experiments:
             named |= _reachable(store, experiment)
-        doomed += _unneeded(store, days, named, keep_file or experiments)
+        kept = [f"--keep {shlex.quote(shlex.join(words))}" for words in experiments]
+        kept += [] if keep_file is None else [f"--keep-file {keep_file}"]
+        doomed += _unneeded(store, days, named, " ".join(kept))
     for path in doomed:
         done = "would delete"
         if delete:
@@ -96,7 +99,7 @@ def gc(
     return 0
 
 
-def _unneeded(store: Store, days: float | None, named: set[str], source: Any) -> list[Path]:
+def _unneeded(store: Store, days: float | None, named: set[str], source: str) -> list[Path]:
     """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
     known = {path: _read(path) for path in store.folders()}
     if source and not named & {path.name for path in known}:

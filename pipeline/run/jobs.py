@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run.axes import swept
 from pipeline.run.grammar import parsed
@@ -55,8 +55,8 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
         lines = [str(o.input_line) for o in given if not str(o.key_or_group).startswith("hydra")]
         sweep = swept(
             lines,
-            hydra.sweeper.params or {},
-            hydra.sweeper.rows or {},
+            OmegaConf.select(hydra, "sweeper.params") or {},
+            OmegaConf.select(hydra, "sweeper.rows") or {},  # a sweeper of Hydra has none
             hydra.runtime.choices.coding,
         )
         for note in sweep.notes:

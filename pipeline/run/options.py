@@ -6,6 +6,7 @@ Where a stage would fail on a null or a word with an error of its own, the optio
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import types
 import typing
@@ -23,8 +24,8 @@ from stages.errors import InputError
 if typing.TYPE_CHECKING:
     from pipeline.run.settings import Settings
 
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-SEVERAL = {int: "whole numbers", float: "numbers", str: "names"}
+KINDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+SEVERAL = {int: "whole numbers", float: "finite numbers", str: "names"}
 NONE = type(None)
 
 
@@ -112,7 +113,8 @@ def _fits_one(value: Any, kind: Any) -> bool:
         element = next((arg for arg in typing.get_args(kind) if arg is not ...), Any)
         return isinstance(value, list) and all(_fits(each, element) for each in value)
     if kind is float:
-        return type(value) in (int, float)
+        # Keys and exports are JSON, which has neither nan nor inf.
+        return type(value) is int or (type(value) is float and math.isfinite(value))
     if kind in (int, str, bool, NONE):
         return type(value) is kind
     if origin is Mapping:

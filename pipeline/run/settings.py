@@ -60,6 +60,10 @@ class TableSpec:
     columns: Sequence[str] | None
     wide: bool
 
+    def __post_init__(self) -> None:
+        if self.columns is not None and not self.columns:
+            raise InputError("table.columns=[]: give names of columns, or null for the usual ones")
+
 
 @dataclass(frozen=True)
 class Runtime:

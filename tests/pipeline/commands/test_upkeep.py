@@ -170,6 +170,8 @@ def test_gc_keeps_what_an_experiment_reaches(tiny_run: Tiny, command, tmp_path: 
     found = {path.name for path in Store(root).folders()}
     assert kept <= found and not lost & found
     assert {path.parent.name for path in Store(root).folders()} >= {"tokens", "capture"}
+    absent = cli(root, "gc", "--keep", "none coding=las timesteps=9", "--yes")
+    assert absent.code == 2 and "--keep 'none coding=las timesteps=9' names" in absent.err
     unknown = cli(root, "gc", "--keep", "nonsense", "--yes")
     assert (unknown.code, unknown.err.count("\n")) == (2, 1)
     assert "nonsense" in unknown.err and {p.name for p in Store(root).folders()} == found

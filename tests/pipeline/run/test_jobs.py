@@ -145,6 +145,27 @@ def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
     assert bad.code == 1 and bad.err.count("\n") == 1 and "nonsense" in bad.err
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_a_plan_refuses_a_place_that_a_run_would(store, tiny_run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    place = ["store.path=full/file"] if store else ["export.enabled=true", "export.folder=full"]
+    for verb in (["plan"], []):
+        done = main_in(tmp_path, [*verb, *tiny_run.overrides, "coding=las", *place])
+        assert done.code == 1 and "full" in done.err.splitlines()[-1].rpartition(place[-1])[2]
+        assert re.search(r"is not empty; give another|nothing can be written", done.err)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_a_sweeper_of_hydra_sweeps_too(tiny_run, tmp_path):
+    sweep = ["coding=dense", "evaluation.windows=1,2", "hydra/sweeper=basic"]
+    planned = main_in(tmp_path, ["plan", *tiny_run.overrides, *sweep])
+    assert planned.code == 0 and "2 jobs" in planned.out, planned.err
+    done = main_in(tmp_path, [*tiny_run.overrides, *sweep])
+    assert done.code == 0, done.err
+    assert [each["evaluation"]["wikipedia"]["windows"] for each in done.results] == [1, 2]
+
+
 def test_a_plan_that_no_command_line_asks_for_runs_nothing_either(tiny_run, tmp_path):
     done = main_in(tmp_path, [*tiny_run.overrides, "experiment=none", "++runtime.plan=true"])
     assert done.code == 1 and "runtime.plan=true on the command line" in done.err
