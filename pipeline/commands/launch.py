@@ -141,8 +141,7 @@ def _overrides() -> list[str]:
     """The job's overrides as a person types them: an interpolation in one has no value in Hydra's node."""
     hydra = HydraConfig.get()
     every: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore[assignment]
-    rows = OmegaConf.select(hydra, "sweeper.rows") or {}  # a sweeper of Hydra has none
-    return axes.typed(every, rows)
+    return axes.typed(every, axes.of_sweeper(hydra, "rows"))
 
 
 def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:

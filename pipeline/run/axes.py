@@ -80,6 +80,11 @@ def swept(
     )
 
 
+def of_sweeper(hydra: Any, name: str) -> dict[str, Any]:
+    """The `rows` or `params` of a composed sweeper; a sweeper of Hydra's may have none."""
+    return dict(hydra.sweeper[name] or {}) if name in hydra.sweeper else {}
+
+
 def overrides(row: Row) -> tuple[str, ...]:
     """What the name of a row stands for, as it is typed."""
     return tuple(f"{key}={text(value)}" for key, value in row.items())

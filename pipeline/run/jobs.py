@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pipeline.run.axes import swept
+from pipeline.run.axes import of_sweeper, swept
 from pipeline.run.grammar import parsed
 from pipeline.run.options import settings
 from pipeline.run.overrides import settled
@@ -55,8 +55,8 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
         lines = [str(o.input_line) for o in given if not str(o.key_or_group).startswith("hydra")]
         sweep = swept(
             lines,
-            OmegaConf.select(hydra, "sweeper.params") or {},
-            OmegaConf.select(hydra, "sweeper.rows") or {},  # a sweeper of Hydra has none
+            of_sweeper(hydra, "params"),
+            of_sweeper(hydra, "rows"),
             hydra.runtime.choices.coding,
         )
         for note in sweep.notes:
