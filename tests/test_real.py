@@ -161,7 +161,7 @@ def test_the_model_is_plain_safetensors_after_the_first_time(run: runner.Run) ->
 def test_the_model_from_disk_is_the_one_in_memory(run: runner.Run) -> None:
     """Layer by layer, to the bit: loss and counters of a window of real text."""
     lazy = runner.start(configured("runtime=offload", "evaluation.tasks=[]")).model
-    assert lazy.key == run.model.key
+    assert lazy.key() == run.model.key()
     step = run.chain.tokens["wikipedia", "evaluation"].build(run.store, run.runtime)
     ids = corpus.windows(load_tokens(step), 1, 256)
     found = [perplexity(model.load()[0], ids, None, 1, "wikipedia") for model in (run.model, lazy)]
