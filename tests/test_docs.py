@@ -213,7 +213,7 @@ def test_the_notebook_runs_and_shows_its_figures(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_options_are_those_of_the_yamls() -> None:
-    """`make conf/README.md` writes the page anew."""
+    """`make conf/README.md` writes the page."""
     assert runpy.run_path(str(CONF / "document.py"))["document"]() == page("conf/README.md")
 
 

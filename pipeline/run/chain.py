@@ -23,7 +23,6 @@ class Chain:
     settings: Settings
     model: ModelSource
     measured: Measured[Stage]
-    energy: stages.Energy
     tokens: dict[tuple[str, Purpose], Tokens]
     prefix: stages.Prefix | None = None
     statistics: dict[str, stages.Statistics] = field(default_factory=dict)
@@ -40,8 +39,9 @@ class Chain:
         fitted = (self.capture, self.distribution, self.fitting, self.patching)
         conversion = (self.prefix, *self.statistics.values(), *fitted)
         measured = [*self.measured.perplexities.values(), self.measured.anytime]
-        measured += [*self.measured.accuracies.values(), self.energy, self.export]
-        return {stage.label: stage for stage in (*conversion, *measured) if stage is not None}
+        measured += [*self.measured.accuracies.values(), self.measured.energy]
+        every = (*conversion, *measured, self.export)
+        return {stage.label: stage for stage in every if stage is not None}
 
     @cached_property
     def sources(self) -> dict[str, Stage]:
@@ -85,7 +85,7 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     )
     if s.export.enabled:
         parts["export"] = stages.Exported.of(s, model, parts["fitting"], measured)
-    return Chain(s, model, measured, energy, tokens, **parts)
+    return Chain(s, model, measured, tokens, **parts)
 
 
 def _conversion(s: Settings, read: dict[str, Source]) -> dict[str, Any]:

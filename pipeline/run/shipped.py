@@ -65,12 +65,13 @@ def entries(group: str, conf: Path = CONF) -> list[str]:
     return [name for file in sorted((conf / group).glob("*.yaml")) for name in _yaml(file)]
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted key."""
+def leaves(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their keys, joined with a separator."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        path = f"{prefix}{key}"
         nested = isinstance(value, Mapping)
-        flat |= leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= leaves(value, separator, path + separator) if nested else {path: value}
     return flat
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from pipeline.run.shipped import leaves
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import view
 from pipeline.tracking.relocation import relocate
@@ -135,7 +136,7 @@ class Database:
         self.client.log_batch(
             run_id,
             [Metric(name, value, round(1000 * entry.ended), 0) for name, value in metrics.items()],
-            [Param(name, str(value)) for name, value in flat(entry.params).items()],
+            [Param(name, str(value)) for name, value in leaves(entry.params, "/").items()],
             [RunTag(name, value) for name, value in tags.items()],
         )
         if entry.inputs:
@@ -259,7 +260,7 @@ def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics and tags of an entry."""
     metrics: dict[str, float] = {}
     tags = dict(entry.tags)
-    for name, value in flat(entry.result).items():
+    for name, value in leaves(entry.result, "/").items():
         if not isinstance(value, int | float):
             tags |= {} if value is None else {name: str(value)}
         elif math.isfinite(value):
@@ -267,12 +268,3 @@ def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
         else:
             tags[f"nonfinite.{name}"] = str(value)
     return metrics, tags
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their names joined with `/`."""
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        leaves |= flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
-    return leaves

@@ -17,8 +17,9 @@ from pipeline.results import naming
 from pipeline.results.folders import ENDED, FAILED, KINDS, MULTIRUN, RunFolder
 from pipeline.results.rows import distinct, result_frame, sweep_results
 from pipeline.run.settings import entry
+from pipeline.run.shipped import leaves
 from pipeline.store import manifest
-from pipeline.tracking.database import COMPUTATION, Entry, flat
+from pipeline.tracking.database import COMPUTATION, Entry
 from stages.model.sources import HubText, PackageFile
 
 if TYPE_CHECKING:
@@ -176,8 +177,7 @@ def _fields(config: DictConfig) -> dict[str, Any]:
     """Every field of the groups that determine a result, by group.field."""
     whole: Any = OmegaConf.to_container(config, resolve=True)
     groups = {group: whole[group] for group in GROUPS}
-    leaves = {name.replace("/", "."): value for name, value in flat(groups).items()}
-    return {n: v for n, v in leaves.items() if not n.rpartition(".")[2].startswith("_")}
+    return {n: v for n, v in leaves(groups).items() if not n.rpartition(".")[2].startswith("_")}
 
 
 def _tags(job: RunFolder, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:

@@ -156,7 +156,7 @@ class Peak(threading.Thread):
 
 
 def convert(folder: Path, dtype: str, boundary: str) -> dict[str, Any]:
-    """Seconds and peaks of every stage, told as each ends."""
+    """Seconds and peaks of every stage, printed as each ends."""
     peak, stages = Peak(), {}
     peak.start()
 

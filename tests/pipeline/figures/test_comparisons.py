@@ -1,4 +1,4 @@
-"""Comparing figures: what is drawn equals the data, every series can be told apart, nothing is cut off."""
+"""Comparing figures: what is drawn equals the data, no two series look alike, nothing is cut off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results, tables and failures are looked for where Hydra was told to put them."""
+"""Results, tables and failures are looked for in the folder that Hydra was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published rows: complete, told where they are from, and in agreement with themselves."""
+"""The published rows: complete, with their source, and in agreement with each other."""
 
 import pandas as pd
 import pytest
