@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from pipeline.figures.style import (
+    BARS,
     STYLE,
     WIDTH,
     Array,
@@ -23,6 +24,7 @@ from pipeline.figures.style import (
     legend_beside,
     noted,
 )
+from pipeline.results import uncertainty
 from pipeline.results.columns import DIVERGED
 from pipeline.results.rows import result_frame, row_name, short_setting
 
@@ -37,15 +39,19 @@ LEVEL: dict[str, Any] = {"marker": "", "linestyle": "-."}  # a series that does 
 DENSE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 0.9, "marker": ""}
 OTHER: dict[str, Any] = {"color": "0.82", "linewidth": 0.7, "marker": "", "zorder": 1}
 THIN: dict[str, Any] = {"linewidth": 0.6}  # leads the eye from T to T
+BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}
 FRONT: dict[str, Any] = {"color": "0.6", "linewidth": 3, "alpha": 0.6, "marker": "", "zorder": 1.5}
 PANELS_A_ROW = 3
+RELATIVE = ("perplexity over the dense model's", ", 95 % intervals")
+ABSOLUTE = ("perplexity", " ± standard error")
 AXES = {"timesteps": "timesteps T", "bits": "bits: T + log$_2$ n of n neurons per activation"}
 
 
 def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a run: series, panel (model and transform), timesteps, bits, ppl of the first corpus,
-    energy_J (causal, prefill), dense."""
-    names = [name for result in results for name in result if name.startswith("ppl_")]
+    """One row a run: series, panel (model and transform), timesteps, bits, energy_J (causal, prefill),
+    dense; of the first corpus ppl with its standard error se, ratio to the dense model and the bounds
+    low and high of its 95 % interval."""
+    names, _ = uncertainty.measures(name for result in results for name in result)
     rows = [
         {
             "series": series,
@@ -59,7 +65,26 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for series, result in zip(series_names(results), results, strict=True)
     ]
     numbers = ("timesteps", "bits", "ppl", "energy_J")
-    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
+    return frame.assign(**_errors(results, names[0]))
+
+
+def _errors(results: Sequence[Mapping[str, Any]], ppl: str) -> dict[str, pd.Series]:
+    """The standard error of a perplexity, its ratio to the dense model's, and the interval of that."""
+    ratio = uncertainty.ratio(ppl)
+    names = [
+        ppl,
+        f"{ppl}_se",
+        f"{ppl}_spread",
+        ratio,
+        f"{ratio}_low",
+        f"{ratio}_high",
+        "replicates",
+    ]
+    rows = [{name: result.get(name) for name in names} for result in results]
+    frame = pd.DataFrame(rows, columns=names).astype("float64")
+    low, high = uncertainty.interval(frame, ppl, ratio)
+    return {"se": frame[f"{ppl}_se"], "ratio": frame[ratio], "low": low, "high": high}
 
 
 def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -138,9 +163,10 @@ def perplexity_by(frame: pd.DataFrame, axis: str) -> Figure:
             look = coloured.get(str(series), OTHER)
             if level[series]:
                 axes.axhline(points["height"].iloc[0], **look)
+                axes.axhspan(*points[["lower", "upper"]].iloc[0], color=look["color"], **BAND)
             else:
                 points = points.sort_values(axis)
-                axes.plot(points[axis], points["height"], **look)
+                axes.errorbar(points[axis], points["height"], _bars(points), **look, **BARS)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel(noted(AXES[axis], _diverged(frame)))
     return figure
@@ -163,7 +189,7 @@ def perplexity_by_energy(frame: pd.DataFrame) -> Figure:
             look = coloured.get(str(series), OTHER | {"linestyle": "", "marker": "."})
             look = {"color": "black", "marker": "*"} if points["dense"].any() else look
             points = points.sort_values("energy_J")
-            axes.plot(points["energy_J"], points["height"], **THIN | look)
+            axes.errorbar(points["energy_J"], points["height"], _bars(points), **BARS | THIN | look)
         for _, run in front[front["series"].isin(list(coloured))].iterrows():
             axes.annotate(  # below and left of a point of the front there is no other point
                 f"{run['timesteps']:.0f}",
@@ -237,20 +263,35 @@ def _panels(
     handles = [entry("dense", **DENSE)] if len(dense) else []
     handles += [entry("series of the other rows", **OTHER)] if others else []
     legend_above(figure, [*handles, *more])
-    figure.supylabel("perplexity over the dense model's" if relative else "perplexity")
+    what, bars = RELATIVE if relative else ABSOLUTE
+    figure.supylabel(what + bars * bool(drawn["lower"].notna().any()))
     return figure, cells
 
 
 def _heights(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, bool]:
-    """The runs that did not diverge with their `height`, the dense perplexities of the panels that
-    have other runs, and whether heights are relative to them."""
+    """The runs that did not diverge with their `height` and its bounds, the dense perplexities of the
+    panels that have other runs, and whether heights are relative to them.
+
+    Bounds are those of the 95 % interval of a ratio to the dense model, else a standard error away.
+    """
     drawn = frame[frame["ppl"] <= DIVERGED]
     names = set((drawn if drawn["dense"].all() else drawn[~drawn["dense"]])["panel"])
     dense = drawn[drawn["dense"] & drawn["panel"].isin(names)].groupby("panel")["ppl"].first()
     relative = names <= set(dense.index)
     base = drawn["panel"].map(dense)
-    height = 100 * (drawn["ppl"] / base - 1) if relative else drawn["ppl"]
-    return drawn.assign(height=height), dense, relative
+    if relative:
+        heights = {"height": drawn["ppl"] / base, "lower": drawn["low"], "upper": drawn["high"]}
+        heights = {name: 100 * (value - 1) for name, value in heights.items()}
+    else:
+        errors = {"height": 0, "lower": -drawn["se"], "upper": drawn["se"]}
+        heights = {name: drawn["ppl"] + value for name, value in errors.items()}
+    return drawn.assign(**heights), dense, relative
+
+
+def _bars(points: pd.DataFrame) -> np.ndarray:
+    """How far the bounds of points are below and above them, [2, N]; unknown ones are not drawn."""
+    ends = [points["height"] - points["lower"], points["upper"] - points["height"]]
+    return np.clip(np.array(ends), 0, None)
 
 
 def _dense_title(dense: pd.Series, name: str) -> str:

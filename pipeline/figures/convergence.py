@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.figures.style import ROLES, STYLE, WIDTH, entry
+from pipeline.figures.style import BARS, ROLES, STYLE, WIDTH, entry
 from pipeline.results.folders import RunFolder
 from stages.analysis.convergence import fit_decay
 from stages.fitted import FittedNeurons
@@ -23,6 +23,8 @@ PANELS = {
     "C_relative": ("C / first loss", "What the loss settles at"),
     "rho": ("ρ per step", "Rate"),
 }
+QUARTILES = {"_low": 0.25, "_high": 0.75}
+ENDS = [f"{kind}{end}" for kind in PANELS for end in QUARTILES]
 SETTLED = 0.1  # of the falling term may be left at the end of a curve that has settled
 
 
@@ -53,9 +55,9 @@ def convergence_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFra
     roles = frame["role"].map(list(ROLES).index)
     frame = frame.assign(order=roles).sort_values(["row", "order", "slope"], kind="stable")
     several = ["row"] if frame["row"].nunique() > 1 else []
-    return frame[[*several, "role", "slope", "sites", "fell", "settled", *COLUMNS]].reset_index(
-        drop=True
-    )
+    return frame[
+        [*several, "role", "slope", "sites", "fell", "settled", *COLUMNS, *ENDS]
+    ].reset_index(drop=True)
 
 
 def _all_but_slope(config: DictConfig, result: Mapping[str, Any]) -> str:
@@ -100,9 +102,13 @@ def _fits(neurons: FittedNeurons) -> pd.DataFrame:
 
 
 def by_role(fits: pd.DataFrame) -> pd.DataFrame:
-    """The median of every column over the sites of a role, undefined values left out."""
+    """The median of every column over the sites of a role, undefined values left out; of those that
+    the figure shows also the quartiles."""
     groups = fits.groupby("role", sort=False)
     frame = groups[list(COLUMNS)].median()
+    for end, part in QUARTILES.items():
+        quartiles = groups[list(PANELS)].quantile(part)
+        frame[[f"{kind}{end}" for kind in PANELS]] = quartiles
     frame.insert(0, "sites", groups.size())
     frame.insert(1, "fell", groups["rho"].count())
     frame.insert(2, "settled", groups["settled"].sum())
@@ -129,7 +135,8 @@ def caption(frame: pd.DataFrame) -> str:
 
 @rc_context(STYLE)
 def limit_by_slope(frame: pd.DataFrame) -> Figure:
-    """C / first loss and the rate rho against the surrogate's slope, a line a role."""
+    """C / first loss and the rate rho against the surrogate's slope, a line a role with the quartiles of
+    its sites."""
     if "row" in frame:
         frame = frame[frame["row"] == frame["row"].iloc[0]]
     kinds = [kind for kind in PANELS if frame[kind].notna().any()]
@@ -141,7 +148,9 @@ def limit_by_slope(frame: pd.DataFrame) -> Figure:
         dashes = "--" if str(role).startswith("mlp.") else "-"
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
         for axes, kind in zip(panels, kinds, strict=True):
+            bars = [rows[kind] - rows[f"{kind}_low"], rows[f"{kind}_high"] - rows[kind]]
             axes.plot(rows["slope"], rows[kind], **look, label=role)
+            axes.errorbar(rows["slope"], rows[kind], bars, fmt="none", ecolor=colour, **BARS)
         handles.append(entry(str(role), **look))
     slopes = sorted(frame["slope"].unique())
     for axes, kind in zip(panels, kinds, strict=True):

@@ -39,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.4,
     "pdf.fonttype": 42,  # TrueType: journals refuse matplotlib's default, type 3
 }
+BARS: dict[str, Any] = {"elinewidth": 0.8}  # of errors
 # Paul Tol's "muted" scheme, its pale grey darkened, and black: safe for colour-blind readers
 ROLES = {
     "attn.in": ("#332288", "o"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from uncertainties import ufloat
 
 UNDEFINED = "–"
 DIVERGED = 1e4  # a perplexity above this says only that the model is broken
@@ -21,15 +22,18 @@ MOST = 9999  # percent of excess: above it only that the model is broken
 class Column:
     """One column: `name` in the frame and the csv, `head` with its unit, how a value reads.
 
-    `best` says which end of it is bold, `group` stands over columns that have it in common, `beside`
-    names columns, its standard errors say, that `show` takes too; `words` are set left. Where a
-    terminal has no room for all, columns of a higher `spare` are left out first.
+    `best` says which end of it is bold; where the value has an error, `ratio` is the column of its ratio
+    to the dense model, whose interval must be clear of the next best's. `group` stands over columns that
+    have it in common, `beside` names columns, its error say, that `show` takes too, as NaN where the
+    frame lacks one; `words` are set left. Where a terminal has no room for all, columns of a higher
+    `spare` are left out first.
     """
 
     name: str
     head: str
     show: Callable[..., str] = str
     best: Literal["min", "max"] | None = None
+    ratio: str = ""
     group: str = ""
     beside: tuple[str, ...] = ()
     words: bool = False
@@ -39,38 +43,63 @@ class Column:
         """The cells of this column as a reader sees them."""
         if self.name not in frame:
             return [UNDEFINED] * len(frame)
-        rows = zip(*(frame[name] for name in (self.name, *self.beside)), strict=True)
+        unknown = pd.Series(math.nan, frame.index)
+        rows = zip(*(frame.get(name, unknown) for name in (self.name, *self.beside)), strict=True)
         return [UNDEFINED if pd.isna(v) else self.show(v, *more) for v, *more in rows]
 
 
-def perplexity(value: float) -> str:
-    """Three decimals below 100, two above; a diverged one by its magnitude."""
+def measured(value: float, error: float, scale: float = 1) -> str:
+    """A value with its error, as many digits of both as the error bears: 23.79 ± 0.05.
+
+    The rounding is that of the Particle Data Group (Review of Particle Physics, section 5.3).
+    """
+    if error == 0:
+        return f"{scale * value:g} ± 0"
+    return f"{ufloat(scale * value, scale * error):f}".replace("+/-", " ± ")
+
+
+def perplexity(value: float, error: float = math.nan) -> str:
+    """With its error; without one three decimals below 100, two above; a diverged one by its magnitude."""
     if value > DIVERGED:
         return scientific(value, 1)
+    if math.isfinite(error):
+        return measured(value, error)
     return f"{value:.3f}" if value < 100 else f"{value:.2f}"
 
 
-def bounded_perplexity(value: float) -> str:
-    """Two decimals; of a diverged one only that it is."""
-    return BEYOND if value > DIVERGED else f"{value:.2f}"
+def bounded_perplexity(value: float, error: float = math.nan) -> str:
+    """With its error, without one two decimals; of a diverged one only that it is."""
+    if value > DIVERGED:
+        return BEYOND
+    return measured(value, error) if math.isfinite(error) else f"{value:.2f}"
 
 
-def excess(value: float) -> str:
-    """A fraction by which something is larger, in percent with its sign."""
-    percent = 100 * value
-    if percent > MOST:
+def excess(ratio: float, low: float = math.nan, high: float = math.nan) -> str:
+    """How much a ratio is above 1, in percent, with its interval: +3.8 % [+3.1, +4.5].
+
+    The interval's half width decides the decimals, two of its digits at most.
+    """
+    percent = 100 * (ratio - 1)
+    if not percent <= MOST:
         return f">{MOST} %"
-    if abs(percent) >= 9.95:
-        return f"{percent:+.0f} %"
-    return f"{percent:+.1f} %" if abs(percent) >= 0.05 else "0.0 %"
+    half = 50 * (high - low)
+    if not math.isfinite(half):
+        decimals = 0 if abs(percent) >= 9.95 else 1
+        return f"{_signed(percent, decimals)} %"
+    decimals = 0 if half >= 9.5 else 1 if half >= 0.095 else 2 if half >= 0.0095 else 3
+    ends = ", ".join(_signed(100 * (end - 1), decimals) for end in (low, high))
+    return f"{_signed(percent, decimals)} % [{ends}]"
+
+
+def _signed(value: float, decimals: int) -> str:
+    """With its sign; what rounds to nothing has none."""
+    text = f"{value:+.{decimals}f}"
+    return text if float(text) else text[1:]
 
 
 def percent(value: float, error: float = math.nan) -> str:
-    """A fraction in percent, with as many decimals as its standard error bears: 46 ± 5."""
-    if pd.isna(error):
-        return f"{100 * value:.2f}"
-    decimals = 0 if error >= 0.0095 else 1 if error >= 0.00095 else 2
-    return f"{100 * value:.{decimals}f} ± {100 * error:.{decimals}f}"
+    """A fraction in percent, with its standard error: 46 ± 5."""
+    return measured(value, error, 100) if math.isfinite(error) else f"{100 * value:.2f}"
 
 
 def scientific(value: float, decimals: int) -> str:

@@ -46,6 +46,6 @@ def as_measured(row: Mapping[str, Any], source: int) -> dict[str, Any]:
     }
 
 
-def printed(value: float, bound: Any) -> str:
-    """A perplexity, or the bound of it where that is all that is published."""
-    return bounded_perplexity(value) if pd.isna(bound) else str(bound)
+def printed(value: float, bound: Any, error: float) -> str:
+    """A perplexity with its error, or the bound of it where that is all that is published."""
+    return bounded_perplexity(value, error) if pd.isna(bound) else str(bound)

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from pipeline.results import uncertainty
 from pipeline.results.columns import BEYOND, DIVERGED
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
     from pipeline.tables.sheet import Sheet
 
-BEST = "Bold: the best of its T among the spiking models that did not diverge."
+BEST = (
+    "Bold: the best of its T among the spiking models that did not diverge; a perplexity or an accuracy "
+    "only where its interval is clear of every other's."
+)
+DENSE = "vs dense: against the dense model of the same transform, with a 95 % interval paired by windows"
 CONVENTIONS = (
     "the paper's counts the full attention square and one spiking operand a product; the causal one "
     "unmasked positions, both operands, gates and decode scaling. Saving: against the dense model in "
@@ -43,18 +48,20 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
     steps = ", ".join(str(step) for step in sorted(frame["timesteps"].dropna().unique()))
     models = ", ".join(map(str, frame["model"].unique()))
     subject = f"Spiking conversions of {models} at T = {steps}" if steps else f"Dense {models}"
-    corpora = [name for name in shown if name.startswith("ppl_")]
-    questions = [_questions(frame, name) for name in shown if name.startswith("acc_")]
+    corpora, tasks = uncertainty.measures(shown)
+    questions = [_questions(frame, name) for name in tasks]
     texts = [f"{name[4:]}{_windows(results, name[4:])}" for name in corpora]
-    against = any(name.startswith("over_dense_") for name in shown)
-    dense = "; vs dense: against the dense model of the same transform" if against else ""
+    against = any(uncertainty.ratio(name) in shown for name in corpora)
+    counts = {result.get("replicates") or 1 for result in results}
     grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
     costs = [head for name, head in COSTS.items() if name in shown]
     counted = ", ".join(part for part in ("causal convention", profile) if part)
     saving = ", saving against the dense model" if "saving" in shown else ""
     return sentences(
         f"{subject}.",
-        f"Perplexity: {', '.join(texts)}{dense}." if texts else "",
+        f"Perplexity ± standard error over windows: {', '.join(texts)}." if texts else "",
+        f"{DENSE[0].upper()}{DENSE[1:]}." if against else "",
+        replicates(max(counts)),
         f"Accuracy ± standard error: {', '.join(questions)}." if questions else "",
         GRAINS if grown else "",
         *(f"{meaning[0].upper()}{meaning[1:]}." for n, meaning in MEANINGS.items() if n in shown),
@@ -89,7 +96,18 @@ def model(frame: pd.DataFrame) -> str:
 def perplexity(row: Row) -> str:
     """Which texts the perplexities, or their means, are over."""
     corpora = row.run.settings.evaluation.corpora
-    return f"Perplexity: {_mean(corpora)}{windows(row, corpora)}."
+    over = f"Perplexity: {_mean(corpora)}{windows(row, corpora)}, ± standard error over windows"
+    return sentences(f"{over}; {DENSE}.", replicates(row.result.get("replicates") or 1))
+
+
+def replicates(count: int) -> str:
+    """What several evaluations of a row are, and where their spread stands; nothing of one."""
+    if count < 2:
+        return ""
+    return (
+        f"Means over {count} evaluations, all but the first with a relative perturbation of 2e-7 of the "
+        "embedding; their standard deviation is in the csv (spread)."
+    )
 
 
 def accuracy(row: Row) -> str:
@@ -145,7 +163,7 @@ def published(sources: Sequence[str]) -> str:
 
 def diverged(frame: pd.DataFrame) -> str:
     """The mark of diverged perplexities, where there are any."""
-    perplexities = frame[[name for name in frame if str(name).startswith("ppl_")]]
+    perplexities = frame[uncertainty.measures(frame)[0]]
     return f"{BEYOND}: diverged." if (perplexities > DIVERGED).any(axis=None) else ""
 
 

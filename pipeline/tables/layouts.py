@@ -5,17 +5,18 @@ A yaml in conf/table names one by `_target_` and gives it its options.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from pipeline.results import uncertainty
 from pipeline.results.columns import (
     DIVERGED,
     Column,
     bounded_perplexity,
+    excess,
     percent,
     scientific,
     small,
@@ -44,7 +45,7 @@ def main(
 ) -> Sheet:
     """Method x T: seconds of conversion, mean perplexity, mean accuracy; published rows below."""
     rows = _ordered(rows)
-    frame = _with_means(_frame(rows, names))
+    frame = uncertainty.with_means(_frame(rows, names))
     rivals, sections = _rivals(frame), _sections(frame)
     caption = captions.sentences(
         captions.model(frame),
@@ -54,7 +55,7 @@ def main(
         captions.BEST,
         captions.diverged(frame),
     )
-    ppl, accuracy = _means(rows[0])
+    ppl, versus, accuracy = _means(rows[0])
     if published:
         sources = list(dict.fromkeys(row["source"] for row in published))
         theirs = [as_measured(row, sources.index(row["source"]) + 1) for row in published]
@@ -62,16 +63,16 @@ def main(
         frame = frame.astype({"grains": "Int64", "timesteps": "Int64", "conversion_s": "float64"})
         rivals += [False] * len(published)
         sections += [(row["model"],) for row in published]
-        ppl = replace(ppl, show=printed, beside=("printed",))
+        ppl = replace(ppl, show=printed, beside=("printed", *ppl.beside))
         caption = captions.sentences(caption, captions.published(sources))
-    columns = _filled([*_names(frame), SECONDS, ppl, accuracy], frame)
+    columns = _filled([*_names(frame), SECONDS, ppl, versus, accuracy], frame)
     return Sheet(frame, columns, caption, sections, rivals)
 
 
 def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     """Operations, joules and saving in both conventions: of a window, below of a decoded token."""
     rows = _ordered(rows)
-    named = _with_means(_frame(rows, names)).drop(columns=[*COSTS])
+    named = uncertainty.with_means(_frame(rows, names)).drop(columns=[*COSTS])
     parts = []
     for phase in ("prefill", "decode"):
         part = named.assign(phase=phase)
@@ -83,7 +84,7 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True)
     columns = [Column("phase", "phase", words=True), *_names(frame)]
-    columns += _means(rows[0])[:1]
+    columns += _means(rows[0])[:2]
     for group in ("paper", "causal"):
         columns += [
             Column(f"macs_G_{group}", "MACs [G]", lambda v: small(v, 4), group=group, spare=1),
@@ -105,11 +106,13 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
 def grains(rows: Sequence[Row]) -> Sheet:
     """Mean perplexity by n and T, a line for every coding and n; the dense model's in every column."""
     rows = _ordered(rows)
-    frame = _with_means(_frame(rows, {}))
+    frame = uncertainty.with_means(_frame(rows, {}))
     frame["method"] = frame["coding"]
     names = [column.name for column in NAMES if column.name in frame]
     names.remove("timesteps")
     steps = sorted({int(t) for t in frame["timesteps"].dropna()})
+    measured = {f"ppl_mean{end}": f"ppl_T{{}}{end}" for end in ("", "_se", "_spread")}
+    measured |= {f"ratio_ppl_mean{end}": f"ratio_T{{}}{end}" for end in ("", "_low", "_high")}
     lines: dict[tuple[Any, ...], dict[str, float]] = {}
     places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for (_, row), source in zip(frame.iterrows(), rows, strict=True):
@@ -121,14 +124,15 @@ def grains(rows: Sequence[Row]) -> Sheet:
                     f"table grains: {source.run.settings.name} is not the only job of its coding, n "
                     "and T; give the axis that tells them apart one value"
                 )
-            line[f"ppl_T{t}"] = row["ppl_mean"]
+            line.update({name.format(t): row[of] for of, name in measured.items()})
         places.setdefault(place, []).extend(source.result.get("environments") or ())
-    columns = [*names, *(f"ppl_T{t}" for t in steps)]
+    columns = [*names, *(name.format(t) for name in measured.values() for t in steps)]
     table = pd.DataFrame([dict(zip(names, p, strict=True)) | v for p, v in lines.items()])
     table = table.reindex(columns=columns).astype({"grains": "Int64"})
+    table["replicates"] = rows[0].result["replicates"]
     table["environment"] = [environment({"environments": each}) for each in places.values()]
     group = _means(rows[0])[0].head
-    over = [Column(f"ppl_T{t}", f"T = {t}", bounded_perplexity, "min", group) for t in steps]
+    over = [_perplexity(f"ppl_T{t}", f"T = {t}", f"ratio_T{t}", group) for t in steps]
     caption = captions.sentences(
         captions.model(table),
         captions.perplexity(rows[0]),
@@ -144,15 +148,19 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     """Everything that was measured of every job."""
     rows = _ordered(rows)
     frame = _frame(rows, names)
-    corpora, tasks = _measures(frame)
+    corpora, tasks = uncertainty.measures(frame)
     columns = [
         *_names(frame),
         Column("bits", "bits", "{:.3g}".format),
         *(
-            Column(n, f"ppl {n[4:]}", bounded_perplexity, "min", spare=k)
+            column
             for k, n in enumerate(corpora)
+            for column in (
+                _perplexity(n, f"ppl {n[4:]}", uncertainty.ratio(n), spare=k),
+                _versus(uncertainty.ratio(n), spare=k + 1),
+            )
         ),
-        *(_accuracy(name, f"{name[4:]} [%]") for name in tasks),
+        *(_accuracy(name, f"{name[4:]} [%]", uncertainty.ratio(name)) for name in tasks),
         Column("nmse", "nmse", lambda value: scientific(value, 1), "min"),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
         Column("energy_J", "energy [J]", lambda value: small(value, 3), "min"),
@@ -229,39 +237,29 @@ def _frame(rows: Sequence[Row], names: Mapping[str, str]) -> pd.DataFrame:
     return frame
 
 
-def _measures(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """The columns of perplexities and of accuracies."""
-    accuracy = [str(name) for name in frame if str(name).startswith("acc_")]
-    corpora = [str(name) for name in frame if str(name).startswith("ppl_")]
-    return corpora, [name for name in accuracy if not name.endswith(("_stderr", "_n"))]
-
-
-def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with arithmetic means over its corpora and its tasks, as the paper takes them."""
-    corpora, tasks = _measures(frame)
-    frame = frame.assign(
-        ppl_mean=frame[corpora].mean(axis=1, skipna=False),
-        acc_mean=math.nan,
-        acc_mean_stderr=math.nan,
-    )
-    if tasks:
-        frame["acc_mean"] = frame[tasks].mean(axis=1, skipna=False)
-        squares = frame[[f"{task}_stderr" for task in tasks]] ** 2  # the tasks are independent
-        frame["acc_mean_stderr"] = squares.sum(axis=1, skipna=False) ** 0.5 / len(tasks)
-    return frame
-
-
 def _means(row: Row) -> list[Column]:
+    """The columns of the mean perplexity, of what it is above the dense model's, and of the accuracy."""
     spec = row.run.settings.evaluation
     ppl, acc = ("mean " * (len(names) > 1) for names in (spec.corpora, spec.tasks))
     return [
-        Column("ppl_mean", f"{ppl}perplexity", bounded_perplexity, "min"),
-        _accuracy("acc_mean", f"{acc}accuracy [%]"),
+        _perplexity("ppl_mean", f"{ppl}perplexity", "ratio_ppl_mean"),
+        _versus("ratio_ppl_mean"),
+        _accuracy("acc_mean", f"{acc}accuracy [%]", "ratio_acc_mean"),
     ]
 
 
-def _accuracy(name: str, head: str) -> Column:
-    return Column(name, head, percent, "max", beside=(f"{name}_stderr",), spare=1)
+def _perplexity(name: str, head: str, ratio: str, group: str = "", spare: int = 0) -> Column:
+    error = (f"{name}_se",)
+    return Column(name, head, bounded_perplexity, "min", ratio, group, error, spare=spare)
+
+
+def _versus(ratio: str, group: str = "", spare: int = 1) -> Column:
+    bounds = (f"{ratio}_low", f"{ratio}_high")
+    return Column(ratio, "vs dense", excess, group=group, beside=bounds, spare=spare)
+
+
+def _accuracy(name: str, head: str, ratio: str) -> Column:
+    return Column(name, head, percent, "max", ratio, beside=(f"{name}_se",), spare=1)
 
 
 def _names(frame: pd.DataFrame) -> list[Column]:
@@ -283,7 +281,7 @@ def _sections(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
 
 def _rivals(frame: pd.DataFrame) -> list[bool]:
     """Which rows compete: what spikes, and did not diverge: a broken model spikes little."""
-    corpora, _ = _measures(frame)
+    corpora, _ = uncertainty.measures(frame)
     alive = (frame[corpora] <= DIVERGED).all(axis=1)
     return list(alive & frame["spikes_per_value"].notna())
 

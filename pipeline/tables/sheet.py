@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
+from pipeline.results import uncertainty
 from pipeline.results.columns import UNDEFINED, Column
 from pipeline.tables import latex
 
@@ -39,22 +40,38 @@ class Sheet:
         return [list(row) for row in zip(*by_column, strict=True)]
 
     def bold(self) -> list[list[bool]]:
-        """Which cells are the best of their column and section; what looks alike is alike."""
+        """Which cells are the best of their column and section; what looks alike is alike.
+
+        A value with an error is the best only where its interval is clear of every other's.
+        """
         marked = [[False] * len(self.columns) for _ in range(len(self.frame))]
         texts = self.texts()
         competing = [i for i, rival in enumerate(self.rivals) if rival]
         for place, column in enumerate(self.columns):
             if column.best is None:
                 continue
-            values, better = list(self.frame[column.name]), min if column.best == "min" else max
+            best = self._clear if column.ratio else self._best
             for section in dict.fromkeys(self.sections):
                 known = [i for i in competing if self.sections[i] == section]
                 known = [i for i in known if texts[i][place] != UNDEFINED]
                 if len(known) > 1:  # alone it is better than nothing
-                    winner = better(known, key=values.__getitem__)
-                    for i in known:
-                        marked[i][place] = texts[i][place] == texts[winner][place]
+                    for i in best(column, known, [row[place] for row in texts]):
+                        marked[i][place] = True
         return marked
+
+    def _best(self, column: Column, known: Sequence[int], texts: Sequence[str]) -> list[int]:
+        """The rows of the best value, and of those that look like it."""
+        better = min if column.best == "min" else max
+        winner = better(known, key=list(self.frame[column.name]).__getitem__)
+        return [i for i in known if texts[i] == texts[winner]]
+
+    def _clear(self, column: Column, known: Sequence[int], texts: Sequence[str]) -> list[int]:
+        """The row whose interval ends before any other of the rows' begins; none where one is unknown."""
+        low, high = uncertainty.interval(self.frame, column.name, column.ratio)
+        near, far = (low, high) if column.best == "min" else (-high, -low)
+        winner = min(known, key=lambda i: far.iloc[i])
+        clear = all(far.iloc[winner] < near.iloc[i] for i in known if i != winner)
+        return [winner] if clear else []
 
     @property
     def note(self) -> str:

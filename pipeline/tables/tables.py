@@ -9,15 +9,14 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from pipeline.results import uncertainty
 from pipeline.results.columns import Column, excess, percent, perplexity, scientific, small
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import (
-    OVER_DENSE,
     TEXT,
     column_names,
     distinct,
     energy_frame,
-    over_dense,
     result_frame,
     short_setting,
     sweep_results,
@@ -27,7 +26,8 @@ from pipeline.tables import captions, sheet
 from stages.errors import InputError
 
 LEFT = (*TEXT, "run", "phase", "role")  # columns of words
-UNSHOWN = ("_stderr", "_n")  # columns that others show beside their value, or the caption
+# Columns that others show beside their value, or the caption.
+UNSHOWN = ("_se", "_low", "_high", "_n")
 ALIASES = {"T": "timesteps", "n": "grains"}  # heads that are names of columns to choose as well
 # What is printed of a run's table, and stands in its Markdown and LaTeX; ppl and acc are all of them.
 PRINTED = (
@@ -135,36 +135,49 @@ def check(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _meant(name: str, known: Sequence[str]) -> list[str]:
-    """The columns that a name stands for: `ppl` all perplexities, each with its excess."""
+    """The columns that a name stands for: `ppl` all perplexities, each with its ratio to the dense
+    model's and its spread over replicates."""
+    corpora, tasks = uncertainty.measures(known)
     if name == "ppl":
-        return [each for each in known if each.startswith(("ppl_", OVER_DENSE))]
+        every = [each for ppl in corpora for each in (ppl, uncertainty.ratio(ppl), f"{ppl}_spread")]
+        return [each for each in every if each in known]
     if name == "acc":
-        return [each for each in known if each.startswith("acc_")]
+        return tasks
     return [ALIASES.get(name, name)]
 
 
 def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Column:
     """How the column of a frame reads among others of these `names`."""
-    several = sum(str(each).startswith("ppl_") for each in frame) > 1
+    corpora, tasks = uncertainty.measures(frame)
     if name == "coding":
         beside = tuple(n for n in ("row", "setting") if n in frame and n not in names)
         return Column(name, name, partial(_told_apart, beside), beside=beside, words=True)
-    if name.startswith("ppl_"):
-        first = name == next(str(each) for each in frame if str(each).startswith("ppl_"))
-        corpus = name.removeprefix("ppl_")
-        head = ("ppl", corpus) if several and over_dense(name) in frame else (f"ppl {corpus}", "")
-        return Column(name, head[0], perplexity, group=head[1], spare=0 if first else 3)
-    if name.startswith(OVER_DENSE):
-        group = name.removeprefix(OVER_DENSE) if several else ""
-        return Column(name, "vs dense", excess, group=group, spare=2)
-    if name.startswith("acc_"):
-        error = (f"{name}_stderr",) if f"{name}_stderr" in frame else ()
-        return Column(name, f"{name.removeprefix('acc_')} [%]", percent, beside=error, spare=4)
+    for ppl in corpora:
+        if name in (ppl, uncertainty.ratio(ppl), f"{ppl}_spread"):
+            return _of_corpus(name, ppl, frame)
+    if name in tasks:
+        head = f"{name.removeprefix('acc_')} [%]"
+        return Column(name, head, percent, beside=(f"{name}_se",), spare=4)
     if name.startswith(GROUPED):
         group, _, rest = name.partition("_")
         show = "{:.3f}".format if group == "share" else COLUMNS["nmse"].show
         return Column(name, rest.replace("_", " to "), show, group=group)
     return COLUMNS.get(name, Column(name, name.replace("_", " "), words=name in LEFT))
+
+
+def _of_corpus(name: str, ppl: str, frame: pd.DataFrame) -> Column:
+    """The column of a perplexity, of its ratio to the dense model's or of its spread over replicates."""
+    corpora, _ = uncertainty.measures(frame)
+    corpus, ratio = ppl.removeprefix("ppl_"), uncertainty.ratio(ppl)
+    group = corpus if len(corpora) > 1 and ratio in frame else ""
+    if name == ratio:
+        bounds = (f"{ratio}_low", f"{ratio}_high")
+        return Column(name, "vs dense", excess, group=group, beside=bounds, spare=2)
+    if name != ppl:
+        return Column(name, "spread", lambda v: small(v, 2), group=group, spare=3)
+    head = "ppl" if group else f"ppl {corpus}"
+    spare = 0 if ppl == corpora[0] else 3
+    return Column(name, head, perplexity, group=group, beside=(f"{ppl}_se",), spare=spare)
 
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:

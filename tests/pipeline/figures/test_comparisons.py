@@ -301,3 +301,40 @@ def test_labels_of_magnitudes_keep_apart(decades):
         boxes = [tick.label1.get_window_extent(renderer) for tick in ticks]
         assert len(boxes) >= 2
         assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+def bars(axes) -> list[list]:
+    """The ends of every error bar, from the left."""
+    collections = [c for c in axes.collections if hasattr(c, "get_segments")]
+    return [np.round(s[:, 1], 6).tolist() for c in collections for s in c.get_segments() if len(s)]
+
+
+def measured(ppl: float, low: float, high: float, se: float, steps: int, **more) -> dict:
+    numbers = {"ratio_a": ppl / 20, "ratio_a_low": low, "ratio_a_high": high, "ppl_a_se": se}
+    return result("las", steps, ppl, steps / 10) | numbers | {"replicates": 1} | more
+
+
+def test_bars_are_the_interval_of_the_ratio_and_without_a_dense_run_the_standard_error():
+    runs = [measured(22, 1.05, 1.2, 3, 6), measured(21, 1.04, 1.07, 2, 8)]
+    frame = comparisons.comparison_frame([RESULTS[0], *runs])
+    for figure in (
+        comparisons.perplexity_by(frame, "timesteps"),
+        comparisons.perplexity_by_energy(frame),
+    ):
+        assert bars(figure.axes[0]) == [[5, 20], [4, 7]]
+        assert figure._supylabel.get_text() == "perplexity over the dense model's, 95 % intervals"
+    figure = comparisons.perplexity_by(comparisons.comparison_frame(runs), "timesteps")
+    assert bars(figure.axes[0]) == [[19, 25], [19, 23]]
+    assert figure._supylabel.get_text() == "perplexity ± standard error"
+
+
+def test_the_spread_over_replicates_makes_bars_longer():
+    one = measured(22, 1.05, 1.15, 3, 6)
+    three = one | {"replicates": 3, "ppl_a_spread": 0.22}
+    heights = []
+    for run in (one, three):
+        frame = comparisons.comparison_frame([RESULTS[0], run, measured(21, 1.0, 1.1, 1, 8)])
+        heights.append(bars(comparisons.perplexity_by(frame, "timesteps").axes[0])[0])
+    assert heights[0] == [5, 15]
+    half = np.hypot(5, 100 * 1.1 * 0.01 * 4.302653 / 3**0.5)  # Student's t, 2 degrees of freedom
+    np.testing.assert_allclose(heights[1], [10 - half, 10 + half], rtol=1e-5)

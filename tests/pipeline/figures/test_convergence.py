@@ -108,9 +108,27 @@ def test_convergence_is_summed_up_by_role_and_counted():
     assert all(list(line.get_xdata()) == [5, 80] for line in lines)
 
 
+def test_the_figure_has_the_quartiles_of_the_sites_as_bars():
+    fits = [
+        {"role": "mlp.in", "rho": rho, "C": 1.0, "settled": True, "R2": 0.9, "last_relative": 1.0}
+        | {"C_relative": rho / 2}
+        for rho in (0.5, 0.6, 0.7, 0.8, 0.9)
+    ]
+    summed = convergence.by_role(pd.DataFrame(fits))
+    frame = pd.concat([summed.assign(slope=slope) for slope in (5.0, 80.0)])
+    limits, rates = convergence.limit_by_slope(frame).axes
+    for axes, ends in ((limits, [0.3, 0.4]), (rates, [0.6, 0.8])):
+        (bars,) = axes.collections
+        assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
+            pytest.approx(ends),
+            pytest.approx(ends),
+        ]
+
+
 def test_what_no_role_has_is_no_panel_and_a_role_without_points_no_entry():
     shared = {"slope": [5.0, 80.0] * 2, "C_relative": [0.5, 0.4, float("nan"), float("nan")]}
     frame = pd.DataFrame({"role": ["mlp.in"] * 2 + ["head.in"] * 2} | shared)
+    frame = frame.assign(**dict.fromkeys(convergence.ENDS, float("nan")))
     figure = convergence.limit_by_slope(frame.assign(rho=float("nan")))  # no curve has fallen
     assert [axes.get_ylabel() for axes in figure.axes] == ["C / first loss"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mlp.in"]
