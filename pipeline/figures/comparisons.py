@@ -24,7 +24,7 @@ from pipeline.figures.style import (
     noted,
 )
 from pipeline.results.columns import DIVERGED
-from pipeline.results.rows import result_frame, row_name, short_setting
+from pipeline.results.rows import measures, result_frame, row_name, short_setting
 
 Looks = dict[str, dict[str, Any]]
 # A row of panels shows this many series and the others in grey: more look alike on a
@@ -45,14 +45,14 @@ AXES = {"timesteps": "timesteps T", "bits": "bits: T + log$_2$ n of n neurons pe
 def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run: series, panel (model and transform), timesteps, bits, ppl of the first corpus,
     energy_J (causal, prefill), dense."""
-    names = [name for result in results for name in result if name.startswith("ppl_")]
+    corpora, _ = measures(name for result in results for name in result)
     rows = [
         {
             "series": series,
             "panel": _panel(result, results),
             "timesteps": result.get("timesteps"),
             "bits": result.get("bits"),
-            "ppl": result.get(names[0]),
+            "ppl": result.get(f"ppl_{corpora[0]}"),
             "energy_J": result.get("energy_J"),
             "dense": result["coding"] == "dense",
         }

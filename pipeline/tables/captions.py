@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pipeline.results.columns import BEYOND, DIVERGED
+from pipeline.results.rows import ERRORS, RATIO, measures
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
@@ -43,10 +44,10 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
     steps = ", ".join(str(step) for step in sorted(frame["timesteps"].dropna().unique()))
     models = ", ".join(map(str, frame["model"].unique()))
     subject = f"Spiking conversions of {models} at T = {steps}" if steps else f"Dense {models}"
-    corpora = [name for name in shown if name.startswith("ppl_")]
-    questions = [_questions(frame, name) for name in shown if name.startswith("acc_")]
-    texts = [f"{name[4:]}{_windows(results, name[4:])}" for name in corpora]
-    against = any(name.startswith("over_dense_") for name in shown)
+    corpora, tasks = measures(shown)
+    questions = [_questions(frame, f"acc_{task}") for task in tasks]
+    texts = [f"{corpus}{_windows(results, corpus)}" for corpus in corpora]
+    against = any(RATIO + corpus in shown for corpus in corpora)
     dense = "; vs dense: against the dense model of the same transform" if against else ""
     grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
     costs = [head for name, head in COSTS.items() if name in shown]
@@ -145,7 +146,8 @@ def published(sources: Sequence[str]) -> str:
 
 def diverged(frame: pd.DataFrame) -> str:
     """The mark of diverged perplexities, where there are any."""
-    perplexities = frame[[name for name in frame if str(name).startswith("ppl_")]]
+    shown = [str(name) for name in frame if not str(name).endswith(ERRORS)]
+    perplexities = frame[[name for name in shown if name.startswith("ppl_")]]
     return f"{BEYOND}: diverged." if (perplexities > DIVERGED).any(axis=None) else ""
 
 

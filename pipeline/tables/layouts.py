@@ -22,7 +22,7 @@ from pipeline.results.columns import (
 )
 from pipeline.results.lookup import Row
 from pipeline.results.published import as_measured, printed
-from pipeline.results.rows import COSTS, ENERGIES, environment, result_frame, row_name
+from pipeline.results.rows import COSTS, ENERGIES, environment, measures, result_frame, row_name
 from pipeline.tables import captions
 from pipeline.tables.sheet import Sheet
 from stages.errors import InputError
@@ -231,9 +231,8 @@ def _frame(rows: Sequence[Row], names: Mapping[str, str]) -> pd.DataFrame:
 
 def _measures(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     """The columns of perplexities and of accuracies."""
-    accuracy = [str(name) for name in frame if str(name).startswith("acc_")]
-    corpora = [str(name) for name in frame if str(name).startswith("ppl_")]
-    return corpora, [name for name in accuracy if not name.endswith(("_stderr", "_n"))]
+    corpora, tasks = measures(frame)
+    return [f"ppl_{name}" for name in corpora], [f"acc_{name}" for name in tasks]
 
 
 def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
@@ -242,12 +241,12 @@ def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(
         ppl_mean=frame[corpora].mean(axis=1, skipna=False),
         acc_mean=math.nan,
-        acc_mean_stderr=math.nan,
+        acc_mean_se=math.nan,
     )
     if tasks:
         frame["acc_mean"] = frame[tasks].mean(axis=1, skipna=False)
-        squares = frame[[f"{task}_stderr" for task in tasks]] ** 2  # the tasks are independent
-        frame["acc_mean_stderr"] = squares.sum(axis=1, skipna=False) ** 0.5 / len(tasks)
+        squares = frame[[f"{task}_se" for task in tasks]] ** 2  # the tasks are independent
+        frame["acc_mean_se"] = squares.sum(axis=1, skipna=False) ** 0.5 / len(tasks)
     return frame
 
 
@@ -261,7 +260,7 @@ def _means(row: Row) -> list[Column]:
 
 
 def _accuracy(name: str, head: str) -> Column:
-    return Column(name, head, percent, "max", beside=(f"{name}_stderr",), spare=1)
+    return Column(name, head, percent, "max", beside=(f"{name}_se",), spare=1)
 
 
 def _names(frame: pd.DataFrame) -> list[Column]:

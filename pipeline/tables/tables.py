@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 from pipeline.results.columns import Column, excess, percent, perplexity, scientific, small
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import (
-    OVER_DENSE,
+    ERRORS,
+    RATIO,
     TEXT,
     column_names,
     distinct,
     energy_frame,
-    over_dense,
+    measures,
     result_frame,
     short_setting,
     sweep_results,
@@ -27,7 +28,6 @@ from pipeline.tables import captions, sheet
 from stages.errors import InputError
 
 LEFT = (*TEXT, "run", "phase", "role")  # columns of words
-UNSHOWN = ("_stderr", "_n")  # columns that others show beside their value, or the caption
 ALIASES = {"T": "timesteps", "n": "grains"}  # heads that are names of columns to choose as well
 # What is printed of a run's table, and stands in its Markdown and LaTeX; ppl and acc are all of them.
 PRINTED = (
@@ -67,7 +67,7 @@ COLUMNS = {
 
 def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
     """Write all of `frame` as stem.md, stem.csv and stem.tex; the same frame gives the same bytes."""
-    shown = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    shown = [str(name) for name in frame if not str(name).endswith(ERRORS)]
     columns = [column(name, frame) for name in shown]
     return sheet.write(sheet.Sheet(frame, columns, caption), stem)
 
@@ -112,7 +112,7 @@ def choice(
     if not names:
         return made
     frame, known_columns = made.frame, {column.name: column for column in made.columns}
-    known = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    known = [str(name) for name in frame if not str(name).endswith(ERRORS)]
     check(names, [*known, *empty])
     meant = [name for each in names for name in _meant(each, known)]
     columns = [known_columns.get(name) or column(name, frame, names) for name in meant]
@@ -137,34 +137,41 @@ def check(names: Sequence[str], known: Sequence[str]) -> None:
 def _meant(name: str, known: Sequence[str]) -> list[str]:
     """The columns that a name stands for: `ppl` all perplexities, each with its excess."""
     if name == "ppl":
-        return [each for each in known if each.startswith(("ppl_", OVER_DENSE))]
+        corpora, _ = measures(known)
+        return [each for n in corpora for each in (f"ppl_{n}", RATIO + n) if each in known]
     if name == "acc":
-        return [each for each in known if each.startswith("acc_")]
+        return [f"acc_{task}" for task in measures(known)[1]]
     return [ALIASES.get(name, name)]
 
 
 def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Column:
     """How the column of a frame reads among others of these `names`."""
-    several = sum(str(each).startswith("ppl_") for each in frame) > 1
+    corpora, _ = measures(frame)
+    several = len(corpora) > 1
     if name == "coding":
         beside = tuple(n for n in ("row", "setting") if n in frame and n not in names)
         return Column(name, name, partial(_told_apart, beside), beside=beside, words=True)
-    if name.startswith("ppl_"):
-        first = name == next(str(each) for each in frame if str(each).startswith("ppl_"))
-        corpus = name.removeprefix("ppl_")
-        head = ("ppl", corpus) if several and over_dense(name) in frame else (f"ppl {corpus}", "")
-        return Column(name, head[0], perplexity, group=head[1], spare=0 if first else 3)
-    if name.startswith(OVER_DENSE):
-        group = name.removeprefix(OVER_DENSE) if several else ""
-        return Column(name, "vs dense", excess, group=group, spare=2)
+    corpus = name.removeprefix("ppl_")
+    if name.startswith("ppl_") and corpus in corpora:
+        against = several and RATIO + corpus in frame
+        head = ("ppl", corpus) if against else (f"ppl {corpus}", "")
+        spare = 0 if corpus == corpora[0] else 3
+        return Column(name, head[0], perplexity, group=head[1], spare=spare)
+    if name.removeprefix(RATIO) in corpora:
+        group = name.removeprefix(RATIO) if several else ""
+        return Column(name, "vs dense", _over_dense, group=group, spare=2)
     if name.startswith("acc_"):
-        error = (f"{name}_stderr",) if f"{name}_stderr" in frame else ()
+        error = (f"{name}_se",) if f"{name}_se" in frame else ()
         return Column(name, f"{name.removeprefix('acc_')} [%]", percent, beside=error, spare=4)
     if name.startswith(GROUPED):
         group, _, rest = name.partition("_")
         show = "{:.3f}".format if group == "share" else COLUMNS["nmse"].show
         return Column(name, rest.replace("_", " to "), show, group=group)
     return COLUMNS.get(name, Column(name, name.replace("_", " "), words=name in LEFT))
+
+
+def _over_dense(ratio: float) -> str:
+    return excess(ratio - 1)
 
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:

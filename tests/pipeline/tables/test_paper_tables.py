@@ -35,7 +35,7 @@ def test_main_has_what_the_runs_measured(swept, monkeypatch):
         mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2
         assert row["ppl_mean"] == pytest.approx(mean, rel=1e-12)
         assert row["ppl_wikitext2"] == result["ppl_wikitext2"]
-        assert row["acc_mean"] == result["acc_piqa"] and row["acc_mean_stderr"] > 0
+        assert row["acc_mean"] == result["acc_piqa"] and row["acc_mean_se"] > 0
         assert text["mean perplexity"].strip("*") == f"{mean:.2f}"
         assert text["accuracy [%]"].strip("*").startswith(f"{100 * result['acc_piqa']:.0f} ± ")
         if result["conversion_s"] is not None:
