@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -20,16 +21,24 @@ from stages.errors import InputError
 from stages.fitted import Conversion
 from stages.model.forward import windows
 from stages.model.offload import device_of, refuse_offloaded
+from stages.model.perturbation import Perturbation, perturbed
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
-from stages.text.harness import TaskSpec, zero_shot
+from stages.text.harness import Answers, TaskSpec, zero_shot
+
+COUNTERS, WINDOWS = "counters.parquet", "windows.parquet"
+# What the names of columns end with: a text or task whose name does would be taken for one.
+ENDINGS = ("_se", "_spread", "_low", "_high", "_n")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The first `windows` non-overlapping windows of `length` tokens of every corpus, and the first
-    `items` questions of every task; `anytime` adds the perplexity after each step of the neurons."""
+    `items` questions of every task; `anytime` adds the perplexity after each step of the neurons.
+
+    All of it is measured `replicates` times, of which the first is the model as it is and the others
+    have a perturbation of their own."""
 
     corpora: tuple[str, ...]
     windows: int
@@ -37,6 +46,7 @@ class Evaluation:
     tasks: tuple[str, ...]
     items: int
     anytime: bool
+    replicates: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", tuple(self.corpora))
@@ -47,6 +57,29 @@ class Evaluation:
                 f"length={self.length}, items={self.items}; needs a corpus, 1 window of 2 tokens "
                 "and 1 item at least"
             )
+        if self.replicates < 1:
+            raise InputError(f"evaluation.replicates={self.replicates}: give 1 or more")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise InputError for names that would make two columns of one name."""
+        if both := set(self.corpora) & set(self.tasks):
+            raise InputError(
+                f"{sorted(both)[0]} is in evaluation.corpora and in evaluation.tasks, and both have a "
+                "column ratio_NAME: give one of them another name"
+            )
+        for option, names in (("corpora", self.corpora), ("tasks", self.tasks)):
+            for name in names:
+                if name.endswith(ENDINGS):
+                    raise InputError(
+                        f"evaluation.{option}: {name} ends with one of {', '.join(ENDINGS)}, as the "
+                        "columns of its errors do: give it another name"
+                    )
+
+    @property
+    def perturbations(self) -> tuple[Perturbation | None, ...]:
+        """That of every replicate; more replicates leave the first ones as they are."""
+        return (None, *(Perturbation(seed) for seed in range(1, self.replicates)))
 
 
 @dataclass(frozen=True)
@@ -54,19 +87,30 @@ class Perplexity:
     """exp of the mean negative log-likelihood of every token but the first of each window.
 
     Source: the protocol of GPTQ (Frantar et al. 2023) and its followers.
+    `windows` has a row each: `window`, the sum `nll` of its tokens in nats, the number of `tokens`
+    that are predicted.
     """
 
     metrics: dict[str, Any]
     counters: pd.DataFrame
+    windows: pd.DataFrame
 
     def save(self, folder: Path) -> None:
         (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=1))
-        self.counters.to_parquet(folder / "counters.parquet")
+        self.counters.to_parquet(folder / COUNTERS)
+        self.windows.to_parquet(folder / WINDOWS)
 
     @classmethod
     def load(cls, folder: Path) -> Perplexity:
         metrics = json.loads((folder / "metrics.json").read_text())
-        return cls(metrics, pd.read_parquet(folder / "counters.parquet"))
+        frames = (pd.read_parquet(folder / name) for name in (COUNTERS, WINDOWS))
+        return cls(metrics, *frames)
+
+
+def window_nll(folder: Path) -> np.ndarray:
+    """The negative log-likelihood of a token in every window [W], in nats, as a folder holds it."""
+    frame = pd.read_parquet(folder / WINDOWS)
+    return (frame["nll"] / frame["tokens"]).to_numpy()
 
 
 def perplexity(
@@ -77,23 +121,30 @@ def perplexity(
     corpus: str,
     execution: str = "fast",
     steps: int | None = None,
+    perturbation: Perturbation | None = None,
 ) -> Perplexity:
     """Measure perplexity and counters on ids [windows, length]; a diverged model gives inf, no error.
 
-    `execution` and `steps` are those of `stages.ports.patched.patched`.
+    `execution` and `steps` are those of `stages.ports.patched.patched`; `perturbation` is that of a
+    replicate.
     """
     sites = find_sites(model)
     device = device_of(model)
     counters = Counters(sites, device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums: list[Tensor] = []  # they stay on the device until all windows have passed
 
     def add(tokens: Tensor, logits: Tensor) -> None:
-        total.add_(negative_log_likelihood(logits, tokens))
+        sums.append(negative_log_likelihood(logits, tokens))
 
-    with torch.inference_mode(), patched(model, conversion, counters, execution, steps):
+    with (
+        torch.inference_mode(),
+        perturbed(model, perturbation),
+        patched(model, conversion, counters, execution, steps),
+    ):
         windows(model, ids, batch, f"perplexity {corpus}", consume=add)
-    predicted = ids.shape[0] * (ids.shape[1] - 1)
-    mean = float(total) / predicted
+    predicted = ids.shape[1] - 1
+    nll = torch.cat(sums).cpu().numpy()
+    mean = float((nll / predicted).mean())
     converted = set() if conversion is None else set(conversion.neurons.sites)
     if conversion is not None and not conversion.coding.neuron:
         converted = set()  # a bound quantises but does not spike
@@ -106,7 +157,10 @@ def perplexity(
         "tokens": ids.numel(),
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
     }
-    return Perplexity(metrics, counters.frame(converted))
+    if perturbation is not None:
+        metrics["perturbation"] = asdict(perturbation)
+    by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
+    return Perplexity(metrics, counters.frame(converted), by_window)
 
 
 def anytime(
@@ -124,14 +178,14 @@ def anytime(
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum over the next tokens of every window: logits [B, S, V], tokens [B, S] -> float64."""
+    """Sum over the next tokens of each window: logits [B, S, V], tokens [B, S] -> float64 [B]."""
     rows = logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     losses = [
-        F.cross_entropy(part.float(), want, reduction="sum").double()
+        F.cross_entropy(part.float(), want, reduction="none")
         for part, want in zip(rows.split(512), targets.split(512), strict=True)
     ]
-    return torch.stack(losses).sum()
+    return torch.cat(losses).view(len(tokens), -1).double().sum(-1)
 
 
 def accuracy(
@@ -142,9 +196,14 @@ def accuracy(
     items: int,
     batch: int,
     execution: str = "fast",
-) -> dict[str, dict[str, Any]]:
+    perturbation: Perturbation | None = None,
+) -> dict[str, Answers]:
     """Measure zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
-    with patched(model, conversion, execution=execution):
-        return zero_shot(model, tokenizer, tasks, items, batch)
+    with perturbed(model, perturbation), patched(model, conversion, execution=execution):
+        scores = zero_shot(model, tokenizer, tasks, items, batch)
+    if perturbation is not None:
+        for score in scores.values():
+            score.metrics["perturbation"] = asdict(perturbation)
+    return scores

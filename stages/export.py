@@ -110,7 +110,7 @@ def card(
     measured = {
         name: value
         for name, value in row.items()
-        if name.startswith(("ppl_", "acc_"))
+        if name.startswith(("ppl_", "acc_", "ratio_", "changed_"))
         or name in ("timesteps", "grains", "nmse", "spikes_per_value", "energy_J", "saving")
     }
     lines = [

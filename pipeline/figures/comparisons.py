@@ -26,7 +26,7 @@ from pipeline.figures.style import (
 )
 from pipeline.results import uncertainty
 from pipeline.results.columns import DIVERGED
-from pipeline.results.rows import result_frame, row_name, short_setting
+from pipeline.results.rows import RATIO, measures, result_frame, row_name, short_setting
 
 Looks = dict[str, dict[str, Any]]
 # A row of panels shows this many series and the others in grey: more look alike on a
@@ -51,14 +51,14 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run: series, panel (model and transform), timesteps, bits, energy_J (causal, prefill),
     dense; of the first corpus ppl with its standard error se, ratio to the dense model and the bounds
     low and high of its 95 % interval."""
-    names, _ = uncertainty.measures(name for result in results for name in result)
+    (corpus, *_), _ = measures(name for result in results for name in result)
     rows = [
         {
             "series": series,
             "panel": _panel(result, results),
             "timesteps": result.get("timesteps"),
             "bits": result.get("bits"),
-            "ppl": result.get(names[0]),
+            "ppl": result.get(f"ppl_{corpus}"),
             "energy_J": result.get("energy_J"),
             "dense": result["coding"] == "dense",
         }
@@ -66,12 +66,12 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     ]
     numbers = ("timesteps", "bits", "ppl", "energy_J")
     frame = pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
-    return frame.assign(**_errors(results, names[0]))
+    return frame.assign(**_errors(results, corpus))
 
 
-def _errors(results: Sequence[Mapping[str, Any]], ppl: str) -> dict[str, pd.Series]:
+def _errors(results: Sequence[Mapping[str, Any]], corpus: str) -> dict[str, pd.Series]:
     """The standard error of a perplexity, its ratio to the dense model's, and the interval of that."""
-    ratio = uncertainty.ratio(ppl)
+    ppl, ratio = f"ppl_{corpus}", RATIO + corpus
     names = [
         ppl,
         f"{ppl}_se",
@@ -283,8 +283,8 @@ def _heights(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, bool]:
         heights = {"height": drawn["ppl"] / base, "lower": drawn["low"], "upper": drawn["high"]}
         heights = {name: 100 * (value - 1) for name, value in heights.items()}
     else:
-        errors = {"height": 0, "lower": -drawn["se"], "upper": drawn["se"]}
-        heights = {name: drawn["ppl"] + value for name, value in errors.items()}
+        ppl, error = drawn["ppl"], drawn["se"]
+        heights = {"height": ppl, "lower": ppl - error, "upper": ppl + error}
     return drawn.assign(**heights), dense, relative
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from pipeline.results.folders import RunFolder
 from stages.errors import InputError
+from stages.evaluation import ENDINGS
 
 COUNTS = ("grains", "timesteps")
 NAMES = ("model", "coding", "row", "setting", "transform")
@@ -31,33 +32,27 @@ ENERGIES = {
 COSTS = ("macs_G", "acs_G", "energy_J", "saving")
 SECONDS = ("fitting_s", "conversion_s")
 LAST = ("nmse", "convention", "spikes_per_value", *COSTS, *SECONDS, "environment")
-OVER_DENSE = "over_dense_"  # of every corpus: the excess of the perplexity over the dense model's
+RATIO = "ratio_"  # of every corpus and task: the number over the dense model's
+ERRORS = ENDINGS  # of columns of errors and counts
+BESIDE = ("_se", "_low", "_high", "_n")  # of those that others show beside their value
 
 
 def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Collect results, one row each, in the column order of every table.
 
-    Perplexities and accuracies come in the order they are first met; the standard errors and
-    item counts of accuracies stand last. What a result leaves out or gives as null is missing.
-    Where a dense row was evaluated like others, these have their excess over its perplexities.
+    Perplexities, each with its ratio to the dense model's, and accuracies come in the order they are
+    first met; their errors, and how accuracies compare with the dense model, stand last. What a
+    result leaves out or gives as null is missing.
     The name of the row is shown where the other names leave rows of several names alike, and so is the
     setting: overrides of the job that no column shows.
     """
     rows = _set([dict(row) for row in results])
-    rows = [row | {"environment": environment(row)} for row in _over_dense(_named(rows))]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    accuracy = [name for name in names if name.startswith("acc_")]
-    extra = [name for name in accuracy if name.endswith(("_stderr", "_n"))]
-    columns = [
-        *NAMES,
-        *COUNTS,
-        *("bits", "trained"),
-        *(name for ppl in names if ppl.startswith("ppl_") for name in (ppl, over_dense(ppl))),
-        *(name for name in accuracy if name not in extra),
-        *LAST,
-        *extra,
-    ]
-    optional = [*OPTIONAL, *(name for name in columns if name.startswith(OVER_DENSE))]
+    rows = [row | {"environment": environment(row)} for row in _named(rows)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    corpora, tasks = measures(names)
+    beside = [name for name in _beside(corpora, tasks) if name in names]
+    columns = [*_shown(corpora, tasks), *beside]
+    optional = [*OPTIONAL, *(name for name in columns if _of_dense(name))]
     absent = {name for name in optional if all(row.get(name) is None for row in rows)}
     columns = [name for name in columns if name not in absent]
     frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
@@ -65,45 +60,42 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.astype(types)
 
 
+def measures(columns: Iterable[Any]) -> tuple[list[str], list[str]]:
+    """The texts and the tasks whose numbers are among some columns, in the order they are met."""
+    names = [n for n in dict.fromkeys(map(str, columns)) if not n.endswith(ERRORS)]
+    corpora = [name.removeprefix("ppl_") for name in names if name.startswith("ppl_")]
+    return corpora, [name.removeprefix("acc_") for name in names if name.startswith("acc_")]
+
+
 def column_names(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """The columns of a table of runs that are evaluated on these texts and tasks."""
-    perplexities = [name for corpus in corpora for name in (f"ppl_{corpus}", OVER_DENSE + corpus)]
+    """The columns of a table of runs that are evaluated on these texts and tasks, but for those that
+    others show beside their value."""
+    every = (*_shown(corpora, tasks), *_beside(corpora, tasks))
+    return [name for name in every if not name.endswith(BESIDE)]
+
+
+def _shown(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    perplexities = [name for corpus in corpora for name in (f"ppl_{corpus}", RATIO + corpus)]
     accuracies = [f"acc_{task}" for task in tasks]
     return [*NAMES, *COUNTS, "bits", "trained", *perplexities, *accuracies, *LAST]
 
 
-def over_dense(ppl: str) -> str:
-    """The column beside that of a perplexity: its excess over the dense model's, as a fraction."""
-    return OVER_DENSE + ppl.removeprefix("ppl_")
+def _beside(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The columns behind the others: errors, how accuracies compare with the dense model's."""
+    names = ["replicates"]
+    for corpus in corpora:
+        names += [f"ppl_{corpus}_se", f"ppl_{corpus}_spread"]
+        names += [f"{RATIO}{corpus}_low", f"{RATIO}{corpus}_high"]
+    for task in tasks:
+        names += [f"acc_{task}{ending}" for ending in ("_se", "_spread", "_n")]
+        names += [f"{RATIO}{task}{ending}" for ending in ("", "_low", "_high")]
+        names += [f"changed_{task}"]
+    return names
 
 
-def _over_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their excess over the dense row of the same model, transform and windows.
-
-    None where there is no such row, or several that differ.
-    """
-    dense: dict[Any, set[float]] = {}
-    for row in rows:
-        if row["coding"] == "dense":
-            for ppl, place in _places(row):
-                dense.setdefault(place, set()).add(row[ppl])
-    apart_rows = []
-    for row in rows:
-        known = {ppl: dense.get(place, set()) for ppl, place in _places(row)}
-        over = {over_dense(p): row[p] / min(d) - 1 for p, d in known.items() if len(d) == 1}
-        apart_rows.append(row | over)
-    alone = all(row["coding"] == "dense" for row in rows)
-    return rows if alone else apart_rows
-
-
-def _places(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The perplexities of a row that are known, and what another must share to compare with one."""
-    named = []
-    for name in (n for n in row if n.startswith("ppl_") and row[n] is not None):
-        read = (row.get("evaluation") or {}).get(name.removeprefix("ppl_"), {})
-        same = (row.get("model"), row.get("transform"), read.get("windows"), read.get("length"))
-        named.append((name, (name, *same)))
-    return named
+def _of_dense(column: str) -> bool:
+    """Whether a column compares with the dense model, which a table of dense rows alone leaves out."""
+    return column.startswith((RATIO, "changed_"))
 
 
 def environment(result: Mapping[str, Any]) -> str | None:
@@ -189,7 +181,7 @@ def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _dtype(column: str) -> str:
-    return "Int64" if column in COUNTS or column.endswith("_n") else "float64"
+    return "Int64" if column in (*COUNTS, "replicates") or column.endswith("_n") else "float64"
 
 
 def sweep_results(sweep_dir: Path) -> dict[RunFolder, dict[str, Any]]:

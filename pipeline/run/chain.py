@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pipeline.run import stages
-from pipeline.run.measured import Measured
+from pipeline.run.measured import Evaluated, Measured, part
 from pipeline.run.models import ModelSource, model_source
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Source, Stage, sources
 from pipeline.run.texts import Tokens
 from pipeline.store.store import Store
+from stages.codings.dense import Dense
 from stages.text.corpus import Purpose
 
 
@@ -38,8 +40,8 @@ class Chain:
         # Statistics come first, as some are not defined on every model.
         fitted = (self.capture, self.distribution, self.fitting, self.patching)
         conversion = (self.prefix, *self.statistics.values(), *fitted)
-        measured = [*self.measured.perplexities.values(), self.measured.anytime]
-        measured += [*self.measured.accuracies.values(), self.measured.energy]
+        made = self.measured
+        measured = (*made.evaluated, made.anytime, made.energy, *(made.dense or ()))
         every = (*conversion, *measured, self.export)
         return {stage.label: stage for stage in every if stage is not None}
 
@@ -70,19 +72,17 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     model = model.transformed(s.transform, parts.get("prefix"))
     if s.coding.converts:
         parts |= _conversion(s, read(calibration, "calibration"))
+    texts = {name: read(name, "evaluation") for name in s.evaluation.corpora}
     fitted = {"fitting": parts["fitting"]} if "fitting" in parts else {}
-    corpora = s.evaluation.corpora
-    texts = {name: read(name, "evaluation") | fitted for name in corpora}
-    perplexities = {name: stages.Perplexity.of(s, name, texts[name]) for name in corpora}
-    asked = {"model": model, **fitted}
-    accuracies = {n: stages.Accuracy.of(s, s.tasks[n], asked) for n in s.evaluation.tasks}
-    energy = stages.Energy.of(s, model, perplexities[corpora[0]])
+    evaluated = _evaluated(s, texts, model, fitted)
+    # The same artifacts as those of a dense row with this transform.
+    dense = _evaluated(s, texts, model, {}, dense=True) if s.coding.converts else None
+    first = s.evaluation.corpora[0]
+    energy = stages.Energy.of(s, model, evaluated.perplexities[first][0])
     anytime = None
     if s.evaluation.anytime and fitted:
-        anytime = stages.Anytime.of(s, corpora[0], texts[corpora[0]])
-    measured: Measured[Any] = Measured(
-        perplexities, accuracies, energy, parts.get("patching"), anytime
-    )
+        anytime = stages.Anytime.of(s, first, texts[first] | fitted)
+    measured: Measured[Any] = Measured(evaluated, energy, parts.get("patching"), anytime, dense)
     if s.export.enabled:
         parts["export"] = stages.Exported.of(s, model, parts["fitting"], measured)
     return Chain(s, model, measured, tokens, **parts)
@@ -103,3 +103,23 @@ def _conversion(s: Settings, read: dict[str, Source]) -> dict[str, Any]:
         "fitting": fitting,
         "patching": patching,
     }
+
+
+def _evaluated(
+    s: Settings,
+    texts: Mapping[str, Mapping[str, Source]],
+    model: ModelSource,
+    fitted: Mapping[str, Source],
+    dense: bool = False,
+) -> Evaluated[Any]:
+    """The evaluations of the run's coding, or of the `dense` model that it is compared with."""
+    coding, read = Dense() if dense else s.coding, s.evaluation
+    made: dict[str, Stage] = {}
+    for number, perturbation in enumerate(read.perturbations):
+        for name in read.corpora:
+            label, spec = part("ppl", name, number, dense), stages.read(s, coding, perturbation)
+            made[label] = stages.Perplexity.of(spec, name, {**texts[name], **fitted}, label)
+        for name in read.tasks:
+            label, spec = part("acc", name, number, dense), stages.asked(s, coding, perturbation)
+            made[label] = stages.Accuracy.of(spec, s.tasks[name], {"model": model, **fitted}, label)
+    return Evaluated.of(read.corpora, read.tasks, read.replicates, made.__getitem__, dense)

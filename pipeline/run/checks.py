@@ -123,8 +123,11 @@ def _head(path: Path, field: str, rows: str) -> None:
 
 
 def _questions(chain: Chain, store: Store, names: Any) -> None:
-    accuracies = {name: chain.measured.accuracies[name] for name in names}
-    missing = {n: stage for n, stage in accuracies.items() if store.find(stage.step) is None}
+    measured = chain.measured
+    sets = [each for each in (measured.evaluated, measured.dense) if each is not None]
+    stages = {name: [stage for each in sets for stage in each.accuracies[name]] for name in names}
+    unknown = {n: [s for s in every if store.find(s.step) is None] for n, every in stages.items()}
+    missing = {name: stages[0] for name, stages in unknown.items() if stages}
     fetch_questions([chain.settings.tasks[name] for name in missing], store)
     for name, stage in missing.items():
         from stages.text import harness  # takes seconds to import what it needs

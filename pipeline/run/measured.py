@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,9 +13,11 @@ import pandas as pd
 
 from pipeline.run.settings import Settings
 from pipeline.store.store import Artifact
+from stages.analysis import intervals
 from stages.codings.base import Coding
 from stages.energy import by_kind
-from stages.evaluation import Perplexity
+from stages.evaluation import Perplexity, window_nll
+from stages.text.harness import answers
 
 LIBRARIES = ("torch", "transformers")
 # The stages that run a model; the others compute on the processor with what these have left.
@@ -24,35 +26,77 @@ FITTING = ("statistics", "fitting")
 CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
 T = TypeVar("T")
 U = TypeVar("U")
+BOOTSTRAP = intervals.Bootstrap()
+
+
+def part(measure: str, name: str, replicate: int = 0, dense: bool = False) -> str:
+    """What an evaluation is called in a run: `ppl_wikipedia`, `ppl_wikipedia 2`, `dense acc_piqa`."""
+    words = ("dense" * dense, f"{measure}_{name}", str(replicate or ""))
+    return " ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class Evaluated(Generic[T]):
+    """The evaluations of a model, by corpus and by task; of each its replicates, the first of which
+    has no perturbation."""
+
+    perplexities: Mapping[str, tuple[T, ...]]
+    accuracies: Mapping[str, tuple[T, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        corpora: Iterable[str],
+        tasks: Iterable[str],
+        replicates: int,
+        get: Callable[[str], T],
+        dense: bool = False,
+    ) -> Evaluated[T]:
+        """Every evaluation by its part of the run."""
+        count = range(replicates)
+        ppl = {n: tuple(get(part("ppl", n, r, dense)) for r in count) for n in corpora}
+        acc = {n: tuple(get(part("acc", n, r, dense)) for r in count) for n in tasks}
+        return Evaluated(ppl, acc)
+
+    def __iter__(self) -> Iterator[T]:
+        for each in (*self.perplexities.values(), *self.accuracies.values()):
+            yield from each
+
+    def map(self, change: Callable[[T], U]) -> Evaluated[U]:
+        """The same with every stage replaced by what is made of it."""
+        parts = (self.perplexities, self.accuracies)
+        changed = [{n: tuple(map(change, each)) for n, each in part.items()} for part in parts]
+        return Evaluated(*changed)
 
 
 @dataclass(frozen=True)
 class Measured(Generic[T]):
-    """What a run measures, by corpus and by task: the stages, or the artifacts that they have left.
+    """What a run measures: the stages, or the artifacts that they have left.
 
-    The counters of the first corpus are those that tables and the energy use.
+    `dense` is the same of the dense model, None where that is the model itself. The counters of the
+    first corpus, without a perturbation, are those that tables and the energy use.
     """
 
-    perplexities: Mapping[str, T]
-    accuracies: Mapping[str, T]
+    evaluated: Evaluated[T]
     energy: T
     patching: T | None = None  # None for the dense model
     anytime: T | None = None
+    dense: Evaluated[T] | None = None
 
     def map(self, change: Callable[[T], U]) -> Measured[U]:
         """The same with every stage replaced by what is made of it."""
         return Measured(
-            {name: change(each) for name, each in self.perplexities.items()},
-            {name: change(each) for name, each in self.accuracies.items()},
+            self.evaluated.map(change),
             change(self.energy),
             None if self.patching is None else change(self.patching),
             None if self.anytime is None else change(self.anytime),
+            None if self.dense is None else self.dense.map(change),
         )
 
 
 def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
     """Counters of the first corpus and the error on held-out values, one row a site."""
-    first = next(iter(measured.perplexities.values()))
+    first = next(iter(measured.evaluated.perplexities.values()))[0]
     frame = Perplexity.load(first.path).counters.drop(columns=["error", "power"])
     frame["spikes_per_value"] = frame["spikes"] / frame["values"]
     frame["nmse"] = np.nan
@@ -69,16 +113,54 @@ def energy_by_kind(measured: Measured[Artifact]) -> pd.DataFrame:
 
 def numbers(measured: Measured[Artifact], sites: pd.DataFrame) -> dict[str, Any]:
     """The measured columns of a table: perplexity, accuracy, error, spikes, energy of a prefill."""
-    row = {f"ppl_{n}": _metrics(each)["perplexity"] for n, each in measured.perplexities.items()}
-    for name, each in measured.accuracies.items():
-        score = _metrics(each)
-        row[f"acc_{name}"] = score["value"]
-        row |= {f"acc_{name}_{part}": score[part] for part in ("stderr", "n")}
+    row: dict[str, Any] = {}
+    dense = measured.dense
+    for name, each in measured.evaluated.perplexities.items():
+        row |= _perplexity(name, each, None if dense is None else dense.perplexities[name])
+    for name, each in measured.evaluated.accuracies.items():
+        row |= _accuracy(name, each, None if dense is None else dense.accuracies[name])
     coded = sites.dropna(subset=["acs"])
     fanout = float(coded["macs"].sum())
     row["nmse"] = geometric_mean(sites["nmse"])
     row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
     return row | _energy(measured)["causal"]["prefill"]
+
+
+def _perplexity(
+    name: str, replicates: Sequence[Artifact], dense: Sequence[Artifact] | None
+) -> dict[str, Any]:
+    """The columns of a corpus, from the windows of every replicate [R, W]."""
+    nll = np.stack([window_nll(each.path) for each in replicates])
+    ratio = intervals.Ratio(None)
+    if dense is not None:
+        theirs = np.stack([window_nll(each.path) for each in dense])
+        ratio = intervals.perplexity_ratio(nll, theirs, BOOTSTRAP)
+    return _estimate(f"ppl_{name}", intervals.perplexity(nll)) | _ratio(name, ratio)
+
+
+def _accuracy(
+    name: str, replicates: Sequence[Artifact], dense: Sequence[Artifact] | None
+) -> dict[str, Any]:
+    """The columns of a task, from the questions of every replicate [R, N]."""
+    correct, chosen = map(np.stack, zip(*(answers(each.path) for each in replicates), strict=True))
+    ratio, changed = intervals.Ratio(None), None
+    if dense is not None:
+        right, theirs = map(np.stack, zip(*(answers(each.path) for each in dense), strict=True))
+        ratio = intervals.accuracy_ratio(correct, right, BOOTSTRAP)
+        changed = intervals.changed(chosen, theirs)
+    columns = _estimate(f"acc_{name}", intervals.accuracy(correct))
+    columns |= {f"acc_{name}_n": correct.shape[1]}
+    return columns | _ratio(name, ratio) | {f"changed_{name}": changed}
+
+
+def _estimate(column: str, estimate: intervals.Estimate) -> dict[str, Any]:
+    errors = {f"{column}_se": estimate.se, f"{column}_spread": estimate.spread}
+    return {column: estimate.value} | errors
+
+
+def _ratio(name: str, ratio: intervals.Ratio) -> dict[str, Any]:
+    ends = {f"ratio_{name}_low": ratio.low, f"ratio_{name}_high": ratio.high}
+    return {f"ratio_{name}": ratio.value} | ends
 
 
 def row(
@@ -108,7 +190,12 @@ def row(
         "paper": energy["paper"]["prefill"],
         "decode": energy["causal"]["decode"],
         "paper_decode": energy["paper"]["decode"],
-        "evaluation": {name: _metrics(each) for name, each in measured.perplexities.items()},
+        "replicates": settings.evaluation.replicates,
+        "bootstrap": asdict(BOOTSTRAP),
+        "evaluation": {
+            name: _json(each[0], "metrics.json")
+            for name, each in measured.evaluated.perplexities.items()
+        },
         "seconds": {label: artifact.seconds for label, artifact in artifacts.items()},
         "hits": {label: artifact.hit for label, artifact in artifacts.items()},
         "keys": {label: artifact.key for label, artifact in artifacts.items()},
@@ -126,10 +213,6 @@ def _energy(measured: Measured[Artifact]) -> dict[str, dict[str, dict[str, Any]]
         }
         for convention, phases in both["total"].items()
     }
-
-
-def _metrics(artifact: Artifact) -> dict[str, Any]:
-    return _json(artifact, "metrics.json")
 
 
 def _json(artifact: Artifact, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.run.measured import Measured, numbers, per_site
+from pipeline.run.measured import Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.stage import Source, Stage
 from pipeline.run.texts import Questions, load_tokens
@@ -21,11 +21,13 @@ from pipeline.store.provenance import versions
 from stages import evaluation, export
 from stages.analysis.operations import operations, untransformed
 from stages.analysis.real_valued import real_valued
+from stages.codings.base import Coding
 from stages.compiler import compiled
 from stages.distribution import Densities
 from stages.energy import account, saving, summary
 from stages.fits.statistics import Statistic
 from stages.fitted import Conversion, FittedNeurons
+from stages.model.perturbation import Perturbation
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet
 from stages.statistics import measuring, measuring_module
@@ -191,8 +193,8 @@ class Perplexity(Stage):
     code = ("stages.evaluation", *MODEL)
 
     @classmethod
-    def of(cls, s: Settings, name: str, made_from: Mapping[str, Source]) -> Self:
-        return cls({"perplexity": name, **_evaluated(s)}, made_from, f"ppl_{name}")
+    def of(cls, spec: Spec, name: str, made_from: Mapping[str, Source], part: str) -> Self:
+        return cls({"perplexity": name, **spec}, made_from, part)
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
@@ -204,7 +206,10 @@ class Perplexity(Stage):
         if execution == "stepped":
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
         neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
-        evaluation.perplexity(model, ids, neurons, batch, name, execution).save(out)
+        noise = spec["perturbation"]
+        evaluation.perplexity(model, ids, neurons, batch, name, execution, perturbation=noise).save(
+            out
+        )
 
 
 class Anytime(Stage):
@@ -215,7 +220,7 @@ class Anytime(Stage):
 
     @classmethod
     def of(cls, s: Settings, name: str, made_from: Mapping[str, Source]) -> Self:
-        return cls({"anytime": name, **_evaluated(s)}, made_from, "anytime")
+        return cls({"anytime": name, **read(s, s.coding)}, made_from, "anytime")
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
@@ -229,10 +234,15 @@ class Anytime(Stage):
         (out / "anytime.json").write_text(json.dumps(by_step, indent=1))
 
 
-def _evaluated(s: Settings) -> dict[str, Any]:
-    """The coding and the windows of a corpus."""
-    count, length = s.evaluation.windows, s.evaluation.length
-    return {"coding": s.coding, "count": count, "length": length, "begin": s.model.begin}
+def read(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:
+    """The coding, the windows of a corpus, and how a replicate differs from the first."""
+    spec = {"coding": coding, "perturbation": perturbation, "begin": s.model.begin}
+    return spec | {"count": s.evaluation.windows, "length": s.evaluation.length}
+
+
+def asked(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:
+    """The same for the questions of a task."""
+    return {"coding": coding, "perturbation": perturbation, "items": s.evaluation.items}
 
 
 class Accuracy(Stage):
@@ -242,11 +252,9 @@ class Accuracy(Stage):
     code = ("stages.evaluation", *MODEL)
 
     @classmethod
-    def of(cls, s: Settings, task: TaskSpec, made_from: Mapping[str, Source]) -> Self:
-        spec: dict[str, Any] = {"task": replace(task, path=None), "coding": s.coding}
-        spec |= {"items": s.evaluation.items}
-        spec["lm_eval"] = version("lm_eval")  # whose prompts these are
-        return cls(spec, {**made_from, "data": Questions(task)}, f"acc_{task.name}")
+    def of(cls, spec: Spec, task: TaskSpec, made_from: Mapping[str, Source], part: str) -> Self:
+        prompts = {"task": replace(task, path=None), "lm_eval": version("lm_eval")}
+        return cls({**spec, **prompts}, {**made_from, "data": Questions(task)}, part)
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
@@ -254,10 +262,8 @@ class Accuracy(Stage):
         questions = [(task, inputs["data"])]
         model, tokenizer = inputs["model"].load()
         neurons, batch = conversion(spec, inputs), runtime.task_batch
-        scores = evaluation.accuracy(
-            model, tokenizer, neurons, questions, spec["items"], batch, runtime.execution
-        )
-        (out / "metrics.json").write_text(json.dumps(scores[task.name], indent=1))
+        how = (spec["items"], batch, runtime.execution, spec["perturbation"])
+        evaluation.accuracy(model, tokenizer, neurons, questions, *how)[task.name].save(out)
 
 
 class Energy(Stage):
@@ -297,21 +303,19 @@ class Exported(Stage):
     def of(cls, s: Settings, model: ModelSource, fitting: Stage, measured: Measured[Stage]) -> Self:
         tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.profile.name
         spec: dict[str, Any] = {"coding": s.coding, "sites": s.sites, "axes": s.axes}
-        spec |= {"label": s.name, "corpora": s.evaluation.corpora, "tasks": s.evaluation.tasks}
+        measures = s.evaluation.corpora, s.evaluation.tasks, s.evaluation.replicates
+        spec |= {"label": s.name, "evaluated": measures}
         spec["energy"] = f"prefill of {tokens} tokens, causal convention, {profile}"
-        stages = {f"ppl_{name}": stage for name, stage in measured.perplexities.items()}
-        stages |= {f"acc_{name}": stage for name, stage in measured.accuracies.items()}
+        stages = {each.part: each for each in (*measured.evaluated, *(measured.dense or ()))}
         made_from: dict[str, Any] = {"model": model, "fitting": fitting, "energy": measured.energy}
         return cls(spec, made_from | {"patching": measured.patching} | stages)
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        measured = Measured(
-            {name: inputs[f"ppl_{name}"] for name in spec["corpora"]},
-            {name: inputs[f"acc_{name}"] for name in spec["tasks"]},
-            inputs["energy"],
-            inputs["patching"],
-        )
+        corpora, tasks, replicates = spec["evaluated"]
+        ours = Evaluated.of(corpora, tasks, replicates, inputs.__getitem__)
+        dense = Evaluated.of(corpora, tasks, replicates, inputs.__getitem__, dense=True)
+        measured = Measured(ours, inputs["energy"], inputs["patching"], dense=dense)
         row = spec["axes"] | {"label": spec["label"]} | numbers(measured, per_site(measured))
         neurons = conversion(spec, inputs)
         assert neurons is not None

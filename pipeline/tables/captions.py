@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipeline.results import uncertainty
 from pipeline.results.columns import BEYOND, DIVERGED
+from pipeline.results.rows import RATIO, measures
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
@@ -48,10 +48,10 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
     steps = ", ".join(str(step) for step in sorted(frame["timesteps"].dropna().unique()))
     models = ", ".join(map(str, frame["model"].unique()))
     subject = f"Spiking conversions of {models} at T = {steps}" if steps else f"Dense {models}"
-    corpora, tasks = uncertainty.measures(shown)
-    questions = [_questions(frame, name) for name in tasks]
-    texts = [f"{name[4:]}{_windows(results, name[4:])}" for name in corpora]
-    against = any(uncertainty.ratio(name) in shown for name in corpora)
+    corpora, tasks = measures(shown)
+    questions = [_questions(frame, f"acc_{task}") for task in tasks]
+    texts = [f"{corpus}{_windows(results, corpus)}" for corpus in corpora]
+    against = any(RATIO + corpus in shown for corpus in corpora)
     counts = {result.get("replicates") or 1 for result in results}
     grown = "grains" in shown and (frame["grains"].dropna() > 1).any()
     costs = [head for name, head in COSTS.items() if name in shown]
@@ -163,7 +163,7 @@ def published(sources: Sequence[str]) -> str:
 
 def diverged(frame: pd.DataFrame) -> str:
     """The mark of diverged perplexities, where there are any."""
-    perplexities = frame[uncertainty.measures(frame)[0]]
+    perplexities = frame[[f"ppl_{corpus}" for corpus in measures(frame)[0]]]
     return f"{BEYOND}: diverged." if (perplexities > DIVERGED).any(axis=None) else ""
 
 

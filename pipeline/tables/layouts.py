@@ -23,7 +23,7 @@ from pipeline.results.columns import (
 )
 from pipeline.results.lookup import Row
 from pipeline.results.published import as_measured, printed
-from pipeline.results.rows import COSTS, ENERGIES, environment, result_frame, row_name
+from pipeline.results.rows import COSTS, ENERGIES, environment, measures, result_frame, row_name
 from pipeline.tables import captions
 from pipeline.tables.sheet import Sheet
 from stages.errors import InputError
@@ -148,19 +148,19 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     """Everything that was measured of every job."""
     rows = _ordered(rows)
     frame = _frame(rows, names)
-    corpora, tasks = uncertainty.measures(frame)
+    corpora, tasks = measures(frame)
     columns = [
         *_names(frame),
         Column("bits", "bits", "{:.3g}".format),
         *(
             column
-            for k, n in enumerate(corpora)
+            for k, name in enumerate(corpora)
             for column in (
-                _perplexity(n, f"ppl {n[4:]}", uncertainty.ratio(n), spare=k),
-                _versus(uncertainty.ratio(n), spare=k + 1),
+                _perplexity(f"ppl_{name}", f"ppl {name}", f"ratio_{name}", spare=k),
+                _versus(f"ratio_{name}", spare=k + 1),
             )
         ),
-        *(_accuracy(name, f"{name[4:]} [%]", uncertainty.ratio(name)) for name in tasks),
+        *(_accuracy(f"acc_{name}", f"{name} [%]", f"ratio_{name}") for name in tasks),
         Column("nmse", "nmse", lambda value: scientific(value, 1), "min"),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
         Column("energy_J", "energy [J]", lambda value: small(value, 3), "min"),
@@ -281,8 +281,8 @@ def _sections(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
 
 def _rivals(frame: pd.DataFrame) -> list[bool]:
     """Which rows compete: what spikes, and did not diverge: a broken model spikes little."""
-    corpora, _ = uncertainty.measures(frame)
-    alive = (frame[corpora] <= DIVERGED).all(axis=1)
+    corpora, _ = measures(frame)
+    alive = (frame[[f"ppl_{name}" for name in corpora]] <= DIVERGED).all(axis=1)
     return list(alive & frame["spikes_per_value"].notna())
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from pipeline.results import uncertainty
 from pipeline.results.columns import Column, excess, percent, perplexity, scientific, small
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import (
+    BESIDE,
+    RATIO,
     TEXT,
     column_names,
     distinct,
     energy_frame,
+    measures,
     result_frame,
     short_setting,
     sweep_results,
@@ -26,8 +28,6 @@ from pipeline.tables import captions, sheet
 from stages.errors import InputError
 
 LEFT = (*TEXT, "run", "phase", "role")  # columns of words
-# Columns that others show beside their value, or the caption.
-UNSHOWN = ("_se", "_low", "_high", "_n")
 ALIASES = {"T": "timesteps", "n": "grains"}  # heads that are names of columns to choose as well
 # What is printed of a run's table, and stands in its Markdown and LaTeX; ppl and acc are all of them.
 PRINTED = (
@@ -67,7 +67,7 @@ COLUMNS = {
 
 def write(frame: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
     """Write all of `frame` as stem.md, stem.csv and stem.tex; the same frame gives the same bytes."""
-    shown = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    shown = [str(name) for name in frame if not str(name).endswith(BESIDE)]
     columns = [column(name, frame) for name in shown]
     return sheet.write(sheet.Sheet(frame, columns, caption), stem)
 
@@ -112,9 +112,9 @@ def choice(
     if not names:
         return made
     frame, known_columns = made.frame, {column.name: column for column in made.columns}
-    known = [str(name) for name in frame if not str(name).endswith(UNSHOWN)]
+    known = [str(name) for name in frame if not str(name).endswith(BESIDE)]
     check(names, [*known, *empty])
-    meant = [name for each in names for name in _meant(each, known)]
+    meant = [name for each in names for name in _meant(each, frame)]
     columns = [known_columns.get(name) or column(name, frame, names) for name in meant]
     return replace(made, columns=columns)
 
@@ -134,28 +134,29 @@ def check(names: Sequence[str], known: Sequence[str]) -> None:
             raise InputError(f"table.columns: got {name}; {choose(name, known)}")
 
 
-def _meant(name: str, known: Sequence[str]) -> list[str]:
+def _meant(name: str, frame: pd.DataFrame) -> list[str]:
     """The columns that a name stands for: `ppl` all perplexities, each with its ratio to the dense
-    model's and its spread over replicates."""
-    corpora, tasks = uncertainty.measures(known)
+    model's and its spread over replicates where there are any."""
+    corpora, tasks = measures(frame)
     if name == "ppl":
-        every = [each for ppl in corpora for each in (ppl, uncertainty.ratio(ppl), f"{ppl}_spread")]
-        return [each for each in every if each in known]
+        every = [each for n in corpora for each in (f"ppl_{n}", RATIO + n, f"ppl_{n}_spread")]
+        return [each for each in every if each in frame and frame[each].notna().any()]
     if name == "acc":
-        return tasks
+        return [f"acc_{task}" for task in tasks]
     return [ALIASES.get(name, name)]
 
 
 def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Column:
     """How the column of a frame reads among others of these `names`."""
-    corpora, tasks = uncertainty.measures(frame)
+    corpora, tasks = measures(frame)
     if name == "coding":
         beside = tuple(n for n in ("row", "setting") if n in frame and n not in names)
         return Column(name, name, partial(_told_apart, beside), beside=beside, words=True)
-    for ppl in corpora:
-        if name in (ppl, uncertainty.ratio(ppl), f"{ppl}_spread"):
-            return _of_corpus(name, ppl, frame)
-    if name in tasks:
+    for place, corpus in enumerate(corpora):
+        if name in (f"ppl_{corpus}", RATIO + corpus, f"ppl_{corpus}_spread"):
+            group = corpus if len(corpora) > 1 and RATIO + corpus in frame else ""
+            return _of_corpus(name, corpus, group, 3 if place else 0)
+    if name.removeprefix("acc_") in tasks:
         head = f"{name.removeprefix('acc_')} [%]"
         return Column(name, head, percent, beside=(f"{name}_se",), spare=4)
     if name.startswith(GROUPED):
@@ -165,19 +166,15 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
     return COLUMNS.get(name, Column(name, name.replace("_", " "), words=name in LEFT))
 
 
-def _of_corpus(name: str, ppl: str, frame: pd.DataFrame) -> Column:
+def _of_corpus(name: str, corpus: str, group: str, spare: int) -> Column:
     """The column of a perplexity, of its ratio to the dense model's or of its spread over replicates."""
-    corpora, _ = uncertainty.measures(frame)
-    corpus, ratio = ppl.removeprefix("ppl_"), uncertainty.ratio(ppl)
-    group = corpus if len(corpora) > 1 and ratio in frame else ""
-    if name == ratio:
-        bounds = (f"{ratio}_low", f"{ratio}_high")
+    if name == f"ppl_{corpus}":
+        head = "ppl" if group else f"ppl {corpus}"
+        return Column(name, head, perplexity, group=group, beside=(f"{name}_se",), spare=spare)
+    if name == RATIO + corpus:
+        bounds = (f"{name}_low", f"{name}_high")
         return Column(name, "vs dense", excess, group=group, beside=bounds, spare=2)
-    if name != ppl:
-        return Column(name, "spread", lambda v: small(v, 2), group=group, spare=3)
-    head = "ppl" if group else f"ppl {corpus}"
-    spare = 0 if ppl == corpora[0] else 3
-    return Column(name, head, perplexity, group=group, beside=(f"{ppl}_se",), spare=spare)
+    return Column(name, "spread", lambda value: small(value, 2), group=group, spare=3)
 
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:

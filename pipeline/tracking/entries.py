@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Groups of the configuration whose fields are params by group.field.
 GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
 GROUPED = ("coding", "row", "transform", "model")  # tags by which the dashboard groups jobs
-NO_METRIC = ("run", "axes", "evaluation", "label", "environments")  # of result.json
+NO_METRIC = ("run", "axes", "evaluation", "label", "environments", "bootstrap")  # of result.json
 ORIGINS = {PackageFile: "package", HubText: "hub"}
 NOTE = 7500  # characters of a description; MLflow cuts it at 8000
 DIGEST = 36  # characters of a data set's digest, MLflow's limit

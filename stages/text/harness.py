@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
 
 from stages.errors import InputError, nearest
 from stages.model.limits import check_tokens
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 METRICS = ("acc", "acc_norm")
 SPLITS = ("validation", "test")
+QUESTIONS = "questions.parquet"
 _BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -53,18 +58,39 @@ class TaskSpec:
                 )
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to the questions of a task.
+
+    `metrics`: `value`, the accuracy; `se`, its standard error, null for one question; `n`, `metric`,
+    `split` and `version`. `questions` has a row each: `question`, `correct` (0 or 1), and `chosen`,
+    the place of the answer that the metric takes; where a task has no choices that is `correct`.
+    """
+
+    metrics: dict[str, Any]
+    questions: pd.DataFrame
+
+    def save(self, folder: Path) -> None:
+        (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=1))
+        self.questions.to_parquet(folder / QUESTIONS)
+
+
+def answers(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Which questions [N] are answered rightly, and what is chosen, as a folder holds it."""
+    frame = pd.read_parquet(folder / QUESTIONS)
+    return frame["correct"].to_numpy(float), frame["chosen"].to_numpy()
+
+
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[tuple[TaskSpec, Path | None]],
     limit: int | None,
     batch_size: int,
-) -> dict[str, dict[str, Any]]:
-    """Measure the accuracy of each task on the first `limit` items of its file (None: the hub's).
+) -> dict[str, Answers]:
+    """Ask the first `limit` questions of each task's file (None: the hub's); the answers by its name.
 
-    Returns {name: {value, stderr, n, metric, split, version}}; stderr is that of a mean, null
-    for one item. lm-eval pads batches on the right without a mask, so counters that run
-    meanwhile see the pads.
+    lm-eval pads batches on the right without a mask, so counters that run meanwhile see the pads.
     """
     if limit is not None and limit < 1:
         raise InputError(f"items per zero-shot task: got {limit}, needs 1 or more, or null for all")
@@ -78,9 +104,9 @@ def zero_shot(
         _in_memory(model, tokenizer, batch_size) as lm,
     ):
         loaded = _load(tasks, Path(folder))
-        # 0 would drop every standard error; for any other number that of a mean is closed form.
-        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=1, log_samples=False)
-    return {spec.name: _row(spec, results) for spec, _ in tasks}
+        # 0: without standard errors, of which that of lambada's perplexity needs two resamples.
+        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    return {spec.name: _answers(spec, loaded["tasks"][spec.name], results) for spec, _ in tasks}
 
 
 def check(spec: TaskSpec, data: Path | None, items: int) -> None:
@@ -251,15 +277,44 @@ def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedToken
     lm._loglikelihood_tokens = checked
 
 
-def _row(spec: TaskSpec, results: Any) -> dict[str, Any]:
+def _answers(spec: TaskSpec, task: Any, results: Any) -> Answers:
     scores = results["results"][spec.name]
     _check_metric(spec, [name.partition(",")[0] for name in scores if name.endswith(",none")])
-    stderr = scores[f"{spec.metric}_stderr,none"]
-    return {
+    questions = _questions(spec, task, results)
+    correct, number = questions["correct"].to_numpy(float), len(questions)
+    metrics = {
         "value": float(scores[f"{spec.metric},none"]),
-        "stderr": None if isinstance(stderr, str) else float(stderr),
-        "n": int(results["n-samples"][spec.name]["effective"]),
+        "se": float(correct.std(ddof=1) / math.sqrt(number)) if number > 1 else None,
+        "n": number,
         "metric": spec.metric,
         "split": spec.split,
         "version": results["versions"][spec.name],
     }
+    return Answers(metrics, questions)
+
+
+def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
+    """The answers to every question, in the order of the file."""
+    samples = [each for each in results["samples"][spec.name] if each["filter"] == "none"]
+    samples.sort(key=lambda each: each["doc_id"])
+    rows = [
+        {
+            "question": each["doc_id"],
+            "correct": int(each[spec.metric]),
+            "chosen": _chosen(spec, task, each),
+        }
+        for each in samples
+    ]
+    return pd.DataFrame(rows)
+
+
+def _chosen(spec: TaskSpec, task: Any, sample: Any) -> int:
+    """The choice of the largest log-likelihood, for acc_norm over its length in characters, as
+    `process_results` of lm-eval's ConfigurableTask has it."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return int(sample[spec.metric])
+    choices = task.doc_to_choice(sample["doc"])
+    scores = np.array([likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]])
+    if spec.metric == "acc_norm":
+        scores = scores / np.array([len(choice) for choice in choices])
+    return int(scores.argmax())

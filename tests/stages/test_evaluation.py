@@ -13,7 +13,14 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.errors import InputError
-from stages.evaluation import Evaluation, Perplexity, accuracy, negative_log_likelihood, perplexity
+from stages.evaluation import (
+    Evaluation,
+    Perplexity,
+    accuracy,
+    negative_log_likelihood,
+    perplexity,
+    window_nll,
+)
 from stages.model.sites import find_sites
 from stages.ports.patched import patched
 from stages.text.harness import TaskSpec
@@ -38,6 +45,19 @@ def test_perplexity_is_that_of_the_models_own_loss(model, tokens, convert, codin
     found = perplexity(model, ids, conversion, batch, "text").metrics
     assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert found["nll"] == pytest.approx(math.log(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_window_has_the_likelihood_that_the_model_gives_it(model, tokens, convert, batch):
+    ids, conversion = tokens(5, 14), convert(model, COARSE)
+    with patched(model, conversion), torch.no_grad():
+        losses = [13 * model(row[None], labels=row[None]).loss.item() for row in ids]
+    found = perplexity(model, ids, conversion, batch, "text")
+    assert list(found.windows["nll"]) == pytest.approx(losses, rel=1e-4)
+    assert found.windows["nll"].dtype == "float64" and len({*losses}) == 5
+    assert list(found.windows["window"]) == [0, 1, 2, 3, 4]
+    assert set(found.windows["tokens"]) == {13}
+    assert found.metrics["nll"] == pytest.approx(found.windows["nll"].sum() / 65)
 
 
 def test_a_coarse_code_costs_more_than_a_fine_one(model, tokens, convert):
@@ -69,7 +89,7 @@ def test_the_likelihood_of_long_windows_is_that_in_one_piece():
     logits, ids = torch.randn(2, 700, 11), torch.randint(0, 11, (2, 700))
     logs = logits.double().log_softmax(-1)
     expected = -sum(logs[b, s - 1, ids[b, s]].item() for b in range(2) for s in range(1, 700))
-    assert negative_log_likelihood(logits, ids).item() == pytest.approx(expected, rel=1e-6)
+    assert negative_log_likelihood(logits, ids).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("coding", [None, COARSE], ids=["dense", "coarse"])
@@ -78,8 +98,9 @@ def test_a_diverged_model_has_infinite_perplexity(model, tokens, convert, factor
     conversion = None if coding is None else convert(model, coding)
     with torch.no_grad():
         model.lm_head.weight *= factor
-    found = perplexity(model, tokens(2, 8), conversion, 1, "text").metrics
-    assert found["perplexity"] == math.inf
+    result = perplexity(model, tokens(2, 8), conversion, 1, "text")
+    found = result.metrics
+    assert found["perplexity"] == math.inf and len(result.windows) == 2
     assert math.isfinite(found["nll"]) == (factor == 1e5)
 
 
@@ -111,6 +132,9 @@ def test_a_result_is_read_back_as_it_was(model, tokens, convert, tmp_path):
     found.save(tmp_path)
     again = Perplexity.load(tmp_path)
     assert again.metrics == found.metrics and again.counters.equals(found.counters)
+    assert again.windows.equals(found.windows) and list(window_nll(tmp_path)) == [
+        nll / 7 for nll in found.windows["nll"]
+    ]
 
 
 @pytest.mark.parametrize("change", [{"corpora": []}, {"windows": 0}, {"length": 1}, {"items": 0}])
@@ -121,6 +145,24 @@ def test_nothing_to_evaluate_is_refused(change):
     ((name, value),) = change.items()
     with pytest.raises(InputError, match=re.escape(f"{name}={value}")):
         Evaluation(**plain | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"replicates": 0}, "evaluation.replicates=0: give 1 or more"),
+        ({"tasks": ["text"]}, "text is in evaluation.corpora and in evaluation.tasks"),
+        ({"corpora": ["text_se"]}, "evaluation.corpora: text_se ends with one of _se,"),
+        ({"tasks": ["odd_n"]}, "evaluation.tasks: odd_n ends with"),
+    ],
+)
+def test_what_columns_could_not_show_is_refused(change, line):
+    plain = {"corpora": ["text"], "windows": 1, "length": 2, "tasks": ["asked"], "items": 1}
+    plain["anytime"] = False
+    Evaluation(**plain, replicates=2)
+    with pytest.raises(InputError, match=re.escape(line)) as error:
+        Evaluation(**plain | change)
+    assert "\n" not in str(error.value)
 
 
 ROWS = [
@@ -162,7 +204,8 @@ def test_zero_shot_accuracy_is_that_of_the_patched_model(
         conversion = None if coding is None else convert(tiny_llama, coding)
         with patched(tiny_llama, conversion):
             answers = choices(tiny_llama, byte_tokenizer)
-        score = accuracy(tiny_llama, byte_tokenizer, conversion, tasks, len(ROWS), batch=4)["piqa"]
+        asked = (tasks, len(ROWS), 4)
+        score = accuracy(tiny_llama, byte_tokenizer, conversion, *asked)["piqa"].metrics
         same = sum(a == b for a, b in zip(answers, right, strict=True))
         assert score["value"] == pytest.approx(same / len(ROWS)) and score["n"] == len(ROWS)
         found[name] = score["value"]

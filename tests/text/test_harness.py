@@ -10,7 +10,7 @@ from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
 
 from stages.errors import InputError
-from stages.text.harness import TaskSpec, zero_shot
+from stages.text.harness import TaskSpec, answers, zero_shot
 
 ROWS = [
     {
@@ -43,6 +43,10 @@ def write(path, rows=ROWS):
     return path
 
 
+def same(one, other):
+    return one.metrics == other.metrics and one.questions.equals(other.questions)
+
+
 @torch.no_grad()
 def log_likelihood(model, tokenizer, context, answer):
     start, ids = len(tokenizer(context).input_ids), tokenizer(context + answer).input_ids
@@ -51,16 +55,16 @@ def log_likelihood(model, tokenizer, context, answer):
 
 
 def by_hand(model, tokenizer, rows, per_character):
-    """Share of rows whose right answer has the larger likelihood (per character)."""
-    right = 0
+    """The answer to every row that has the larger likelihood (per character)."""
+    chosen = []
     for row in rows:
         answers = [row["sol1"], row["sol2"]]
         context = f"Question: {row['goal']}\nAnswer:"
         scores = [log_likelihood(model, tokenizer, context, " " + text) for text in answers]
         if per_character:
             scores = [score / len(text) for score, text in zip(scores, answers, strict=True)]
-        right += (scores[1] > scores[0]) == row["label"]
-    return right / len(rows)
+        chosen.append(int(scores[1] > scores[0]))
+    return chosen
 
 
 @pytest.mark.parametrize("limit", [5, 12])
@@ -69,12 +73,33 @@ def test_accuracy_is_that_of_the_first_items_by_hand(tmp_path, tiny_llama, byte_
     tasks = [(piqa("acc_norm"), file), (piqa("acc", name="plain"), file)]
     found = zero_shot(tiny_llama, byte_tokenizer, tasks, limit, 4)
     for name, per_character in (("piqa", True), ("plain", False)):
-        value = by_hand(tiny_llama, byte_tokenizer, ROWS[:limit], per_character)
-        assert found[name]["value"] == pytest.approx(value)
-        assert found[name]["stderr"] == pytest.approx(math.sqrt(value * (1 - value) / (limit - 1)))
-        assert found[name]["n"] == limit
-    assert found["piqa"]["metric"] == "acc_norm" and found["piqa"]["split"] == "validation"
-    assert found["piqa"]["version"] == 1.0
+        chosen = by_hand(tiny_llama, byte_tokenizer, ROWS[:limit], per_character)
+        right = [int(c == row["label"]) for c, row in zip(chosen, ROWS[:limit], strict=True)]
+        value, metrics = sum(right) / limit, found[name].metrics
+        assert metrics["value"] == pytest.approx(value)
+        assert metrics["se"] == pytest.approx(math.sqrt(value * (1 - value) / (limit - 1)))
+        assert metrics["n"] == limit
+        asked = {"question": [*range(limit)], "correct": right, "chosen": chosen}
+        assert found[name].questions.to_dict("list") == asked
+        found[name].save(tmp_path)
+        assert [list(each) for each in answers(tmp_path)] == [right, chosen]
+    assert list(found["piqa"].questions["chosen"]) != list(found["plain"].questions["chosen"])
+    assert (metrics["metric"], metrics["split"], metrics["version"]) == ("acc", "validation", 1.0)
+
+
+def test_a_task_without_choices_keeps_whether_each_answer_is_right(
+    tmp_path, tiny_llama, byte_tokenizer
+):
+    text, best = "a bag or", []
+    ids = byte_tokenizer(text).input_ids
+    with torch.no_grad():
+        best = chr(int(tiny_llama(torch.tensor([ids])).logits[0, -1, :128].argmax()))
+    rows = [{"text": f"{text} {word}"} for word in ("box", "bag", best)]
+    spec = TaskSpec("lambada", "lambada_openai", "acc", "validation", None, None)
+    file = write(tmp_path / "l.jsonl", rows)
+    found = zero_shot(tiny_llama, byte_tokenizer, [(spec, file)], 3, 2)["lambada"]
+    assert found.questions["chosen"].equals(found.questions["correct"])
+    assert found.metrics["value"] == found.questions["correct"].mean()
 
 
 def test_a_bfloat16_model_is_scored_in_float32(tmp_path, tiny_llama, byte_tokenizer, monkeypatch):
@@ -104,17 +129,17 @@ def test_the_hand_computation_tells_models_apart(tiny_llama, byte_tokenizer):
     for seed in range(4):
         torch.manual_seed(seed)
         torch.nn.init.normal_(tiny_llama.lm_head.weight)
-        values.add(by_hand(tiny_llama, byte_tokenizer, ROWS, per_character=True))
+        values.add(tuple(by_hand(tiny_llama, byte_tokenizer, ROWS, per_character=True)))
     assert len(values) > 1
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "parquet", "arrow"])
 def test_every_format_gives_the_same_row(tmp_path, tiny_llama, byte_tokenizer, suffix):
     rows = [
-        zero_shot(tiny_llama, byte_tokenizer, [(piqa(), write(tmp_path / name))], 6, 4)
+        zero_shot(tiny_llama, byte_tokenizer, [(piqa(), write(tmp_path / name))], 6, 4)["piqa"]
         for name in ("a.jsonl", f"b.{suffix}")
     ]
-    assert rows[0] == rows[1]
+    assert same(*rows)
 
 
 def test_functions_of_the_task_are_those_of_lm_eval(tmp_path, tiny_llama, byte_tokenizer):
@@ -129,15 +154,18 @@ def test_functions_of_the_task_are_those_of_lm_eval(tmp_path, tiny_llama, byte_t
     ]
     spec = TaskSpec("wg", "winogrande", "acc", "validation", None, None)
     found = zero_shot(tiny_llama, byte_tokenizer, [(spec, write(tmp_path / "w.jsonl", rows))], 2, 2)
-    assert found["wg"]["value"] == 0.5  # the same sentence with either answer called right
+    assert found["wg"].metrics["value"] == 0.5  # the same sentence with either answer called right
 
 
 def test_one_item_has_no_standard_error_and_few_items_are_counted(
     tmp_path, tiny_llama, byte_tokenizer
 ):
     file = write(tmp_path / "piqa.jsonl")
-    assert zero_shot(tiny_llama, byte_tokenizer, [(piqa(), file)], 1, 1)["piqa"]["stderr"] is None
-    assert zero_shot(tiny_llama, byte_tokenizer, [(piqa(), file)], 99, 4)["piqa"]["n"] == len(ROWS)
+    one, all_of_them = (
+        zero_shot(tiny_llama, byte_tokenizer, [(piqa(), file)], limit, 4)["piqa"].metrics
+        for limit in (1, 99)
+    )
+    assert one["se"] is None and all_of_them["n"] == len(ROWS)
     assert zero_shot(tiny_llama, byte_tokenizer, [], 1, 1) == {}
 
 
@@ -189,7 +217,7 @@ def test_a_question_with_a_word_that_the_embedding_lacks_is_refused(
     tokenizer.add_tokens(["zz"])
     plain = zero_shot(tiny_llama, byte_tokenizer, [(piqa(), write(tmp_path / "a.jsonl"))], 4, 4)
     asked = [(piqa(), write(tmp_path / "b.jsonl"))]  # it does not occur in the questions
-    assert zero_shot(tiny_llama, tokenizer, asked, 4, 4) == plain
+    assert same(zero_shot(tiny_llama, tokenizer, asked, 4, 4)["piqa"], plain["piqa"])
     rows = [*ROWS[:3], ROWS[3] | {"sol2": "zz"}]
     with pytest.raises(InputError, match=r"a question has the token 258 \('zz'\), and .* 258 rows"):
         zero_shot(tiny_llama, tokenizer, [(piqa(), write(tmp_path / "c.jsonl", rows))], 4, 4)
@@ -203,7 +231,7 @@ def test_a_question_longer_than_the_model_has_positions_is_refused(
         rows = [{"goal": "to", "sol1": "a" * (size - len(text)), "sol2": "b", "label": 1}]
         asked = [(piqa(), write(tmp_path / f"{size}.jsonl", rows))]
         if fits:
-            assert zero_shot(tiny_llama, byte_tokenizer, asked, 1, 1)["piqa"]["n"] == 1
+            assert zero_shot(tiny_llama, byte_tokenizer, asked, 1, 1)["piqa"].metrics["n"] == 1
         else:
             with pytest.raises(InputError, match="a question has 514 tokens, and the model 512"):
                 zero_shot(tiny_llama, byte_tokenizer, asked, 1, 1)

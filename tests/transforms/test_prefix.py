@@ -135,7 +135,7 @@ def test_perplexity_is_that_of_the_text_behind_the_prefix(pair, tokens):
     got = perplexity(changed, ids, None, 2, "text").metrics
     with torch.no_grad():
         logits = plain(behind(ids)).logits[:, len(PREFIX) :]
-    want = negative_log_likelihood(logits, ids) / (4 * 11)
+    want = negative_log_likelihood(logits, ids).sum() / (4 * 11)
     assert got["nll"] == pytest.approx(float(want), rel=1e-4)
 
 

@@ -27,7 +27,7 @@ SINGLE = ("experiment=null", "coding=gated", "coding.timesteps=6", "coding.grain
 NAMES = ["model", "coding", "grains", "timesteps", "ppl_wikipedia", "nmse", "spikes_per_value"]
 NAMES += ["macs_G", "acs_G", "energy_J", "saving", "conversion_s"]
 OPTIONAL = {"transform", "bits", "trained", "convention", "fitting_s"}  # where a row has one
-OPTIONAL |= {"over_dense_wikipedia", "environment"}
+OPTIONAL |= {"ratio_wikipedia", "environment"}
 STAGES = ["capture", "distribution", "fitting", "patching"]
 ROWS = ["dense", "las", "las_rounded", "multigrain", "gated", "gated"]  # of the main job
 
@@ -61,8 +61,11 @@ def test_the_main_job_prints_and_writes_one_table_of_all_codings(quickstart):
         for suffix in ("md", "csv", "tex")
     }
     frame = pd.read_csv(quickstart.table)
-    accuracy = ["acc_piqa", "acc_piqa_stderr", "acc_piqa_n"]
-    expected = [*NAMES[:5], accuracy[0], *NAMES[5:], *accuracy[1:]]
+    expected = [*NAMES[:5], "acc_piqa", *NAMES[5:], "replicates"]
+    expected += [f"ppl_wikipedia{ending}" for ending in ("_se", "_spread")]
+    expected += [f"ratio_wikipedia{ending}" for ending in ("_low", "_high")]
+    expected += [f"acc_piqa{ending}" for ending in ("_se", "_spread", "_n")]
+    expected += [*(f"ratio_piqa{ending}" for ending in ("", "_low", "_high")), "changed_piqa"]
     assert [name for name in frame if name not in OPTIONAL] == expected
     assert frame["fitting_s"][1:].notna().all() and pd.isna(frame["fitting_s"][0])
     assert list(frame["coding"]) == ROWS and list(frame["grains"].dropna()) == [1, 1, 2, 2, 3]

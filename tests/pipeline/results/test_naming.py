@@ -63,5 +63,5 @@ def test_single_runs_leave_tables_of_their_own(command, tmp_path):
     assert names[2].startswith("mine_")
     assert all(run.table.exists() for run in done)
     heads = re.findall(r"^(.*)\n-+ ", done[1].out, re.MULTILINE)
-    assert [head.split() for head in heads] == [["coding", "T", "ppl", "wikipedia"]]
-    assert "vs dense" not in done[1].out and "energy" in done[1].table.read_text().splitlines()[0]
+    assert [head.split() for head in heads] == [["coding", "T", "ppl", "wikipedia", "vs", "dense"]]
+    assert "saving" not in heads[0] and "energy" in done[1].table.read_text().splitlines()[0]

@@ -33,11 +33,11 @@ class Broken:
         self.models: list[weakref.ref[Any]] = []
         self.alive: list[int] = []
 
-    def perplexity(self, model: Any, *arguments: Any) -> Any:
+    def perplexity(self, model: Any, *arguments: Any, **options: Any) -> Any:
         if not self.models:
             self.models.append(weakref.ref(model))
             raise self.error("out of ink")
-        return self.whole(model, *arguments)
+        return self.whole(model, *arguments, **options)
 
     def execute(self, settings: Any, command: str) -> Any:
         self.alive.append(sum(model() is not None for model in self.models))

@@ -96,7 +96,7 @@ def test_what_the_store_lacks_is_named(swept, tiny_run, folder, monkeypatch):
     (job,) = jobs([*tiny_run.overrides, "experiment=none", "coding=gated", "timesteps=7"])
     run, missing = runner.stored(job.settings)
     assert missing == ["fitting", "patching", "evaluation ppl_wikipedia", "energy"]
-    assert list(run.artifacts) == ["capture", "distribution"]
+    assert list(run.artifacts) == ["capture", "distribution", "evaluation dense ppl_wikipedia"]
 
 
 def test_a_plan_counts_what_is_stored_and_shared(swept, tiny_run, folder, monkeypatch):
@@ -108,9 +108,9 @@ def test_a_plan_counts_what_is_stored_and_shared(swept, tiny_run, folder, monkey
     store = Store(Path(chosen[0].settings.store.path))
     before = sorted(store.root.rglob("*"))
     first, second, third = plan.plan(chain(job.settings, store) for job in chosen)
-    assert not first.builds and first.stored == 8  # six steps, two texts
+    assert not first.builds and first.stored == 9  # six steps, the dense model, two texts
     assert list(second.builds) == ["fitting", "patching", "evaluation ppl_wikipedia", "energy"]
-    assert not third.builds and third.shared == 4 and second.stored == third.stored == 4
+    assert not third.builds and third.shared == 4 and second.stored == third.stored == 5
     assert all(seconds is not None and seconds >= 0 for seconds in second.builds.values())
     assert sorted(store.root.rglob("*")) == before
 

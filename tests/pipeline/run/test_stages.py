@@ -108,5 +108,6 @@ def test_stages_are_listed_behind_what_they_are_made_from(settings: Make, tmp_pa
         "statistics sensitivity",
         *("capture", "distribution", "fitting", "patching"),
         *("evaluation ppl_wikipedia", "evaluation acc_piqa", "energy"),
+        *("evaluation dense ppl_wikipedia", "evaluation dense acc_piqa"),
     ]
     assert [*steps.sources] == ["tokens wikipedia calibration", "tokens wikipedia evaluation"]

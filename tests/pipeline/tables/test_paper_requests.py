@@ -8,16 +8,16 @@ import pandas as pd
 import pytest
 from hydra.utils import instantiate
 
-from pipeline.tables import layouts
+from pipeline.results import uncertainty
 from tests.pipeline.conftest import CONF
 from tests.pipeline.tables.papers import TABLES, loaded, made
 
 
 def test_a_mean_of_independent_tasks_has_their_errors_in_quadrature():
-    frame = pd.DataFrame({"acc_a": [0.5], "acc_a_stderr": [0.03], "acc_b": [0.7], "ppl_x": [2.0]})
-    found = layouts._with_means(frame.assign(acc_b_stderr=0.04)).iloc[0]
+    frame = pd.DataFrame({"acc_a": [0.5], "acc_a_se": [0.03], "acc_b": [0.7], "ppl_x": [2.0]})
+    found = uncertainty.with_means(frame.assign(acc_b_se=0.04)).iloc[0]
     assert found["acc_mean"] == pytest.approx(0.6)
-    assert found["acc_mean_stderr"] == pytest.approx(0.05 / 2)
+    assert found["acc_mean_se"] == pytest.approx(0.05 / 2)
 
 
 @pytest.mark.parametrize("name", TABLES)

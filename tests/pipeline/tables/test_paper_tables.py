@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from pipeline.results import published
+from pipeline.results.columns import bounded_perplexity, excess
 from pipeline.run import models
 from pipeline.tables import layouts, paper, sheet
 from stages.errors import InputError
@@ -23,6 +24,8 @@ from tests.pipeline.tables.papers import (
 )
 from tests.pipeline.tables.test_latex import check_latex, compile_latex
 
+ENDS = {"low": -1, "high": 1}
+
 
 def test_main_has_what_the_runs_measured(swept, monkeypatch):
     monkeypatch.setattr(models, "load", forbidden)
@@ -35,8 +38,12 @@ def test_main_has_what_the_runs_measured(swept, monkeypatch):
         mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2
         assert row["ppl_mean"] == pytest.approx(mean, rel=1e-12)
         assert row["ppl_wikitext2"] == result["ppl_wikitext2"]
-        assert row["acc_mean"] == result["acc_piqa"] and row["acc_mean_stderr"] > 0
-        assert text["mean perplexity"].strip("*") == f"{mean:.2f}"
+        assert row["acc_mean"] == result["acc_piqa"] and row["acc_mean_se"] > 0
+        assert row["ppl_mean_se"] == pytest.approx(
+            math.hypot(result["ppl_wikipedia_se"], result["ppl_wikitext2_se"]) / 2
+        )
+        shown_mean = bounded_perplexity(mean, row["ppl_mean_se"])
+        assert text["mean perplexity"].strip("*") == shown_mean and "±" in shown_mean
         assert text["accuracy [%]"].strip("*").startswith(f"{100 * result['acc_piqa']:.0f} ± ")
         if result["conversion_s"] is not None:
             assert float(text["conversion [s]"]) == pytest.approx(result["conversion_s"], abs=0.05)
@@ -66,24 +73,36 @@ def test_bold_is_the_best_of_its_t_and_never_the_dense_model(name, rows):
             values = part[column.name]
             best = values.min() if column.best == "min" else values.max()
             marked = values[bold[column.name][part.index]]
-            assert len(part) == 1 or best in set(marked), column.name
+            assert len(part) == 1 or column.ratio or best in set(marked), column.name
+            if column.ratio and len(marked):
+                sign = 1 if column.best == "min" else -1
+                ends = sign * part[[f"{column.ratio}_low", f"{column.ratio}_high"]]
+                mine, others = ends.loc[marked.index[0]], ends.drop(marked.index)
+                assert len(marked) == 1 and mine.max() < others.min(axis=1).min()
             checked += len(marked)
-    assert checked > 4 and not bold[made.frame["coding"] == "dense"].any(axis=None)
+    assert (checked > 4 or name == "main") and not bold[made.frame["coding"] == "dense"].any(axis=None)
     assert not bold[made.frame["timesteps"] == 128].any(axis=None)  # alone it beats nobody
 
 
-def test_ties_are_all_bold_and_what_diverged_never_is(rows):
+def test_ties_are_all_bold_what_is_not_told_apart_and_what_diverged_never_is(rows):
     changed = []
     for row in rows:
         ppl = {"las": math.inf, "multigrain2": 20.001, "gated2": 20.004, "gated3": 1e9}
         value = ppl.get(row.result["label"].split()[0], 30.0)
-        values = {"ppl_wikipedia": value, "ppl_wikitext2": value, "saving": 0.1}
+        values = {"saving": 0.1, "energy_J": 0.5}
+        for name in ("wikipedia", "wikitext2"):
+            values |= {f"ppl_{name}": value, f"ppl_{name}_se": 0.1, f"ratio_{name}": value / 19}
+            width = 0.02 if row.result["timesteps"] == 4 else 1e-6
+            values |= {f"ratio_{name}_{e}": value / 19 + s * width for e, s in ENDS.items()}
         changed.append(replace(row, result=row.result | values))
     made = layout("main")(changed)
     names = zip(made.frame["row"], made.frame["timesteps"], strict=True)
     texts = dict(zip(names, cells(made), strict=True))
-    assert texts["multigrain2", 4] == texts["gated2", 4] == "**20.00**"
-    assert texts["las", 4] == ">1e4" and texts["ttfs", 128] == "30.00"
+    assert texts["multigrain2", 4] == texts["gated2", 4] == "20.00 ± 0.07"  # not told apart
+    assert texts["multigrain2", 5] == "**20.00 ± 0.07**" and texts["gated2", 5] == "20.00 ± 0.07"
+    assert texts["las", 4] == ">1e4" and texts["ttfs", 128] == "30.00 ± 0.07"
+    saving = [row["saving [%]"] for row in shown(sheet.markdown(layout("codings")(changed)))]
+    assert saving.count("**10.0**") > 2  # what looks alike is alike
     assert ">1e4: diverged" in made.caption
     assert made.frame.set_index(["row", "timesteps"])["ppl_mean"]["gated3", 5] == 1e9
     spent = layout("energy")([replace(r, result=r.result | {"energy_J": 0.0}) for r in changed])
@@ -133,8 +152,8 @@ def test_grains_is_a_matrix_of_n_by_t(swept):
             mean = (result["ppl_wikipedia"] + result["ppl_wikitext2"]) / 2
             assert row[f"ppl_T{t}"] == pytest.approx(mean)
     assert swept.read("grains", "tex").count("\\multicolumn{2}{c}{mean perplexity}") == 1
-    best = frame.loc[1:, "ppl_T5"].min()
-    assert f"**{best:.2f}**" in swept.read("grains", "md")
+    best = frame.loc[frame.loc[1:, "ppl_T5"].idxmin()]
+    assert bounded_perplexity(best["ppl_T5"], best["ppl_T5_se"]) in swept.read("grains", "md")
 
 
 def test_two_jobs_for_one_cell_of_grains_are_refused(rows):
@@ -168,7 +187,10 @@ def test_codings_shows_what_was_measured(swept):
     ]
     measured = by_name(swept.results)["gated3", 5]
     texts = {name: text.strip("*") for name, text in row.items()}
-    assert texts["ppl wikipedia"] == f"{measured['ppl_wikipedia']:.2f}"
+    ppl, error = measured["ppl_wikipedia"], measured["ppl_wikipedia_se"]
+    assert texts["ppl wikipedia"] == bounded_perplexity(ppl, error)
+    ends = [measured[f"ratio_wikipedia{end}"] for end in ("", "_low", "_high")]
+    assert texts["vs dense"] == excess(*ends)
     assert float(texts["nmse"]) == pytest.approx(measured["nmse"], rel=0.05)
     assert float(texts["saving [%]"]) == pytest.approx(100 * measured["saving"], abs=0.05)
     assert texts["bits"] == f"{5 + math.log2(3):.3g}" and texts["n"] == "3"
@@ -198,9 +220,9 @@ def test_published_rows_stand_below_and_never_compete(swept, rows, tmp_path, mon
     texts = [list(row.values()) for row in shown(sheet.markdown(made))[-4:]]
     assert texts[0][0] == "tiny" and "published" not in texts[0][0]
     assert texts[1:] == [
-        ["bigger, published [1]", "GIF", "–", "–", "–", ">100", "67.25"],
-        ["big, published [2]", "GIF", "–", "4", "60.0", "1.50", "99.00"],
-        ["big, published [2]", "GIF", "–", "8", "–", "–", "–"],
+        ["bigger, published [1]", "GIF", "–", "–", "–", ">100", "–", "67.25"],
+        ["big, published [2]", "GIF", "–", "4", "60.0", "1.50", "–", "99.00"],
+        ["big, published [2]", "GIF", "–", "8", "–", "–", "–", "–"],
     ]
     assert made.starts()[-3:] == [True, True, False]
     assert "[1] the paper on bigger; [2] the paper on big." in made.caption

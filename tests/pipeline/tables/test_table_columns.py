@@ -1,5 +1,6 @@
 """The table of a sweep as a person reads it: its columns, its width, and where its rows come from."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ LONG = DENSE | {
     "model": "Llama-3.1-8B-Instruct-of-some-group-v2",
     "transform": "none",
     "acc_arc_challenge": 0.4567,
-    "acc_arc_challenge_stderr": 0.0498,
+    "acc_arc_challenge_se": 0.0498,
     "acc_arc_challenge_n": 100,
     "evaluation": {"wikipedia": {"windows": 8, "length": 1024}},
 }
@@ -47,7 +48,7 @@ def test_what_is_printed_has_every_promised_column_in_120_characters():
     rule = next(line for line in text.splitlines() if set(line) == {"-", " "})
     names = [column.name for column in made.columns]
     assert names == [
-        *("model", "coding", "timesteps", "grains", "ppl_wikipedia", "over_dense_wikipedia"),
+        *("model", "coding", "timesteps", "grains", "ppl_wikipedia", "ratio_wikipedia"),
         *("acc_piqa", "acc_arc_challenge", "spikes_per_value", "energy_J", "saving"),
     ]
     assert len(rule.split()) == len(names)
@@ -67,21 +68,28 @@ def test_columns_that_have_no_room_are_named_and_the_names_of_rows_stay():
     assert "No room" not in sheet.printed(made, 300)
 
 
-def test_the_difference_is_to_the_dense_row_of_the_same_model_transform_and_windows():
-    turned = {"transform": "rotate", "ppl_wikipedia": 30.0}
-    other = LONG | {"model": "b", "ppl_wikipedia": 10.0}
-    fewer = {"evaluation": {"wikipedia": {"windows": 4, "length": 1024}}}
-    given = [
-        *(LONG, CODED | {"ppl_wikipedia": 25.158}, CODED | turned, CODED | fewer),
-        *(other, CODED | {"model": "b", "ppl_wikipedia": 9.0}),
-    ]
-    over = list(rows.result_frame(given)["over_dense_wikipedia"])
-    assert over[0] == over[4] == 0 and over[1] == pytest.approx(0.25)
-    assert pd.isna(over[2]) and pd.isna(over[3]) and over[5] == pytest.approx(-0.1)
-    twice = [LONG, LONG | {"ppl_wikipedia": 21.0}, CODED]  # which of the two is not known
-    assert "over_dense_wikipedia" not in rows.result_frame(twice)
-    cells = [row["vs dense"] for row in shown_sheet(tables.run_sheet(given))]
-    assert cells == ["0.0 %", "+25 %", "–", "–", "0.0 %", "-10 %"]
+def test_the_difference_to_the_dense_model_is_the_ratio_of_each_row():
+    ratios = (None, 1.25, 0.9, 1.0004, math.inf, None)
+    unknown = {"ratio_wikipedia_low": None, "ratio_wikipedia_high": None}
+    given = [LONG, *(CODED | unknown | {"ratio_wikipedia": ratio} for ratio in ratios[1:])]
+    made = tables.run_sheet(given)
+    assert list(made.frame["ratio_wikipedia"].dropna()) == [1.25, 0.9, 1.0004, math.inf]
+    cells = [row["vs dense"] for row in shown_sheet(made)]
+    assert cells == ["–", "+25 %", "-10 %", "0.0 %", ">9999 %", "–"]
+    bounds = {"ratio_wikipedia_low": 1.12, "ratio_wikipedia_high": 1.38}
+    interval = tables.run_sheet([LONG, CODED | bounds | {"ratio_wikipedia": 1.25}])
+    assert shown_sheet(interval)[1]["vs dense"] == "+25 % [+12, +38]"
+
+
+def test_the_spread_over_replicates_is_shown_where_there_are_several():
+    several = CODED | {"replicates": 3, "ppl_wikipedia_spread": 0.1234, "ppl_wikipedia": 25.0}
+    made = tables.run_sheet([LONG | {"replicates": 3}, several])
+    assert [row["spread"] for row in shown_sheet(made)] == ["–", "0.12"]
+    assert "Means over 3 evaluations" in made.caption
+    one = {"replicates": 1, "ppl_wikipedia_spread": None}
+    made = tables.run_sheet([LONG | one, CODED | one])
+    assert "spread" not in shown_sheet(made)[0] and "evaluations" not in made.caption
+    assert "ratio_wikipedia" not in tables.run_sheet([LONG, LONG]).frame
 
 
 def shown_sheet(made: sheet.Sheet) -> list[dict[str, str]]:

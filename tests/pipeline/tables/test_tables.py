@@ -19,7 +19,7 @@ DENSE = {
     "timesteps": None,
     "ppl_wikipedia": 20.1264,
     "acc_piqa": 0.4567,
-    "acc_piqa_stderr": 0.0498,
+    "acc_piqa_se": 0.0498,
     "acc_piqa_n": 100,
     "nmse": None,
     "spikes_per_value": None,
@@ -36,6 +36,13 @@ LAS = DENSE | {
     "grains": 1,
     "timesteps": 6,
     "ppl_wikipedia": 4.51e7,
+    "ppl_wikipedia_se": None,
+    "ratio_wikipedia": 4.51e7 / 20.1264,
+    "ratio_wikipedia_low": 1e6,
+    "ratio_wikipedia_high": 3e6,
+    "ratio_piqa": 1.01,
+    "changed_piqa": 0.04,
+    "replicates": 3,
     "ppl_c4": float("inf"),
     "nmse": 3.14e-4,
     "spikes_per_value": 0.8161,
@@ -68,7 +75,7 @@ def test_columns_are_in_the_promised_order(frame):
         "grains",
         "timesteps",
         "ppl_wikipedia",
-        "over_dense_wikipedia",
+        "ratio_wikipedia",
         "ppl_c4",
         "acc_piqa",
         "nmse",
@@ -79,8 +86,14 @@ def test_columns_are_in_the_promised_order(frame):
         "saving",
         "fitting_s",
         "conversion_s",
-        "acc_piqa_stderr",
+        "replicates",
+        "ppl_wikipedia_se",
+        "ratio_wikipedia_low",
+        "ratio_wikipedia_high",
+        "acc_piqa_se",
         "acc_piqa_n",
+        "ratio_piqa",
+        "changed_piqa",
     ]
 
 
@@ -123,7 +136,8 @@ def test_a_coding_of_fixed_steps_is_shown_once():
 
 def test_markdown_shows_each_column_in_its_own_way(frame, tmp_path):
     dense, las = shown(tables.write(frame, tmp_path / "t", "Caption.")[0])
-    assert dense["wikipedia: ppl"] == "20.126" and dense["wikipedia: vs dense"] == "0.0 %"
+    assert dense["wikipedia: ppl"] == "20.126" and dense["wikipedia: vs dense"] == "–"
+    assert las["wikipedia: vs dense"] == ">9999 %" and las["replicates"] == "3"
     assert dense["piqa [%]"] == "46 ± 5"
     assert dense["MACs [G]"] == "3842"
     assert dense["energy [J]"] == "17.7"
@@ -142,7 +156,7 @@ def test_number_of_items_is_told_beside_every_table(capsys):
 
 
 def test_small_standard_errors_get_another_decimal(tmp_path):
-    frame = rows.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_stderr": 0.0041}])
+    frame = rows.result_frame([DENSE | {"acc_piqa": 0.45678, "acc_piqa_se": 0.0041}])
     assert shown(tables.write(frame, tmp_path / "t", "")[0])[0]["piqa [%]"] == "45.7 ± 0.4"
 
 
@@ -151,7 +165,7 @@ def test_csv_keeps_the_numbers(frame, tmp_path):
     assert list(read.columns) == list(frame.columns)
     assert read["nmse"][1] == LAS["nmse"] and read["saving"][1] == LAS["saving"]
     assert read["ppl_c4"][1] == float("inf") and pd.isna(read["ppl_c4"][0])
-    assert read["acc_piqa_stderr"][0] == 0.0498 and read["acc_piqa_n"][0] == 100
+    assert read["acc_piqa_se"][0] == 0.0498 and read["acc_piqa_n"][0] == 100
     assert "1,6," in (tmp_path / "t.csv").read_text().splitlines()[2]
 
 
