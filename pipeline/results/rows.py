@@ -52,9 +52,8 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     corpora, tasks = measures(names)
     beside = [name for name in _beside(corpora, tasks) if name in names]
     columns = [*_shown(corpora, tasks), *beside]
-    optional = [*OPTIONAL, *(name for name in columns if _of_dense(name))]
-    absent = {name for name in optional if all(row.get(name) is None for row in rows)}
-    columns = [name for name in columns if name not in absent]
+    known = {name for row in rows for name, value in row.items() if value is not None}
+    columns = [name for name in columns if not _optional(name) or _valued(name) in known]
     frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
     types = {name: _dtype(name) for name in columns if name not in TEXT}
     return frame.astype(types)
@@ -93,9 +92,15 @@ def _beside(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
     return names
 
 
-def _of_dense(column: str) -> bool:
-    """Whether a column compares with the dense model, which a table of dense rows alone leaves out."""
-    return column.startswith((RATIO, "changed_"))
+def _optional(column: str) -> bool:
+    """Whether a table leaves a column out where no row has it, as one of dense rows a comparison."""
+    return column in OPTIONAL or column.startswith((RATIO, "changed_"))
+
+
+def _valued(column: str) -> str:
+    """The column whose value decides: an interval stays beside its ratio, also where none has one."""
+    ends = column.startswith(RATIO) and column.endswith(("_low", "_high"))
+    return column.rpartition("_")[0] if ends else column
 
 
 def environment(result: Mapping[str, Any]) -> str | None:
