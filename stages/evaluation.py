@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -23,16 +23,18 @@ from stages.model.offload import device_of, refuse_offloaded
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
+from stages.text.corpus import ALL
 from stages.text.harness import TaskSpec, zero_shot
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The first `windows` non-overlapping windows of `length` tokens of every corpus, and the first
-    `items` questions of every task; `anytime` adds the perplexity after each step of the neurons."""
+    """The first `windows` windows of `length` tokens of every corpus, or `all` whole ones, none of which
+    overlap, and the first `items` questions of every task; `anytime` adds the perplexity after each step
+    of the neurons."""
 
     corpora: tuple[str, ...]
-    windows: int
+    windows: int | Literal["all"]
     length: int
     tasks: tuple[str, ...]
     items: int
@@ -41,11 +43,12 @@ class Evaluation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", tuple(self.corpora))
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.windows < 1 or self.length < 2 or self.items < 1 or not self.corpora:
+        enough = self.windows == ALL or (isinstance(self.windows, int) and self.windows >= 1)
+        if not enough or self.length < 2 or self.items < 1 or not self.corpora:
             raise InputError(
                 f"evaluation: got corpora={list(self.corpora)}, windows={self.windows}, "
                 f"length={self.length}, items={self.items}; needs a corpus, 1 window of 2 tokens "
-                "and 1 item at least"
+                f"(or windows={ALL}) and 1 item at least"
             )
 
 
@@ -104,9 +107,17 @@ def perplexity(
         "windows": ids.shape[0],
         "length": ids.shape[1],
         "tokens": ids.numel(),
-        "ids_sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+        "ids_sha256": _sha256(ids),
     }
     return Perplexity(metrics, counters.frame(converted))
+
+
+def _sha256(ids: Tensor) -> str:
+    """Of ids [windows, length] as int64, a window at a time."""
+    hashed = hashlib.sha256()
+    for window in ids:
+        hashed.update(window.cpu().long().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def anytime(
