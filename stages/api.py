@@ -25,6 +25,7 @@ from stages.patching import Patching
 from stages.ports.attachment import Attachment, attachment, refuse_spiking
 from stages.statistics import measuring
 from stages.text import corpus
+from stages.text.tokenising import tokenise
 from stages.transforms.transform import applied
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _windows(
     elif tokenizer is None:
         raise InputError("a text needs a tokenizer: give tokenizer=…, or token ids as a tensor")
     else:
-        ids = corpus.tokenise([text] if isinstance(text, str) else text, JOIN, tokenizer)
+        ids = tokenise([text] if isinstance(text, str) else text, JOIN, tokenizer)
     return corpus.windows(ids, max(1, len(ids) // length), length, name="the text")
 
 

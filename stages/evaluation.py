@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from stages.model.perturbation import Perturbation, perturbed
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
+from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
 
 COUNTERS, WINDOWS = "counters.parquet", "windows.parquet"
@@ -34,14 +35,15 @@ ENDINGS = ("_se", "_spread", "_low", "_high", "_n")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The first `windows` non-overlapping windows of `length` tokens of every corpus, and the first
-    `items` questions of every task; `anytime` adds the perplexity after each step of the neurons.
+    """The first `windows` windows of `length` tokens of every corpus, or `all` whole ones, none of which
+    overlap, and the first `items` questions of every task; `anytime` adds the perplexity after each step
+    of the neurons.
 
     All of it is measured `replicates` times, of which the first is the model as it is and the others
     have a perturbation of their own."""
 
     corpora: tuple[str, ...]
-    windows: int
+    windows: int | Literal["all"]
     length: int
     tasks: tuple[str, ...]
     items: int
@@ -51,11 +53,12 @@ class Evaluation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", tuple(self.corpora))
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.windows < 1 or self.length < 2 or self.items < 1 or not self.corpora:
+        enough = self.windows == ALL or (isinstance(self.windows, int) and self.windows >= 1)
+        if not enough or self.length < 2 or self.items < 1 or not self.corpora:
             raise InputError(
                 f"evaluation: got corpora={list(self.corpora)}, windows={self.windows}, "
                 f"length={self.length}, items={self.items}; needs a corpus, 1 window of 2 tokens "
-                "and 1 item at least"
+                f"(or windows={ALL}) and 1 item at least"
             )
         if self.replicates < 1:
             raise InputError(f"evaluation.replicates={self.replicates}: give 1 or more")
@@ -155,12 +158,20 @@ def perplexity(
         "windows": ids.shape[0],
         "length": ids.shape[1],
         "tokens": ids.numel(),
-        "ids_sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+        "ids_sha256": _sha256(ids),
     }
     if perturbation is not None:
         metrics["perturbation"] = asdict(perturbation)
     by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
     return Perplexity(metrics, counters.frame(converted), by_window)
+
+
+def _sha256(ids: Tensor) -> str:
+    """Of ids [windows, length] as int64, a window at a time."""
+    hashed = hashlib.sha256()
+    for window in ids:
+        hashed.update(window.cpu().long().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def anytime(

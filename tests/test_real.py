@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,6 +28,8 @@ from stages.fitted import Conversion, FittedNeurons
 from stages.fitting import Fitting
 from stages.ports.patched import patched
 from stages.text import corpus
+from stages.text.documents import read_pieces
+from stages.text.tokenising import Pieces, token_ids
 from stages.transforms.transform import Untouched
 from tests.transforms.held import Kept, compare
 
@@ -68,6 +72,30 @@ def fitted(densities: Densities) -> Fitted:
         return fit(settings.fitting.for_coding(settings.coding), settings.coding)
 
     return chosen
+
+
+NAMES = ("wikitext2/raw/wiki.test.raw", "wikitext2/test.jsonl", "c4/validation.jsonl.gz")
+PLACES = [parent / "shared/data" / name for parent in ROOT.parents for name in NAMES]
+TEXTS = [place for place in PLACES if place.is_file()]
+
+
+@pytest.mark.skipif(not TEXTS, reason="evaluation data not present")
+def test_ids_in_pieces_are_those_of_the_whole_text(run: runner.Run) -> None:
+    """On the texts, and on one with runs of blanks, of a letter and of digits at the cuts."""
+    tokenizer = run.model.tokenizer()
+    documents = [
+        text
+        for path in TEXTS
+        for text, _ in islice(read_pieces(path, "text", "lines"), 2000)
+        if text
+    ]
+    long = "".join(letter * (3000 + n) for n, letter in enumerate(" \n7a\t é"))
+    for text in ("\n\n".join(documents), long.join(documents[:9])):
+        expected = tokenizer(text, verbose=False)["input_ids"]
+        for pieces in (Pieces(), Pieces(10_000, 500, 4)):
+            found = list(token_ids([text], tokenizer, pieces))
+            assert np.concatenate(found).tolist() == expected
+            assert len(found) > len(text) // (4 * pieces.size)
 
 
 def mean_error(neurons: FittedNeurons) -> float:

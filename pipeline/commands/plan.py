@@ -20,6 +20,7 @@ from pipeline.store.manifest import Damaged
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
 from pipeline.tables.tables import check_columns
+from stages.text.corpus import ALL
 
 # What a build's time grows with, where its fields say so: tokens or questions.
 SIZES = (("count", "length"), ("windows", "length"), ("items",))
@@ -140,14 +141,15 @@ def _kinds(stage: str, spec: Any, inputs: Mapping[str, str]) -> list[tuple[Any, 
     """What builds of about one speed have in common, the closest kin first."""
     coding = (spec.get("coding") or {}).get("class")
     task = spec.get("task") or {}
-    part = (stage, spec.get("perplexity") or task.get("name"), "task" in spec)
+    kind = (stage, "task" in spec, spec.get("count") == ALL)
+    part = (*kind, spec.get("perplexity") or task.get("name"))
     model = inputs.get("model")
-    return [(*part, coding, model), (*part, None, model), (*part, coding), (stage, "task" in spec)]
+    return [(*part, coding, model), (*part, None, model), (*part, coding), kind]
 
 
 def _size(spec: Any) -> float:
     for names in SIZES:
-        if all(name in spec for name in names):
+        if all(isinstance(spec.get(name), int) for name in names):
             product = 1
             for name in names:
                 product *= spec[name]

@@ -15,7 +15,7 @@ from pipeline.run.stage import Source, Stage, sources
 from pipeline.run.texts import Tokens
 from pipeline.store.store import Store
 from stages.codings.dense import Dense
-from stages.text.corpus import Purpose
+from stages.text.corpus import ALL, Purpose
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Chain:
     settings: Settings
     model: ModelSource
     measured: Measured[Stage]
-    tokens: dict[tuple[str, Purpose], Tokens]
+    tokens: dict[tuple[str, Purpose], Tokens]  # where stages read more or less, the most
     prefix: stages.Prefix | None = None
     statistics: dict[str, stages.Statistics] = field(default_factory=dict)
     capture: stages.Captured | None = None
@@ -59,20 +59,24 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     model = model_source(s.model, store, device, s.runtime.offload)
     tokens: dict[tuple[str, Purpose], Tokens] = {}
 
-    def read(name: str, purpose: Purpose) -> dict[str, Source]:
-        if (name, purpose) not in tokens:
-            tokens[name, purpose] = Tokens.of(s.corpus[name], purpose, model)
+    def read(name: str, purpose: Purpose, needed: int | None) -> dict[str, Source]:
+        tokens[name, purpose] = Tokens.of(s.corpus[name], purpose, model, needed)
         return {"model": model, "tokens": tokens[name, purpose]}
 
-    calibration = s.calibration.corpus
+    def calibrated(more: int = 0) -> dict[str, Source]:
+        needed = (s.calibration.windows + more) * s.calibration.length
+        return read(s.calibration.corpus, "calibration", needed)
+
     parts: dict[str, Any] = {}
     search: Any = s.transform.search
     if search is not None:
-        parts["prefix"] = stages.Prefix.on(s, {"search": search}, read(calibration, "calibration"))
+        parts["prefix"] = stages.Prefix.on(s, {"search": search}, calibrated())
     model = model.transformed(s.transform, parts.get("prefix"))
     if s.coding.converts:
-        parts |= _conversion(s, read(calibration, "calibration"))
-    texts = {name: read(name, "evaluation") for name in s.evaluation.corpora}
+        parts |= _conversion(s, calibrated(), calibrated(s.patching.windows))
+    count = s.evaluation.windows
+    needed = None if count == ALL else count * s.evaluation.length
+    texts = {name: read(name, "evaluation", needed) for name in s.evaluation.corpora}
     fitted = {"fitting": parts["fitting"]} if "fitting" in parts else {}
     evaluated = _evaluated(s, texts, model, fitted)
     # The same artifacts as those of a dense row with this transform.
@@ -88,14 +92,16 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     return Chain(s, model, measured, tokens, **parts)
 
 
-def _conversion(s: Settings, read: dict[str, Source]) -> dict[str, Any]:
-    """The stages from capture to patching, by the fields of the chain."""
+def _conversion(
+    s: Settings, read: dict[str, Source], held_out: dict[str, Source]
+) -> dict[str, Any]:
+    """The stages from capture to patching, by the fields of the chain; `held_out` reads further."""
     declared = s.coding.statistics
     statistics = {each.name: stages.Statistics.of(s, each, read) for each in declared}
     capture = stages.Captured.of(s, read)
     distribution = stages.Estimated.of(s, capture)
     fitting = stages.Fitted.of(s, distribution, statistics)
-    patching = stages.Patched.of(s, {**read, "fitting": fitting})
+    patching = stages.Patched.of(s, {**held_out, "fitting": fitting})
     return {
         "statistics": statistics,
         "capture": capture,

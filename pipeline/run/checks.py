@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.run.chain import Chain
 from pipeline.run.models import prefix_ids
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running
-from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap
+from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap, say_protocol
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
 from stages.model import limits
 from stages.ports.stepped import check_steps
 from stages.text import corpus as text
 from stages.text.documents import check_head
+
+log = logging.getLogger(__name__)
 
 
 def configured(settings: Settings) -> None:
@@ -82,6 +85,8 @@ def _texts(steps: Chain, store: Store, runtime: Running) -> None:
     vocabulary = limits.vocabulary(s.model.config())
     s.model.check_begin(vocabulary)
     tokens = {part: stage.build(store, runtime) for part, stage in steps.tokens.items()}
+    for (corpus, purpose), stage in steps.tokens.items():
+        say_protocol(s.corpus[corpus], purpose, stage, tokens[corpus, purpose])
     calibration = tokens.get((spec.corpus, "calibration"))
     if calibration is not None:
         held_out = s.patching.windows if steps.patching is not None else 0
@@ -89,10 +94,8 @@ def _texts(steps: Chain, store: Store, runtime: Running) -> None:
         _windows(steps, calibration, name, (spec.windows, held_out), spec.length, vocabulary)
     for name in s.evaluation.corpora:
         evaluated = tokens[name, "evaluation"]
-        windows = (s.evaluation.windows, 0)
-        _windows(
-            steps, evaluated, f"evaluation text {name}", windows, s.evaluation.length, vocabulary
-        )
+        windows, text = (s.evaluation.windows, 0), f"evaluation text {name}"
+        _windows(steps, evaluated, text, windows, s.evaluation.length, vocabulary)
         if calibration is not None:
             refuse_overlap(calibration, evaluated)
 
@@ -101,15 +104,19 @@ def _windows(
     steps: Chain,
     tokens: Artifact,
     name: str,
-    windows: tuple[int, int],
+    windows: tuple[int | Literal["all"], int],
     length: int,
     vocabulary: int,
 ) -> None:
-    """Refuses a text that has not so many windows and then so many more, or not of the vocabulary."""
+    """Refuses a text that has not so many windows and then so many more, or not of the vocabulary; logs
+    what is left out where all are read."""
     ids, (first, more) = load_tokens(tokens), windows
     begin = steps.settings.model.begin
     read = [text.windows(ids, first, length, 0, name, begin)]
-    if more:
+    if first == text.ALL:
+        count, rest = len(read[0]), text.remainder(ids, length, begin)
+        log.info("%s: all %d windows of %d tokens; %d fill none", name, count, length, rest)
+    elif more:
         read.append(text.windows(ids, more, length, first * length, name, begin))
     if any(int(each.max()) >= vocabulary for each in read):
         tokenizer = steps.model.tokenizer()

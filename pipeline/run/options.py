@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -117,6 +117,8 @@ def _fits_one(value: Any, kind: Any) -> bool:
         return type(value) is int or (type(value) is float and math.isfinite(value))
     if kind in (int, str, bool, NONE):
         return type(value) is kind
+    if origin is Literal:
+        return value in typing.get_args(kind)
     if origin is Mapping:
         return isinstance(value, Mapping)
     # What another file of conf describes: a mapping without `_target_` is its own error.
@@ -137,10 +139,13 @@ def _refusal(path: str, value: Any, hint: Any) -> str:
         return (
             f"{got} is read as {_kind(value)}, and text is wanted: type '{path}=\"{text(value)}\"'"
         )
-    named = " or ".join(
-        KINDS.get(kind, f"a file of conf/{path.partition('.')[0]}") for kind in kinds
-    )
-    return f"{got}: give {named}{nullable}"
+    return f"{got}: give {' or '.join(_named(kind, path) for kind in kinds)}{nullable}"
+
+
+def _named(kind: Any, path: str) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return KINDS.get(kind, f"a file of conf/{path.partition('.')[0]}")
 
 
 def _kind(value: Any) -> str:

@@ -59,7 +59,7 @@ def windows(spec: Spec, inputs: Inputs) -> torch.Tensor:
     """The ids [windows, length] of calibration, as the model wants them to begin."""
     ids = load_tokens(inputs["tokens"])
     name = "the calibration text"
-    return corpus.windows(ids, spec["windows"], spec["length"], 0, name, spec["begin"])
+    return corpus.windows(ids, spec["windows"], spec["length"], 0, name, spec["begin"]).long()
 
 
 # --- the conversion ----------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Patched(Calibrated):
         ids, name = load_tokens(inputs["tokens"]), "the calibration text"
         held_out = corpus.windows(ids, patching.windows, length, skip, name, spec["begin"])
         model, _ = inputs["model"].load()
-        frame = patching.run(model, held_out, conversion(spec, inputs), runtime.batch)
+        frame = patching.run(model, held_out.long(), conversion(spec, inputs), runtime.batch)
         frame.to_parquet(out / "sites.parquet")
         log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
 
@@ -207,9 +207,11 @@ class Perplexity(Stage):
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
         neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
         noise = spec["perturbation"]
-        evaluation.perplexity(model, ids, neurons, batch, name, execution, perturbation=noise).save(
-            out
+        result = evaluation.perplexity(
+            model, ids, neurons, batch, name, execution, perturbation=noise
         )
+        result.metrics["all"] = spec["count"] == corpus.ALL
+        result.save(out)
 
 
 class Anytime(Stage):

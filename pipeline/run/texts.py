@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from safetensors.torch import load_file, save_file
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from pipeline.run.assets import Asset, content, fetch_all
 from pipeline.run.fingerprint import digest
@@ -18,12 +21,18 @@ from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
 from stages.model.sources import HubText, PackageFile
-from stages.text.corpus import Corpus, Purpose, check_disjoint, fingerprints, present, tokenise
-from stages.text.documents import read_documents, shards
+from stages.text.corpus import Corpus, Purpose
+from stages.text.documents import Piece, read_pieces, shards
 from stages.text.harness import TaskSpec
+from stages.text.joined import Read, check_disjoint, joined
+from stages.text.tokenising import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
+LEAST = 16  # log2 of the fewest tokens that are read of a text
+HEADER = 120  # bytes
 
 
 class Articles(Stage):
@@ -72,8 +81,8 @@ class Text:
         opened = [source.open(store, runtime) for source in self.inputs.values()]
         return replace(self, articles=opened[0]) if opened else self
 
-    def documents(self) -> list[str | None]:
-        """Every row of it; null where a row has no text."""
+    def pieces(self) -> Iterator[Piece]:
+        """Its documents, one after the other."""
         origin = self.corpus.origin(self.purpose)
         if isinstance(origin, HubText):
             from stages.text.hub import read_hub
@@ -82,48 +91,94 @@ class Text:
         if self.articles is not None:
             origin = self.articles.path / f"{self.purpose}.jsonl"
         assert isinstance(origin, Path)
-        return read_documents(origin, self.corpus.field, self.corpus.rows)
+        return read_pieces(origin, self.corpus.field, self.corpus.rows)
 
 
 class Tokens(Stage):
-    """Token ids of a corpus' part, and hashes of its documents so that overlap can be refused."""
+    """The first token ids of a corpus' part, or all, and hashes of the documents that were read for them,
+    so that overlap can be refused."""
 
     name = "tokens"
-    code = ("stages.text.corpus",)
+    code = ("stages.text.joined", "stages.text.tokenising", "stages.text.documents")
 
     @classmethod
-    def of(cls, corpus: Corpus, purpose: Purpose, model: ModelSource) -> Self:
-        spec = {"purpose": purpose, "field": corpus.field, "join": corpus.join}
+    def of(cls, corpus: Corpus, purpose: Purpose, model: ModelSource, needed: int | None) -> Self:
+        """The first `needed` tokens, None: all. Rounded up to a power of two, so that runs of like
+        settings share them."""
+        read = None if needed is None else 1 << max(LEAST, (needed - 1).bit_length())
+        spec = {"purpose": purpose, "field": corpus.field, "join": corpus.join, "tokens": read}
         made_from: dict[str, Source] = {"model": model.plain, "text": Text(corpus, purpose)}
-        return cls(spec, made_from, f"{corpus.name} {purpose}")
+        more = "" if read == 1 << LEAST else f" ({'all' if read is None else read} tokens)"
+        return cls(spec, made_from, f"{corpus.name} {purpose}{more}")
 
     @staticmethod
     def make(out: Path, spec: Mapping[str, Any], inputs: Mapping[str, Any], runtime: Any) -> None:
-        text = inputs["text"]
-        rows = text.documents()
-        texts = present(text.corpus.name, rows)
-        ids = tokenise(texts, spec["join"], inputs["model"].tokenizer())
-        save_file({"ids": ids}, out / "tokens.safetensors")
-        record = {
-            "rows": len(rows),
-            "null": len(rows) - len(texts),
-            "documents": fingerprints(texts),
-        }
-        (out / "documents.json").write_text(json.dumps(record))
+        text, read = inputs["text"], Read()
+        name = text.corpus.name
+        parts = joined(name, text.pieces(), spec["join"], read)
+        ids = _first(token_ids(parts, inputs["model"].tokenizer()), spec["tokens"])
+        number = _write(out / "tokens.safetensors", ids)
+        if read.null:
+            log.warning(
+                "corpus %s: %d of %d rows are null and left out", name, read.null, read.rows
+            )
+        (out / "documents.json").write_text(json.dumps(asdict(read) | {"tokens": number}))
+
+
+def _first(pieces: Iterable[NDArray[np.int32]], most: int | None) -> Iterator[NDArray[np.int32]]:
+    """The first `most` ids; nothing behind them is read."""
+    for ids in pieces:
+        yield ids[:most]
+        if most is not None and (most := most - len(ids)) <= 0:
+            return
+
+
+def _write(path: Path, pieces: Iterable[NDArray[np.int32]]) -> int:
+    """Writes the tensor `ids` as it comes, and returns its length, which its header says first."""
+    number = 0
+    with path.open("wb") as file:
+        file.write(_header(number))
+        for ids in pieces:
+            file.write(ids.astype("<i4").tobytes())
+            number += len(ids)
+        file.seek(0)
+        file.write(_header(number))
+    return number
+
+
+def _header(number: int) -> bytes:
+    """Of a safetensors file with `number` ids, int32; blanks behind its JSON are part of the format."""
+    ids = {"dtype": "I32", "shape": [number], "data_offsets": [0, 4 * number]}
+    return HEADER.to_bytes(8, "little") + json.dumps({"ids": ids}).ljust(HEADER).encode()
 
 
 def load_tokens(artifact: Artifact) -> Tensor:
-    """The ids [N] of a tokens artifact."""
+    """The ids [N] int32 of a tokens artifact, in memory as far as they are read."""
     return load_file(artifact.path / "tokens.safetensors")["ids"]
 
 
-def refuse_overlap(calibration: Artifact, evaluation: Artifact) -> None:
-    """Raises InputError if both texts hold the same document of 200 characters or more."""
-    seen, held_out = (
-        json.loads((a.path / "documents.json").read_text())["documents"]
-        for a in (calibration, evaluation)
+def say_protocol(corpus: Corpus, purpose: Purpose, tokens: Tokens, artifact: Artifact) -> None:
+    """Logs how a text is put together, and how many tokens of it there are or have been read."""
+    read, most = _record(artifact), tokens.spec["tokens"]
+    log.info(
+        "%s text %s: %s; %s%d tokens, %d documents",
+        purpose,
+        corpus.name,
+        corpus.protocol(purpose),
+        "the first " if read["tokens"] == most else "",
+        read["tokens"],
+        read["rows"] - read["null"],
     )
-    check_disjoint(seen, held_out)
+
+
+def refuse_overlap(calibration: Artifact, evaluation: Artifact) -> None:
+    """Raises InputError if both texts hold the same document of 200 characters or more, among those that
+    were read for the tokens of the run."""
+    check_disjoint(*(_record(each)["documents"] for each in (calibration, evaluation)))
+
+
+def _record(artifact: Artifact) -> dict[str, Any]:
+    return dict(json.loads((artifact.path / "documents.json").read_text()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
 def _windows(results: Sequence[Mapping[str, Any]], corpus: str) -> str:
     """The part of a corpus that was read, where the results say it."""
     read = [(result.get("evaluation") or {}).get(corpus) or {} for result in results]
-    texts = [f"{m['windows']} windows of {m['length']} tokens" for m in read if "windows" in m]
+    texts = [_part(m) for m in read if "windows" in m]
     return f" ({' or '.join(dict.fromkeys(texts))})" if texts else ""
 
 
@@ -121,9 +121,12 @@ def accuracy(row: Row) -> str:
 def windows(row: Row, corpora: Sequence[str]) -> str:
     """The corpora with the part of them that is read."""
     measured = {name: row.result["evaluation"][name] for name in corpora}
-    return ", ".join(
-        f"{name} ({m['windows']} windows of {m['length']} tokens)" for name, m in measured.items()
-    )
+    return ", ".join(f"{name} ({_part(m)})" for name, m in measured.items())
+
+
+def _part(metrics: Mapping[str, Any]) -> str:
+    every = "all " if metrics.get("all") else ""
+    return f"{every}{metrics['windows']} windows of {metrics['length']} tokens"
 
 
 def _mean(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -26,19 +27,20 @@ def windows(
     through: Callable[[int], None] = lambda layer: None,
     logits: int = 0,
 ) -> None:
-    """Run full windows ids [W, S], `batch` at a time, without a cache.
+    """Run full windows ids [W, S] of whole numbers, `batch` at a time, without a cache.
 
     `consume` gets the tokens and logits of every batch. `after` is called once a batch has passed,
     where one layer at a time is in memory once it has passed each of them; `through` with a layer's
     index (-1: what is in none) once every batch has. The head sees the last `logits` tokens of a
     window, 0 for all.
     """
-    batches = ids.to(device_of(model)).split(batch)
-    weights = offloaded(model)
+    device, weights = device_of(model), offloaded(model)
     if weights is not None:
+        batches = ids.to(device, torch.int64).split(batch)
         _layered(model, weights, batches, name, consume, after, through, logits)
         return
-    for tokens in tqdm(batches, desc=name, unit="batch", disable=None):
+    for part in tqdm(ids.split(batch), desc=name, unit="batch", disable=None):
+        tokens = part.to(device, torch.int64)  # here, as a long text lies on disk
         consume(tokens, model(tokens, use_cache=False, logits_to_keep=logits).logits)
         after()
     for layer in (*range(model.config.num_hidden_layers), OUTSIDE):

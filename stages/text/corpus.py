@@ -1,25 +1,20 @@
-"""Texts to calibrate and evaluate on: where they come from, their tokens, their windows."""
+"""Texts to calibrate and evaluate on: where they come from, how they are put together, their windows."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from stages.errors import InputError
 from stages.model.sources import HubText, PackageFile
-from stages.text.documents import ROWS
+from stages.text.documents import ROWS, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
 Purpose = Literal["calibration", "evaluation"]
-_SAME_TEXT = 200  # characters; shorter documents (headings, empty lines) recur in any text
+ALL: Final = "all"  # every whole window of a text
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,14 @@ class Corpus:
                     f"corpus.{self.name}.path=FILE, or an entry as those in conf/corpus/default.yaml"
                 )
 
+    def protocol(self, purpose: Purpose) -> str:
+        """Say how the text for `purpose` is put together."""
+        origin, documents = self.origin(purpose), "rows of a table"
+        if isinstance(origin, Path) and plain(origin):
+            documents = "lines" if self.rows != "document" else "files as they stand"
+            documents = f"{documents} (corpus.{self.name}.rows={self.rows})"
+        return f"{documents}, joined by {self.join!r}"
+
     def origin(self, purpose: Purpose) -> Path | PackageFile | HubText:
         """Return where the text for `purpose` lies; InputError if this corpus has none for it."""
         given = self.calibration_path if purpose == "calibration" else self.path
@@ -86,74 +89,49 @@ class Corpus:
         return origin
 
 
-def present(name: str, rows: Sequence[str | None]) -> list[str]:
-    """Return the rows that have a text; how many are null is logged."""
-    odd = [row for row in rows if not isinstance(row, str | None)]
-    if odd:
-        raise InputError(f"corpus {name}: {str(odd[0])[:80]!r} is no text; give another field")
-    texts = [text for text in rows if text is not None]
-    if len(texts) < len(rows):
-        absent = len(rows) - len(texts)
-        log.warning("corpus %s: %d of %d rows are null and left out", name, absent, len(rows))
-    return texts
-
-
-def fingerprints(documents: Sequence[str]) -> list[str]:
-    """Hash every document of 200 characters or more, by sha256."""
-    long = (text.strip() for text in documents if len(text.strip()) >= _SAME_TEXT)
-    return [hashlib.sha256(text.encode()).hexdigest() for text in long]
-
-
-def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    """Raise InputError if two texts, given by their fingerprints, have a document in common."""
-    shared = set(calibration) & set(evaluation)
-    if shared:
-        raise InputError(
-            f"{len(shared)} documents are in the calibration and in the evaluation text; choose"
-            " another calibration.corpus or other files"
-        )
-
-
-def tokenise(documents: Sequence[str], join: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Turn documents, joined to one text, into token ids [N] int64.
-
-    A begin-of-sequence token is there only if the tokenizer adds one by itself, then once.
-    """
-    import torch
-
-    ids = tokenizer(join.join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
 def windows(
     ids: Tensor,
-    count: int,
+    count: int | Literal["all"],
     length: int,
     skip: int = 0,
     name: str = "corpus",
     begin: int | None = None,
 ) -> Tensor:
-    """Cut the first `count` non-overlapping windows [count, length] after `skip` tokens.
+    """Cut the first `count` windows [count, length] after `skip` tokens, or all whole ones; none overlap.
 
     With `begin` every window is that token and length - 1 tokens of the text; one that the tokenizer
-    has put in front of the text is not repeated.
+    has put in front of the text is not repeated. Tokens that fill no window are left out, as GPTQ does
+    (Frantar et al. 2023). Without `begin` the windows share the memory of `ids`.
     """
     import torch
 
-    if count < 1 or length < 2 or skip < 0:
+    if count != ALL and count < 1 or length < 2 or skip < 0:
         raise InputError(
             f"windows: got {count} of {length} tokens after {skip};"
             " needs 1 or more, of 2 or more, after 0 or more"
         )
-    first = [] if begin is None else [begin]
-    if first and ids[:1].tolist() == first:
-        ids = ids[1:]
+    ids, first = _behind(ids, begin)
     width = length - len(first)
-    needed = skip + count * width
+    number = max(1, (len(ids) - skip) // width) if count == ALL else count
+    needed = skip + number * width
     if len(ids) < needed:
         raise InputError(
-            f"{name} has {len(ids)} tokens, {count} windows of {width} tokens"
+            f"{name} has {len(ids)} tokens, {number} windows of {width} tokens"
             f"{f' after {skip}' if skip else ''} need {needed}; give a longer text or fewer windows"
         )
-    texts = ids[skip:needed].reshape(count, width)
-    return torch.cat([texts.new_tensor(first).expand(count, -1), texts], 1)
+    texts = ids[skip:needed].reshape(number, width)
+    if not first:
+        return texts
+    return torch.cat([texts.new_tensor(first).expand(number, -1), texts], 1)
+
+
+def remainder(ids: Tensor, length: int, begin: int | None = None) -> int:
+    """Count the tokens behind all windows of a text, of which there are fewer than one of them takes."""
+    ids, first = _behind(ids, begin)
+    return len(ids) % (length - len(first))
+
+
+def _behind(ids: Tensor, begin: int | None) -> tuple[Tensor, list[int]]:
+    """The ids without the token that every window begins with, and it, if any."""
+    first = [] if begin is None else [begin]
+    return (ids[1:] if first and ids[:1].tolist() == first else ids), first

@@ -1,15 +1,16 @@
 """Text from the Hugging Face hub."""
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Literal
 
 from stages.errors import InputError
 from stages.model.sources import HubText
+from stages.text.documents import Piece
 
 
-def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> list[str | None]:
-    """Stream the documents for `purpose`, so that no more is downloaded than is used; None for a
-    row whose text is null."""
+def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> Iterator[Piece]:
+    """Stream the documents for `purpose`, so that no more is downloaded than is used."""
     import datasets
 
     split = text.calibration_split if purpose == "calibration" else text.split
@@ -23,7 +24,8 @@ def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> li
         rows = datasets.load_dataset(
             text.id, name=text.config, revision=text.revision, split=split, streaming=True
         )
-        return [row[text.field] for row in islice(rows, first, last)]
+        for row in islice(rows, first, last):
+            yield Piece(row[text.field])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         # no network, gated, no such data set, split or field
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,8 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.errors import InputError
 from stages.model.sources import HubText, PackageFile
-from stages.text.corpus import Corpus, check_disjoint, fingerprints, present, tokenise, windows
+from stages.text.corpus import Corpus, remainder, windows
+from stages.text.documents import Piece
 from stages.text.hub import read_hub
+from stages.text.joined import Read, check_disjoint, fingerprints, joined
+from stages.text.tokenising import tokenise
 from stages.text.wikipedia import clean, extract_wikipedia
 
 DOCUMENTS = ["One = 1.\n", "", "Zwei ≠ 2."]
@@ -38,11 +41,46 @@ def test_one_file_serves_one_purpose(source):
         corpus().origin("evaluation")
 
 
-def test_null_rows_are_left_out_and_counted(caplog):
-    assert present("mine", ["a", None, "", None]) == ["a", ""]
-    assert "mine: 2 of 4 rows are null" in caplog.text
+def put_together(*pieces, join="+"):
+    read = Read()
+    return "".join(joined("mine", (Piece(*piece) for piece in pieces), join, read)), read
+
+
+def test_null_rows_are_left_out_and_counted():
+    text, read = put_together(("a",), (None,), ("",), (None,), ("b",))
+    assert text == "a++b" and (read.rows, read.null) == (5, 2)
+    assert put_together((None,), ("a",))[0] == "a"
     with pytest.raises(InputError, match="mine: '7' is no text"):
-        present("mine", ["a", 7])
+        put_together(("a",), (7,))
+
+
+def test_a_document_in_pieces_is_one():
+    text, read = put_together(("a", True), ("b", True), ("c",), ("d",))
+    assert text == "abc+d" and read.rows == 2
+
+
+def test_a_long_document_is_known_by_its_beginning():
+    """So that it is known before all of it has been read."""
+    long, head = "w" * 70_000, [(" " + "w" * 65_600, True), ("x" * 9, False)]
+    known = put_together(*head)[1].documents
+    assert known == fingerprints([f"  {long}"]) == fingerprints([long + "x"])
+    assert known != fingerprints(["w" * 65_535 + "x"]) and len(known) == 1
+
+
+def test_how_a_text_is_put_together_is_said(tmp_path):
+    (tmp_path / "a.raw").write_text("a\nb")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    plain = str(tmp_path / "a.raw")
+    said = {
+        rows: corpus(path=plain, rows=rows).protocol("evaluation") for rows in ("lines", "document")
+    }
+    assert said == {
+        "lines": "lines (corpus.some.rows=lines), joined by '\\n\\n'",
+        "document": "files as they stand (corpus.some.rows=document), joined by '\\n\\n'",
+    }
+    for source in ({"package": WHEEL}, {"hub": hub_text()}, {"path": str(tmp_path / "a.jsonl")}):
+        told = corpus(**source, rows="lines", join=" ").protocol("evaluation")
+        assert told == "rows of a table, joined by ' '"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +123,22 @@ def test_a_begin_token_comes_once_and_only_from_the_tokenizer(byte_tokenizer):
 def test_windows_are_the_first_and_do_not_overlap():
     assert windows(torch.arange(10), 2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert windows(torch.arange(10), 2, 3, skip=4).tolist() == [[4, 5, 6], [7, 8, 9]]
+
+
+def test_all_windows_are_those_that_are_whole():
+    ids = torch.arange(11)
+    assert windows(ids, "all", 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert remainder(ids, 3) == 2
+    assert windows(ids, "all", 3, begin=0).tolist() == [[0, 2 * n + 1, 2 * n + 2] for n in range(5)]
+    assert remainder(ids, 3, begin=0) == 0 and remainder(ids, 3, begin=7) == 1
+    assert windows(ids[:6], "all", 3).equal(windows(ids[:6], 2, 3)) and remainder(ids[:6], 3) == 0
+    with pytest.raises(InputError, match="has 11 tokens, 1 windows of 12 tokens need 12"):
+        windows(ids, "all", 12)
+
+
+def test_windows_of_a_text_on_disk_are_no_copy():
+    ids = torch.arange(10, dtype=torch.int32)
+    assert windows(ids, "all", 3).data_ptr() == ids.data_ptr()
 
 
 def test_a_begin_token_stands_in_front_of_every_window_once():
@@ -187,12 +241,16 @@ def test_hub_text_takes_the_first_documents_of_each_split(monkeypatch):
         return ({"text": f"{path} {split} {number}"} for number in range(100))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert read_hub(hub_text(), "evaluation") == [f"org/text test {n}" for n in range(3)]
-    assert read_hub(hub_text(), "calibration") == [f"org/text train {n}" for n in range(3)]
+
+    def read(text, purpose):
+        return [piece.text for piece in read_hub(text, purpose)]
+
+    assert read(hub_text(), "evaluation") == [f"org/text test {n}" for n in range(3)]
+    assert read(hub_text(), "calibration") == [f"org/text train {n}" for n in range(3)]
     same = hub_text(split="train")
-    assert read_hub(same, "evaluation") == [f"org/text train {n}" for n in range(3)]
-    assert read_hub(same, "calibration") == [f"org/text train {n}" for n in range(3, 6)]
-    assert len(read_hub(hub_text(documents=None), "evaluation")) == 100
+    assert read(same, "evaluation") == [f"org/text train {n}" for n in range(3)]
+    assert read(same, "calibration") == [f"org/text train {n}" for n in range(3, 6)]
+    assert len(read(hub_text(documents=None), "evaluation")) == 100
 
 
 def test_without_network_one_line_says_what_to_give(monkeypatch):
@@ -201,7 +259,7 @@ def test_without_network_one_line_says_what_to_give(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(InputError, match=r"org/text.*no route.*calibration_path=FILE") as error:
-        read_hub(hub_text(), "calibration")
+        next(read_hub(hub_text(), "calibration"))
     assert "\n" not in str(error.value)
 
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from stages.errors import InputError
-from stages.text.documents import check_head, read_documents, shards
+from stages.text import documents
+from stages.text.documents import Piece, check_head, read_pieces, shards
 
 DOCUMENTS = ["One = 1.\n", "", 'Zwei, "≠" 2.']
 WIKITEXT = next(
@@ -14,13 +15,25 @@ WIKITEXT = next(
 )
 
 
-def lines(documents=DOCUMENTS):
-    return "".join(json.dumps({"text": text, "id": 7}) + "\n" for text in documents)
+def read_documents(path, field, rows="document"):
+    """Each whole, None for a row whose text is null."""
+    whole, going_on = [], False
+    for text, more in read_pieces(path, field, rows):
+        if going_on:
+            whole[-1] += text
+        else:
+            whole.append(text)
+        going_on = more
+    return whole
 
 
-def write(path, documents=DOCUMENTS):
+def lines(texts=DOCUMENTS):
+    return "".join(json.dumps({"text": text, "id": 7}) + "\n" for text in texts)
+
+
+def write(path, texts=DOCUMENTS):
     """The documents in column `text` of a file, whose name says in which format."""
-    rows = pd.DataFrame({"text": documents, "id": 7})
+    rows = pd.DataFrame({"text": texts, "id": 7})
     match path.suffixes[0]:
         case ".parquet":
             rows.to_parquet(path)
@@ -29,7 +42,7 @@ def write(path, documents=DOCUMENTS):
         case ".array":
             path.write_text(json.dumps(rows.to_dict("records"), indent=1))
         case _:
-            content = lines(documents).encode()
+            content = lines(texts).encode()
             path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
@@ -50,6 +63,32 @@ def test_plain_text_is_one_document_or_one_a_line(tmp_path):
     assert read["lines"] == [" = A = \n", "", " b <unk> \n", "", "c"]
     sentences = read_documents(tmp_path / "a.raw", "text", "sentences")
     assert sentences == ["= A =", "", "b <unk>", "", "c"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 13, 14, 15, 30])
+def test_a_long_file_comes_in_pieces_of_one_document(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(documents, "_CHARACTERS", 7)
+    text = "ab\n\ncd é≠ 東京 ef\r\ngh 12 34 56 78"[:length]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    pieces = list(read_pieces(tmp_path / "a.txt", "text"))
+    assert "".join(piece.text for piece in pieces) == text.replace("\r\n", "\n").replace("\r", "\n")
+    assert [piece.more for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    assert len(pieces) == max(1, -(-len("".join(p.text for p in pieces)) // 7))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_a_row_at_a_time(tmp_path, monkeypatch, size, indent):
+    monkeypatch.setattr(documents, "_CHARACTERS", size)
+    texts = ["a, ] [ b", "", '"}', "\\", None, "é" * 70]
+    for rows in (texts, []):
+        content = json.dumps([{"text": text, "more": [1, {}]} for text in rows], indent=indent)
+        (tmp_path / "a.json").write_text(f"  \n{content}\n ", encoding="utf-8")
+        assert read_documents(tmp_path / "a.json", "text") == rows
+    # Rows in front of what is wrong have been read by then.
+    (tmp_path / "a.json").write_text('[{"text": "a"}' + " " * 9 + ', {"text": "b"}, {"text": "c"')
+    pieces = read_pieces(tmp_path / "a.json", "text")
+    assert [next(pieces), next(pieces)] == [Piece("a"), Piece("b")]
 
 
 def test_a_mark_in_front_is_no_text(tmp_path):
@@ -111,6 +150,9 @@ def test_a_folder_that_is_not_one_text_is_refused(tmp_path, names, message):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is no JSON"),
         ("a.json", b'[{"text": "x"}, {"body": "x"}]', "row 2 has no text"),
         ("a.json", b'[{"text": "x"}, ', "cannot be read"),
+        ("a.json", b'[{"text": "x"} {"text": "y"}]', "cannot be read: no comma"),
+        ("a.json", b'[{"text": "x"},]', "cannot be read"),
+        ("a.json", b'[{"text": "x"}] []', "something stands behind the end"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "cannot be read"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
@@ -153,4 +195,4 @@ def test_the_raw_file_of_wikitext_has_the_rows_of_the_data_set(byte_tokenizer):
     rows = read_documents(WIKITEXT / "test.jsonl", "text")
     assert len(rows) == 4358 and raw == rows
     (whole,) = read_documents(WIKITEXT / "raw/wiki.test.raw", "text")
-    assert whole != "\n\n".join(rows)  # another text, if another protocol
+    assert whole != "\n\n".join(rows)  # another text, of another protocol

@@ -50,7 +50,7 @@ def test_the_folder_is_the_model_that_was_evaluated(exported: Path) -> None:
     from safetensors.torch import load_file
 
     ids = load_file(tokens)["ids"][: measured["windows"] * measured["length"]]
-    ids = ids.view(measured["windows"], measured["length"])
+    ids = ids.view(measured["windows"], measured["length"]).long()
     model = stages.load(exported / "spiking")
     with torch.no_grad():
         total = sum(negative_log_likelihood(model(row[None]).logits, row[None]) for row in ids)

@@ -146,8 +146,11 @@ def test_a_value_of_other_letters_says_what_to_type(value):
 
 # (overrides, what the line says): values of another kind than their option, and near misses
 LINES = [
-    (["evaluation.windows=null"], "evaluation.windows=null: give a whole number"),
-    (["evaluation.windows=abc"], "evaluation.windows=abc: give a whole number"),
+    (["evaluation.windows=null"], "evaluation.windows=null: give a whole number or all"),
+    (["evaluation.windows=abc"], "evaluation.windows=abc: give a whole number or all"),
+    (["evaluation.windows=true"], "evaluation.windows=true: give a whole number or all"),
+    (["evaluation.windows=0"], "windows=0, length=1024, items=100; needs a corpus, 1 window"),
+    (["calibration.windows=all"], "calibration.windows=all: give a whole number"),
     (["timesteps=null"], "timesteps=null: give a whole number"),
     (["energy.tokens=x"], "energy.tokens=x: give a whole number or null"),
     (["coding.mu=null"], "coding.mu=null: give a finite number"),

@@ -65,8 +65,8 @@ def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkey
     chosen = settings(built)
     for module, name in (
         (models, "load"),
-        (texts, "read_documents"),
-        (texts, "tokenise"),
+        (texts, "read_pieces"),
+        (texts, "token_ids"),
         (type(chosen.capture), "run"),
         (type(chosen.distribution), "run"),
         (type(chosen.fitting), "run"),
@@ -170,7 +170,7 @@ def test_every_window_begins_with_the_token_of_the_model(settings, built, monkey
 def test_the_perplexity_behind_a_begin_token_is_that_of_the_text_alone(settings, built, tiny_run):
     result, _, run = runner.execute(settings(built, "model.begin=256", "coding=dense"))
     step = run.chain.sources["tokens wikipedia evaluation"]
-    text = load_file(built / "tokens" / step.key() / "tokens.safetensors")["ids"]
+    text = load_file(built / "tokens" / step.key() / "tokens.safetensors")["ids"].long()
     model, _ = run.model.load()
     losses = []
     for window in range(3):

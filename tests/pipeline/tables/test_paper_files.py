@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+from pipeline.results.columns import bounded_perplexity
 from pipeline.results.lookup import Row
 from pipeline.run import runner
 from pipeline.run.jobs import jobs

@@ -80,7 +80,9 @@ def test_bold_is_the_best_of_its_t_and_never_the_dense_model(name, rows):
                 mine, others = ends.loc[marked.index[0]], ends.drop(marked.index)
                 assert len(marked) == 1 and mine.max() < others.min(axis=1).min()
             checked += len(marked)
-    assert (checked > 4 or name == "main") and not bold[made.frame["coding"] == "dense"].any(axis=None)
+    assert (checked > 4 or name == "main") and not bold[made.frame["coding"] == "dense"].any(
+        axis=None
+    )
     assert not bold[made.frame["timesteps"] == 128].any(axis=None)  # alone it beats nobody
 
 
