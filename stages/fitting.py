@@ -47,6 +47,11 @@ class Fitting:
 
         `statistics` are those that the coding declares, with the sites of `densities` first.
         """
+        if self.data == "samples" and not coding.shares_levels:
+            raise InputError(
+                f"fitting.data=samples for {coding.name}, whose channels have their scales: samples are "
+                "drawn from a site as a whole; give fitting.data=atoms or coding.granularity=site"
+            )
         for name, tensors in (statistics or {}).items():
             if any(len(t) != len(densities.sites) for t in tensors.values()):
                 raise InputError(
@@ -58,8 +63,10 @@ class Fitting:
         index = torch.tensor(kept)
         data = replace(data, statistics=dict(statistics or {})).rows(index)
         atoms = densities.atoms.rows(index)
-        fit = coding.fit(data)
-        params = {name: value.float().contiguous() for name, value in fit.params.items()}
+        atoms = coding.seen(replace(atoms, statistics=data.statistics))
+        fit = coding.fit(coding.seen(data))
+        given = fit.params | coding.scales(data)
+        params = {name: value.float().contiguous() for name, value in given.items()}
         error, spikes = error_and_spikes(coding, atoms, params)
         return FittedNeurons(
             tuple(densities.sites[i] for i in kept),

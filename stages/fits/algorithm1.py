@@ -170,7 +170,8 @@ def fit_bases(
     of that allocation [sites, iterations].
     """
     u = (atoms.value / scale[:, None]).float()
-    weight = atoms.weight.float()
+    weight = atoms.errors()
+    weight = (weight / weight.sum(-1, keepdim=True)).float()
     starts = torch.tensor(list(itertools.product(algorithm.starts, repeat=grains)))  # [K, n]
     sites, problems = len(u), len(u) * len(grain) * len(starts)
     initial = starts.repeat(len(grain), 1).repeat_interleave(sites, 0)

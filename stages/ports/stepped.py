@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.neurons.channels import unscaled
 from stages.neurons.spikes import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
@@ -53,7 +54,7 @@ class SteppedPort:
             probs, spikes = timed(fired, weight, row), fired.count
         else:
             dense = masked_softmax(scores, scaling, view.mask)
-            probs, spikes = planes(coding, dense, self._params)
+            probs, spikes = planes(coding, dense, unscaled(self._params))
         if self._counter is not None:
             values = allowed(view, scores.shape[1])
             counted = (spikes * view.mask).sum(-1).float()
