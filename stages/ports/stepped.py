@@ -1,7 +1,8 @@
 """Time-stepped execution: the model as a spiking network, layer by layer, every layer T steps.
 
 At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
-select is added up, and the sums are multiplied by the weights of the phases. What stays real-valued
+select is added up (times the scales of channels, where a coding has those), and the sums are multiplied
+by the weights of the phases. What stays real-valued
 is listed by `stages.analysis.real_valued`.
 """
 
