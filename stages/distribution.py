@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.atoms import Atoms
+from stages.atoms import EXTREME_BINS, Atoms, merge
 from stages.errors import InputError
 from stages.sketch import SketchSet
 
 CELLS_PER_OCTAVE = 8
-EXTREME_BINS = 16
 NAMED = 8  # constant sites whose values a refusal lists
 SITES_AT_ONCE = 64  # of a megabyte each while their bins are dense
 
@@ -118,67 +117,6 @@ class Distribution:
         }
         atoms = replace(atoms, extremes=extremes)
         return _named(atoms) | bins | _densities(sketches, count, cells)
-
-
-def merge(
-    count: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    edges: Tensor,
-    maximum: Tensor,
-    size: int,
-    negative: Tensor,
-) -> Atoms:
-    """Merge neighbouring bins [sites, M] into at most `size` atoms, keeping mean and variance.
-    negative [sites, M] counts the negative values among `count`.
-
-    The highest bins stay single and the maximum is an atom by itself. Merging bins of equal
-    p^(1/3) mass keeps the atoms' width where the optimal quantiser keeps its cells' (Bennett 1948).
-    """
-    width = edges.diff()
-    mass = (count / width) ** (1 / 3) * width
-    mass[:, 0] = 0
-    high = count.gt(0).flip(-1).cumsum(-1).flip(-1) <= EXTREME_BINS  # the last filled bins
-    mass = torch.where(high, 0.0, mass)
-    total = mass.sum(-1, keepdim=True).clamp(min=1e-300)
-    body = size - EXTREME_BINS - 3
-    place = 1 + ((mass.cumsum(-1) - mass / 2) / total * body).long().clamp(max=body - 1)
-    place[:, 0] = 0  # zeros are one atom
-    tail = (count.gt(0) & high).cumsum(-1)
-    place = torch.where(high, body + tail, place)
-    merged = torch.zeros(4, len(count), size, dtype=torch.float64)
-    terms = (count, count * mean, count * (variance + mean**2), negative)
-    for row, term in zip(merged, terms, strict=True):
-        row.scatter_add_(-1, place, term)
-    weight, first, second, below = merged
-    # One of the values in the highest bin is the maximum itself.
-    last = _last(count)[:, None]
-    top = place.gather(-1, last)
-    mu, sigma2 = mean.gather(-1, last), variance.gather(-1, last)
-    share = negative.gather(-1, last) / count.gather(-1, last)
-    moments = (mu**0, mu, mu**2 + sigma2)
-    for row, average, power in zip(merged[:3], moments, range(3), strict=True):
-        row.scatter_add_(-1, top, -average)
-        row[:, -1] += maximum**power
-    below.scatter_add_(-1, top, -share)
-    below[:, -1:] += share
-    below = below / weight.clamp(min=0.5)
-    some = weight.clamp(min=0.5)
-    value = torch.where(weight > 0.5, first / some, maximum[:, None])
-    spread = (second / some - value**2).clamp(min=0).sqrt() * (weight > 0.5)
-    value = torch.minimum(value, maximum[:, None])  # the mean of a bin may lie beyond its maximum
-    spread[:, -1] = 0
-    weight = torch.where(weight > 0.5, weight, 0.0)
-    order = value.sort(-1)
-    spread, weight, below = (t.gather(-1, order.indices) for t in (spread, weight, below))
-    weight = weight / weight.sum(-1, keepdim=True)
-    return Atoms(order.values, spread, weight, maximum, below.clamp(0, 1))
-
-
-def _last(count: Tensor) -> Tensor:
-    """Index of the last non-empty bin of every site."""
-    bins = torch.arange(count.shape[-1])
-    return (count.gt(0) * bins).amax(-1)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ def _rows(
         if coding and coded and coding.gate_comparisons and convention.gate_comparisons:
             coded_part = 1 - coded[0].dense
             yield name, kind, layer, 0.0, work * coded_part * coding.gate_comparisons
+        if coding and coded and coding.value_macs and convention.decode_scaling:
+            # Of values that have channels: probabilities, which come by pairs, have none.
+            scaled = operation.work.per_token * queries * (1 - coded[0].dense) * coding.value_macs
+            yield name, "decode_scaling", layer, scaled, 0.0
     elif not coded:
         yield name, kind, layer, work, 0.0
     else:

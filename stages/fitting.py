@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
+from stages.checkpoint.paper import PaperNeurons
 from stages.codings.base import Coding, error_and_spikes
 from stages.distribution import Densities
 from stages.errors import InputError
@@ -18,11 +19,13 @@ from stages.fitted import Fit, FittedNeurons
 @dataclass(frozen=True)
 class Fitting:
     """`data`: `atoms` (the weighted atoms of the distribution) or `samples` (`samples` magnitudes
-    a site drawn from it with `seed`, as the paper does)."""
+    a site drawn from it with `seed`, as the paper does). `neurons`: a folder of imported neurons
+    (`stages.checkpoint.paper`), which take the place of a fit."""
 
     data: str = "atoms"
     samples: int = 100_000
     seed: int = 0
+    neurons: str | None = None
 
     def __post_init__(self) -> None:
         if self.data not in ("atoms", "samples") or self.samples < 1:
@@ -33,7 +36,7 @@ class Fitting:
 
     def for_coding(self, coding: Coding) -> Fitting:
         """This fitting without what the coding does not use, so that it does not enter its key."""
-        if coding.trained:
+        if coding.trained and self.neurons is None:
             return self if self.data == "samples" else replace(self, samples=1, seed=0)
         return Fitting("atoms", 1, 0)
 
@@ -47,6 +50,11 @@ class Fitting:
 
         `statistics` are those that the coding declares, with the sites of `densities` first.
         """
+        if self.data == "samples" and not coding.shares_levels:
+            raise InputError(
+                f"fitting.data=samples for {coding.name}, whose channels have their scales: samples are "
+                "drawn from a site as a whole; give fitting.data=atoms or coding.granularity=site"
+            )
         for name, tensors in (statistics or {}).items():
             if any(len(t) != len(densities.sites) for t in tensors.values()):
                 raise InputError(
@@ -58,8 +66,10 @@ class Fitting:
         index = torch.tensor(kept)
         data = replace(data, statistics=dict(statistics or {})).rows(index)
         atoms = densities.atoms.rows(index)
-        fit = coding.fit(data)
-        params = {name: value.float().contiguous() for name, value in fit.params.items()}
+        atoms = coding.seen(replace(atoms, statistics=data.statistics))
+        fit = coding.fit(coding.seen(data))
+        given = fit.params | coding.scales(data)
+        params = {name: value.float().contiguous() for name, value in given.items()}
         error, spikes = error_and_spikes(coding, atoms, params)
         return FittedNeurons(
             tuple(densities.sites[i] for i in kept),
@@ -67,6 +77,25 @@ class Fitting:
             tuple(densities.layers[i] for i in kept),
             Fit(params, fit.curve),
             error / atoms.power(),
+            spikes,
+        )
+
+    @staticmethod
+    def imported(densities: Densities, coding: Coding, neurons: PaperNeurons) -> FittedNeurons:
+        """Give the sites of `densities` imported neurons, with the error these have on it.
+
+        Raises InputError where the coding or the sites are not theirs.
+        """
+        neurons.check(coding)
+        index = neurons.rows(densities.roles, densities.layers)
+        params = {name: value[index].contiguous() for name, value in neurons.params.items()}
+        error, spikes = error_and_spikes(coding, densities.atoms, params)
+        return FittedNeurons(
+            densities.sites,
+            densities.roles,
+            densities.layers,
+            Fit(params),
+            error / densities.atoms.power(),
             spikes,
         )
 

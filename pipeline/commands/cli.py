@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from pipeline.commands import database, models, papers, run, stores
+from pipeline.commands import database, import_paper, models, papers, run, stores
 from pipeline.commands.verbs import Verbs
 
 
@@ -38,6 +38,7 @@ for verb in (
     stores.store,
     database.sync,
     database.relocate,
+    import_paper.import_paper,
     models.generate,
     models.energy,
     models.sites,

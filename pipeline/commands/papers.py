@@ -35,7 +35,7 @@ def table(arguments: tuple[str, ...]) -> int:
 @click.command(epilog=f"Studies: {', '.join(names('study'))}.")
 @_named
 def report(arguments: tuple[str, ...]) -> int:
-    """Make one page with the tables, figures and origins of a study.
+    """Make one page of a study: tables, figures and their origins.
 
     \b
     NAME             conf/study/NAME.yaml; study=NAME is the same

@@ -70,7 +70,7 @@ def site_levels(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> tuple[list[SiteL
     seen = set()
     for name, job in shown.items():
         coding: Coding = instantiate(job.config.coding, _convert_="all")
-        if coding.tokenwise:
+        if not coding.shares_levels:
             left_out.append(name)
         elif coding not in seen:
             seen.add(coding)

@@ -50,7 +50,7 @@ def pictures(job: RunFolder) -> dict[str, Figure]:
     coding: Coding = instantiate(job.config.coding, _convert_="all")
     name = job.result["label"]
     drawn = {"error_per_layer": error_per_layer({name: job.sites})}
-    if not coding.tokenwise:  # those have other levels in every token
+    if coding.shares_levels:  # else they differ from token to token, or from channel to channel
         densities = Densities.load(job.artifact("distribution"))
         neurons = FittedNeurons.load(job.artifact("fitting"))
         drawn["density_and_levels"] = density_with_levels(

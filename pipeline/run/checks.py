@@ -13,6 +13,7 @@ from pipeline.run.settings import Settings
 from pipeline.run.stage import Running
 from pipeline.run.texts import fetch_questions, load_tokens, refuse_overlap, say_protocol
 from pipeline.store.store import Artifact, Store
+from stages.checkpoint.paper import PaperNeurons
 from stages.errors import InputError
 from stages.model import limits
 from stages.ports.stepped import check_steps
@@ -31,6 +32,8 @@ def configured(settings: Settings) -> None:
         return
     if settings.runtime.execution == "stepped" or settings.evaluation.anytime:
         check_steps(coding)
+    if settings.fitting.neurons is not None:
+        PaperNeurons.load(Path(settings.fitting.neurons).expanduser()).check(coding)
     for statistic in coding.statistics:
         windows = statistic.least_windows
         if windows > settings.calibration.windows:

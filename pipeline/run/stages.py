@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.run.measured import Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
+from pipeline.run.neurons import NeuronFolder
 from pipeline.run.stage import Source, Stage
 from pipeline.run.texts import Questions, load_tokens
 from pipeline.store.provenance import versions
@@ -133,7 +134,7 @@ class Estimated(Stage):
 
 
 class Fitted(Stage):
-    """The neurons of every site."""
+    """The neurons of every site: fitted, or imported."""
 
     name = "fitting"
     code = ("stages.fitting",)
@@ -141,16 +142,23 @@ class Fitted(Stage):
     @classmethod
     def of(cls, s: Settings, distribution: Estimated, statistics: Mapping[str, Statistics]) -> Self:
         spec = {"fitting": s.fitting.for_coding(s.coding), "coding": s.coding}
-        return cls(spec, {"distribution": distribution, **statistics})
+        made_from: dict[str, Source] = {"distribution": distribution, **statistics}
+        if s.fitting.neurons is not None and s.coding.converts:
+            made_from["neurons"] = NeuronFolder(Path(s.fitting.neurons).expanduser())
+        return cls(spec, made_from)
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        densities = Densities.load(inputs["distribution"].path)
+        if "neurons" in inputs:
+            imported = spec["fitting"].imported(densities, spec["coding"], inputs["neurons"])
+            imported.save(out)
+            return
         statistics = {
             name: load_file(inputs[name].path / "statistic.safetensors")
             for name in inputs
             if name != "distribution"
         }
-        densities = Densities.load(inputs["distribution"].path)
         spec["fitting"].run(densities, spec["coding"], statistics).save(out)
 
 

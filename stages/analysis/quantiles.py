@@ -36,7 +36,7 @@ def error_by_quantile(
     """
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or sorted(set(edges)) != list(edges):
         raise InputError(f"edges={list(edges)}: give quantiles that ascend from 0 to 1")
-    if coding.tokenwise:
+    if not coding.shares_levels:
         raise InputError(f"{coding.name} has no error on single values: choose another coding")
     x, weight = atoms.signed_points()
     order = x.abs().argsort(-1)

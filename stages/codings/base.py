@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
 from stages.errors import InputError
-from stages.fits.statistics import Statistic
+from stages.fits.statistics import ChannelScale, Statistic
 from stages.fitted import Fit
+from stages.neurons.channels import CHANNEL, scaled_atoms
 from stages.neurons.spikes import Params, Spikes, SpikeTime
 
 MAX_TIMESTEPS = 16
@@ -48,6 +50,16 @@ class Coding(ABC):
         return 0
 
     @property
+    def value_macs(self) -> int:
+        """Multiplications per value of a site that has channels, beside those of `decode_macs`."""
+        return 0
+
+    @property
+    def shares_levels(self) -> bool:
+        """Whether all values of a site have the same levels, not those of their token or channel."""
+        return not self.tokenwise
+
+    @property
     def longest(self) -> int:
         """Steps of the longest neuron that a fit may choose."""
         return self.timesteps
@@ -67,9 +79,17 @@ class Coding(ABC):
         """Whether it defines `softmax_spikes`, for execution step by step."""
         return type(self).softmax_spikes is not Coding.softmax_spikes
 
+    def seen(self, atoms: Atoms) -> Atoms:
+        """The distribution of what the neurons see, of sites with this distribution."""
+        return atoms
+
+    def scales(self, atoms: Atoms) -> dict[str, Tensor]:
+        """Parameters that say in which units a neuron sees its site, beside those of `fit`."""
+        return {}
+
     @abstractmethod
     def fit(self, atoms: Atoms) -> Fit:
-        """Fit all sites of `atoms` as one batched problem."""
+        """Fit all sites of `atoms`, which are `seen`, as one batched problem."""
 
     @abstractmethod
     def encode(self, x: Tensor, p: Params) -> Spikes | SpikeTime:
@@ -100,6 +120,71 @@ class Coding(ABC):
         raise InputError(f"coding={self.name} has no softmax in steps: use runtime.execution=fast")
 
 
+GRANULARITIES = ("site", "channel")
+
+
+@dataclass(frozen=True)
+class Scaled(Coding):
+    """A coding of sign and magnitude whose neurons may see each channel in units of its scale.
+
+    `granularity` channel: the code works on x / s of the channel and its value is multiplied by s, the
+    `quantile` of the channel's |x| over calibration (1: the maximum). A channel is a feature, in q, k
+    and v a head's dimension; probabilities have none and stay a site. Neurons are fitted to the
+    distribution of x / s, errors weighing s^2. A spike of a linear layer's input then adds s W instead
+    of W, with one s a row, and costs no more if that is stored; where nothing can store it, in q and k,
+    it is one multiplication of a value. Counted is one of every value of a site with channels.
+    `granularity` site: the `quantile` of the site's |x| takes the place of its largest.
+    """
+
+    granularity: str = field(default="site", kw_only=True)
+    quantile: float = field(default=1.0, kw_only=True)
+
+    def check_scale(self) -> None:
+        """Raise InputError unless the scale is one that there is."""
+        if self.granularity not in GRANULARITIES:
+            raise InputError(
+                f"coding.granularity={self.granularity!r} for {self.name}: choose "
+                f"{' or '.join(GRANULARITIES)}"
+            )
+        if not 0.5 <= self.quantile <= 1:
+            raise InputError(
+                f"coding.quantile={self.quantile} for {self.name}: give 0.5 to 1, the largest value"
+            )
+
+    @property
+    def channels(self) -> bool:
+        """Whether every channel has its scale."""
+        return self.granularity == "channel"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (ChannelScale(self.quantile),) if self.channels else ()
+
+    @property
+    def value_macs(self) -> int:
+        return int(self.channels)
+
+    @property
+    def shares_levels(self) -> bool:
+        return not self.channels
+
+    def seen(self, atoms: Atoms) -> Atoms:
+        if not self.channels:
+            return atoms
+        return scaled_atoms(atoms, atoms.statistics[ChannelScale.name])
+
+    def scales(self, atoms: Atoms) -> dict[str, Tensor]:
+        return {CHANNEL: atoms.statistics[ChannelScale.name]["scale"]} if self.channels else {}
+
+    def largest(self, atoms: Atoms) -> Tensor:
+        """Where the range of a site's neuron ends, in units of what it sees, [sites] float64."""
+        site = atoms.maximum if self.quantile == 1 else atoms.quantile(self.quantile)
+        site = torch.where(site > 0, site, atoms.maximum)  # a site that is zero almost everywhere
+        if not self.channels:
+            return site
+        return torch.where(atoms.statistics[ChannelScale.name]["channels"] > 0, 1.0, site)
+
+
 def check_timesteps(name: str, timesteps: int, least: int = 1, most: int = MAX_TIMESTEPS) -> None:
     """Raise InputError unless `least` <= T <= `most`."""
     if not isinstance(timesteps, int) or not least <= timesteps <= most:
@@ -121,18 +206,19 @@ def site_params(params: Params, index: int) -> dict[str, Tensor]:
 
 
 def error_and_spikes(coding: Coding, atoms: Atoms, params: Params) -> tuple[Tensor, Tensor]:
-    """Expected squared error and spikes of one value of every site over its atoms, [S] float64;
-    NaN where they depend on the whole token."""
+    """Expected squared error and spikes of one value of every site over its atoms, which the neurons
+    see, [S] float64; NaN where they depend on the whole token."""
     sites = torch.arange(len(atoms.maximum))
     if coding.tokenwise:
         unknown = torch.full(sites.shape, torch.nan, dtype=torch.float64)
         return unknown, unknown
     parts = []
     for index in sites.split(SITES_AT_ONCE):
-        x, weight = atoms.rows(index).signed_points()
+        part = atoms.rows(index)
+        x, weight = part.signed_points()
         rows = {name: value[index].float() for name, value in params.items()}
         value, count = coding.quantise(x.float(), rows)
-        error = ((value.double() - x) ** 2 * weight).sum(-1)
+        error = ((value.double() - x) ** 2 * weight * part.gains(x)).sum(-1)
         parts.append((error, (count.double() * weight).sum(-1)))
     errors, spikes = zip(*parts, strict=True)
     return torch.cat(errors), torch.cat(spikes)

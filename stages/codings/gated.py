@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import MAX_TIMESTEPS, Coding, check_timesteps, error_and_spikes
+from stages.codings.base import MAX_TIMESTEPS, Scaled, check_timesteps, error_and_spikes
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
@@ -34,7 +34,7 @@ from stages.registry import register
 
 @register("coding/gated", was="stages.codings.gated.Gated")
 @dataclass(frozen=True)
-class Gated(Coding):
+class Gated(Scaled):
     """`grains` neurons per activation with scales tau_1 < … < tau_n and v0 = tau_k 2^-(T+1).
 
     Gate: the smallest k with |x| < tau_k (1 - 2^-(T+1)), else n, which saturates. Only that neuron
@@ -64,6 +64,17 @@ class Gated(Coding):
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
+        self.check_scale()
+        if self.quantile < 1 and not self.channels:
+            raise InputError(
+                f"coding.quantile={self.quantile} for {self.name}, whose ranges are searched: give 1, or "
+                "coding.granularity=channel"
+            )
+        if self.sensitivity is not None and self.channels:
+            raise InputError(
+                f"coding.granularity=channel for {self.name} with a sensitivity, which is measured by "
+                "magnitude: give coding.sensitivity=null, or coding.granularity=site"
+            )
         if not isinstance(self.grains, int) or not 1 <= self.grains <= 8:
             raise InputError(
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number from 1 to 8"
@@ -91,7 +102,7 @@ class Gated(Coding):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        return () if self.sensitivity is None else (self.sensitivity,)
+        return super().statistics if self.sensitivity is None else (self.sensitivity,)
 
     @property
     def decode_macs(self) -> int:
@@ -128,7 +139,7 @@ class Gated(Coding):
         """What a squared error at every atom [S, K] and a spike a value at every site [S] cost."""
         if self.sensitivity is None:
             power = atoms.power()
-            return atoms.weight / power[:, None], torch.full_like(power, self.mu)
+            return atoms.errors() / power[:, None], torch.full_like(power, self.mu)
         statistic = atoms.statistics[self.sensitivity.name]
         return loss_weight(statistic, atoms), self.mu * statistic["macs"] / statistic["macs"].sum()
 

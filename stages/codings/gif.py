@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stages.atoms import Atoms
 from stages.codings.base import Coding, check_timesteps
 from stages.errors import InputError
 from stages.fits.statistics import Saliency, Smoothing, Statistic
 from stages.fitted import Fit
+from stages.neurons.channels import per_channel
 from stages.neurons.spikes import Params, Spikes, popcount
 from stages.registry import register
 
@@ -179,13 +179,3 @@ class Gif(Coding):
 def smooth(x: Tensor, p: Params) -> Tensor:
     """What every channel is divided by before the code and multiplied by after it."""
     return per_channel(p["smooth"], x, 1.0) if "smooth" in p else torch.ones((), device=x.device)
-
-
-def per_channel(values: Tensor, x: Tensor, rest: float) -> Tensor:
-    """Channel values [>= C or padded with `rest`] in the layout of x [..., C] or [B, H, S, D], where a
-    channel is a head's dimension: [C] or [H, 1, D]."""
-    heads = x.shape[1] if x.dim() == 4 else 1
-    width = heads * x.shape[-1]
-    short = max(0, width - len(values))
-    padded = functional.pad(values[:width], (0, short), value=rest)
-    return padded.view(heads, 1, -1) if x.dim() == 4 else padded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import Coding, check_timesteps, half_step
+from stages.codings.base import Scaled, check_timesteps, half_step
 from stages.fitted import Fit
 from stages.neurons.bank import bank_encode, bank_quantise, bank_table
 from stages.neurons.spikes import Params, Spikes
@@ -16,8 +16,8 @@ from stages.registry import register
 
 @register("coding/las", was="stages.codings.las.Las")
 @dataclass(frozen=True)
-class Las(Coding):
-    """d(t) = h(t) = theta(t) = scale * 2^-t with scale the largest magnitude of the site.
+class Las(Scaled):
+    """d(t) = h(t) = theta(t) = scale * 2^-t with scale the largest magnitude, or its quantile.
 
     v0=zero floors (LAS, the paper's un-optimised special case); v0=half_step rounds to nearest.
     Source: LAS, arXiv 2505.09659, base neuron.
@@ -32,9 +32,10 @@ class Las(Coding):
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
         half_step(self.timesteps, self.v0, self.name)
+        self.check_scale()
 
     def fit(self, atoms: Atoms) -> Fit:
-        return Fit({"scale": atoms.scale()[:, None]})
+        return Fit({"scale": self.largest(atoms).float()[:, None]})
 
     def encode(self, x: Tensor, p: Params) -> Spikes:
         return bank_encode(x, p, self.timesteps, self._v0)

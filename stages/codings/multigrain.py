@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import Coding, check_timesteps, half_step
+from stages.codings.base import Scaled, check_timesteps, half_step
 from stages.errors import InputError
 from stages.fits.algorithm1 import Algorithm1, allocations, fit_bases
-from stages.fits.statistics import RunningMaximum
+from stages.fits.statistics import RunningMaximum, Statistic
 from stages.fitted import Fit
 from stages.neurons.spikes import Params, Spikes
 from stages.neurons.step import step_encode, step_quantise, step_table
@@ -19,7 +19,7 @@ from stages.registry import register
 
 @register("coding/multigrain", was="stages.codings.multigrain.Multigrain")
 @dataclass(frozen=True)
-class Multigrain(Coding):
+class Multigrain(Scaled):
     """d(t) = B_g^-t with one output, reset and threshold base per grain g(t) (the paper's coding).
 
     Every allocation of steps to grains is fitted and the best one of each site taken. `v0` is zero or
@@ -41,6 +41,7 @@ class Multigrain(Coding):
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
         half_step(self.timesteps, self.v0, self.name)
+        self.check_scale()
         if not isinstance(self.grains, int) or self.grains < 1:
             raise InputError(
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number of at least 1"
@@ -55,11 +56,21 @@ class Multigrain(Coding):
             raise InputError(
                 f"coding.tau={self.tau!r} for {self.name}: choose maximum or running_maximum"
             )
+        if self.tau == "running_maximum" and (self.channels or self.quantile < 1):
+            raise InputError(
+                f"coding.tau=running_maximum for {self.name} is the scale of a site by itself: give "
+                "coding.tau=maximum with coding.granularity=channel or coding.quantile"
+            )
+        if self.channels and self.algorithm1.slope_units == "absolute":
+            raise InputError(
+                f"coding.algorithm1.slope_units=absolute for {self.name} needs one scale a site: give "
+                "relative, or coding.granularity=site"
+            )
 
     @property
-    def statistics(self) -> tuple[RunningMaximum, ...]:
+    def statistics(self) -> tuple[Statistic, ...]:
         """What the scale needs beyond the distribution."""
-        return (RunningMaximum(),) if self.tau == "running_maximum" else ()
+        return (RunningMaximum(),) if self.tau == "running_maximum" else super().statistics
 
     @property
     def decode_macs(self) -> int:
@@ -67,9 +78,9 @@ class Multigrain(Coding):
         return self.timesteps
 
     def fit(self, atoms: Atoms) -> Fit:
-        scale = atoms.maximum
-        for statistic in self.statistics:
-            scale = atoms.statistics[statistic.name]["maximum"]
+        scale = self.largest(atoms)
+        if self.tau == "running_maximum":
+            scale = atoms.statistics[RunningMaximum.name]["maximum"]
         params, curve = fit_bases(
             atoms,
             allocations(self.timesteps, self.grains),

@@ -39,6 +39,6 @@ class Oat(Las):
     def fit(self, atoms: Atoms) -> Fit:
         normal = atoms.quantile(self.percentile / 100).float()
         # A site that is zero almost everywhere has no normal range of its own.
-        outlier = atoms.scale()
-        normal = torch.where(normal > 0, normal, outlier)
+        outlier = self.largest(atoms).float()
+        normal = torch.where(normal > 0, normal, outlier).minimum(outlier)
         return Fit({"scale": torch.stack([normal, outlier], -1)})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import Coding, check_timesteps, half_step
+from stages.codings.base import Scaled, check_timesteps, half_step
 from stages.errors import InputError
 from stages.fitted import Fit
 from stages.neurons.spikes import Params, Spikes
@@ -18,7 +18,7 @@ from stages.registry import register
 
 @register("coding/two_spike", was="stages.codings.two_spike.TwoSpike")
 @dataclass(frozen=True)
-class TwoSpike(Coding):
+class TwoSpike(Scaled):
     """Base 2, scale the largest magnitude, at most `max_spikes` spikes a value: relative error, so
     more steps do not help beyond about 19 dB. Not trained."""
 
@@ -32,13 +32,14 @@ class TwoSpike(Coding):
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
         half_step(self.timesteps, self.v0, self.name)
+        self.check_scale()
         if not isinstance(self.max_spikes, int) or self.max_spikes < 1:
             raise InputError(f"coding.max_spikes={self.max_spikes}: give a whole number from 1 on")
 
     def fit(self, atoms: Atoms) -> Fit:
         step = 2.0 ** -torch.arange(1.0, self.timesteps + 1)
         v0 = half_step(self.timesteps, self.v0, self.name)
-        return Fit(fixed_steps(atoms.scale(), step, v0))
+        return Fit(fixed_steps(self.largest(atoms).float(), step, v0))
 
     def encode(self, x: Tensor, p: Params) -> Spikes:
         return step_encode(x, p, self.max_spikes)

@@ -7,6 +7,7 @@ same as one a problem.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from stages.compiler import fused
 from stages.errors import InputError
 from stages.registry import register
 
+SLOPE_UNITS = ("relative", "absolute")
 SMALLEST_BASE = 1.05
 COMPILED_FROM = 2e9  # steps of values in all iterations
 PROBLEMS_AT_ONCE = 1 << 21  # values held by one batch of problems
@@ -31,9 +33,11 @@ class Algorithm1:
     """The paper's alternation: `rounds` times N1 = `neuron_steps` Adam steps on {h, theta}, then
     N2 = `base_steps` on the output bases d.
 
-    eta1, eta2 = `neuron_lr`, `base_lr`; `slope` is that of the sigmoid surrogate in units of the
-    normalised magnitude. Every grain starts at each base of `starts` in turn and the best fit is
-    kept; the paper starts at 2 alone. Without any step the starts themselves are compared.
+    eta1, eta2 = `neuron_lr`, `base_lr`. `slope` is that of the sigmoid surrogate: `relative`
+    `slope_units` are those of the normalised magnitude |x| / tau, `absolute` ones those of |x| as in
+    the paper's released code, so that absolute 10 is relative 10 tau. Every grain starts at each base
+    of `starts` in turn and the best fit is kept; the paper starts at 2 alone. Without any step the
+    starts themselves are compared.
     """
 
     rounds: int = 4
@@ -43,6 +47,7 @@ class Algorithm1:
     base_lr: float = 1e-3
     slope: float = 10.0
     starts: tuple[float, ...] = (2.0,)
+    slope_units: str = "relative"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "starts", tuple(self.starts))
@@ -57,6 +62,15 @@ class Algorithm1:
                 f"coding.algorithm1={self}: steps must be whole numbers >= 0, learning rates and "
                 "slope positive"
             )
+        if self.slope_units not in SLOPE_UNITS:
+            raise InputError(
+                f"coding.algorithm1.slope_units={self.slope_units!r}: choose {' or '.join(SLOPE_UNITS)}"
+            )
+
+    def slopes(self, scale: Tensor) -> Tensor:
+        """The surrogate's slope in units of the normalised magnitude at tau = scale [P], [P]."""
+        scale = scale.float()
+        return self.slope * (scale if self.slope_units == "absolute" else torch.ones_like(scale))
 
 
 def allocations(timesteps: int, grains: int) -> Tensor:
@@ -108,12 +122,12 @@ class Bases:
 
 
 def loss_and_slopes(
-    u: Tensor, weight: Tensor, d: Tensor, h: Tensor, theta: Tensor, v0: Tensor, slope: float
+    u: Tensor, weight: Tensor, d: Tensor, h: Tensor, theta: Tensor, v0: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Squared error of every problem on normalised magnitudes u [P, K] that weigh `weight`, [P], and
     its derivatives by the steps d, h, theta [P, T] and by v0 [P], where a spike has the derivative of
-    sigmoid(slope x). One pass over the values where it is compiled."""
-    v, y = u + v0[:, None], torch.zeros_like(u)
+    sigmoid(slope x), slope [P]. One pass over the values where it is compiled."""
+    v, y, steep = u + v0[:, None], torch.zeros_like(u), slope[:, None]
     above, spikes = [], []
     for t in range(d.shape[1]):
         above.append(v - theta[:, t, None])
@@ -124,10 +138,10 @@ def loss_and_slopes(
     by_y, by_v = 2 * error * weight, torch.zeros_like(u)
     slopes: list[list[Tensor]] = [[], [], []]
     for t in reversed(range(d.shape[1])):
-        soft = torch.sigmoid(slope * above[t])
+        soft = torch.sigmoid(steep * above[t])
         slopes[0].append((by_y * spikes[t]).sum(-1))
         slopes[1].append(-(by_v * spikes[t]).sum(-1))
-        fired = (by_y * d[:, t, None] - by_v * h[:, t, None]) * (slope * soft * (1 - soft))
+        fired = (by_y * d[:, t, None] - by_v * h[:, t, None]) * (steep * soft * (1 - soft))
         slopes[2].append(-fired.sum(-1))
         by_v = by_v + fired
     by_d, by_h, by_theta = (torch.stack(each[::-1], -1) for each in slopes)
@@ -156,7 +170,8 @@ def fit_bases(
     of that allocation [sites, iterations].
     """
     u = (atoms.value / scale[:, None]).float()
-    weight = atoms.weight.float()
+    weight = atoms.errors()
+    weight = (weight / weight.sum(-1, keepdim=True)).float()
     starts = torch.tensor(list(itertools.product(algorithm.starts, repeat=grains)))  # [K, n]
     sites, problems = len(u), len(u) * len(grain) * len(starts)
     initial = starts.repeat(len(grain), 1).repeat_interleave(sites, 0)
@@ -165,14 +180,16 @@ def fit_bases(
     iterations = algorithm.rounds * (algorithm.neuron_steps + algorithm.base_steps)
     # A short fit is over before a kernel is compiled.
     long = problems * u.shape[1] * grain.shape[1] * iterations >= COMPILED_FROM
-    slopes = _compiled if long else loss_and_slopes
+    derivatives = _compiled if long else loss_and_slopes
+    slope = algorithm.slopes(scale)
     results = []
     chunks = torch.arange(problems).split(size)
     with tqdm(total=len(chunks) * iterations, desc="fitting", disable=None) as progress:
         for chunk in chunks:
             bases = Bases.start(grain[chunk], initial[chunk], tied, half_step)
             site = chunk % sites
-            results.append(_descend(bases, u[site], weight[site], slopes, algorithm, progress))
+            loss = functools.partial(derivatives, u[site], weight[site], slope=slope[site])
+            results.append(_descend(bases, loss, algorithm, progress))
     losses, kept, curve = (torch.cat(parts) for parts in zip(*results, strict=True))
     choice = losses.view(-1, sites).argmin(0) * sites + torch.arange(sites)
     d, h, theta = kept[choice].unbind(1)
@@ -184,9 +201,7 @@ def fit_bases(
 
 def _descend(
     bases: Bases,
-    u: Tensor,
-    weight: Tensor,
-    slopes: Callable[..., tuple[Tensor, ...]],
+    loss_and_derivatives: Callable[..., tuple[Tensor, ...]],
     algorithm: Algorithm1,
     progress: tqdm,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +211,7 @@ def _descend(
         ([bases.d], algorithm.base_lr, algorithm.base_steps),
     )
     optimisers = [torch.optim.Adam(_unique(tensors), lr=rate) for tensors, rate, _ in groups]
-    best = torch.full((len(u),), torch.inf)
+    best = torch.full((len(bases.d),), torch.inf)
     kept = torch.stack([bases.d, bases.h, bases.theta], 1)
     curve = []
 
@@ -215,7 +230,7 @@ def _descend(
             for _ in range(steps):
                 weights = bases.steps()
                 with torch.no_grad():
-                    value, *derivatives = slopes(u, weight, *weights, algorithm.slope)
+                    value, *derivatives = loss_and_derivatives(*weights)
                 note(value)
                 optimiser.zero_grad()
                 moved = [
@@ -228,7 +243,7 @@ def _descend(
                         tensor.clamp_(min=SMALLEST_BASE)
                 progress.update()
     with torch.no_grad():
-        note(slopes(u, weight, *bases.steps(), algorithm.slope)[0])
+        note(loss_and_derivatives(*bases.steps())[0])
     return best, kept, torch.stack(curve, -1)
 
 

@@ -48,6 +48,27 @@ class RunningMaximum(Statistic):
             )
 
 
+@register("statistic/channel_scale")
+@dataclass(frozen=True)
+class ChannelScale(Statistic):
+    """The scale s of every channel, the `quantile` of its |x| over calibration (1: the maximum), and
+    the distribution of x / s at every site.
+
+    A channel is a feature, in q, k and v a head's dimension; probabilities have none. The quantile is
+    exact: the smallest magnitude that at least this share of the tokens does not exceed. Where it is
+    zero the channel's maximum takes its place, and in a channel that is zero throughout the largest
+    scale of the site. The distribution comes from a second pass over the windows.
+    """
+
+    quantile: float = 1.0
+
+    name = "channel_scale"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile <= 1:
+            raise InputError(f"channel scale: quantile={self.quantile}: give above 0 up to 1")
+
+
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")
 @dataclass(frozen=True)
 class Saliency(Statistic):

@@ -41,6 +41,15 @@ class Spikes:
 
 
 @dataclass(frozen=True)
+class Counts(Spikes):
+    """A spike train whose steps weigh the same, so that its code is the number of its spikes."""
+
+    @property
+    def code(self) -> Tensor:
+        return self.train.sum(0)
+
+
+@dataclass(frozen=True)
 class SpikeTime:
     """A train of at most one spike in a window too long for bits: sign [*X] in {-1, 0, 1} and time
     [*X], counted from 0; the time `timesteps` is silence."""

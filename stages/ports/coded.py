@@ -110,7 +110,7 @@ def _one(x: Coded, select: Callable[[Tensor], Tensor]) -> Tensor:
     for accumulator in x.planes.accumulators:
         products = Sum(accumulator)
         for plane, weight, _ in accumulator.spikes:
-            products.add(select(plane.to(x.dtype)).float(), weight)
+            products.add(select(x.planes.selecting(plane, x.dtype)).float(), weight)
         total = products.value() + total
     assert isinstance(total, Tensor)
     return _scaled(total, x).to(x.dtype)
@@ -130,7 +130,7 @@ def _both(a: Coded, b: Coded, multiply: Multiply) -> Tensor:
             for accumulator, total in zip(operand.accumulators, sums[index], strict=True):
                 for plane, weight, at in accumulator.spikes:
                     if at == step:
-                        spikes = plane.to(dtype)
+                        spikes = operand.selecting(plane, dtype)
                         pair = (trace, spikes) if index else (spikes, trace)
                         total.add(multiply(*pair).float(), weight)
         a.planes.arrive(traces[0], step)

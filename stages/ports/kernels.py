@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.compiler import fused
+from stages.neurons.channels import unit, unscaled
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
@@ -36,17 +37,24 @@ def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
 def row_kernel(coding: Coding, counted: bool) -> RowKernel:
     """Make (x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor)."""
 
-    def kernel(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        value, spikes = coding.quantise(x, p)
+    def kernel(x: Tensor, scale: Tensor | None, p: Params) -> tuple[Tensor, Tensor]:
+        if scale is None:
+            value, spikes = coding.quantise(x, p)
+        else:
+            value, spikes = coding.quantise(x.float() / scale, p)
+            value = value * scale
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
-    if coding.tokenwise:
-        return kernel  # its layout is part of the code, and it is no elementwise expression
+    if coding.tokenwise:  # its layout is part of the code, and it is no elementwise expression
+        return lambda x, p: kernel(x, None, p)
     fast = fused(kernel)
 
     def call(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        flat = x.reshape(-1, x.shape[-1])
-        value, spikes = (fast if x.numel() >= EAGER_BELOW else kernel)(flat, p)
+        scale = unit(x, p)
+        heads = scale is not None and scale.dim() == 3  # scales of their own, so they stay apart
+        flat = x.contiguous() if heads else x.reshape(-1, x.shape[-1])
+        made = fast if x.numel() >= EAGER_BELOW else kernel
+        value, spikes = made(flat, scale, unscaled(p))
         return value.view(x.shape), spikes
 
     return call

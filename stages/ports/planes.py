@@ -10,8 +10,9 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.neurons.channels import unit
 from stages.neurons.ranges import Bank, RangeSpikes
-from stages.neurons.spikes import Params, Spikes, SpikeTime
+from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class Sum:
 @dataclass(frozen=True)
 class Planes:
     """Values [*X] as the sums of `accumulators`, each row times `row` [*X] (constant along the last
-    dimension) where a softmax is computed as spikes."""
+    dimension) where a softmax is computed as spikes, each value times `unit` [*X] where channels have
+    scales."""
 
     accumulators: tuple[Accumulator, ...]
     row: Tensor | None = None
+    unit: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -80,7 +83,12 @@ class Planes:
                 for each in self.accumulators
             ),
             None if self.row is None else change(self.row),
+            None if self.unit is None else change(self.unit),
         )
+
+    def selecting(self, plane: Tensor, dtype: torch.dtype) -> Tensor:
+        """The spikes of a step as they select what is added up: in {-1, 0, 1}, times the unit."""
+        return plane.to(dtype) if self.unit is None else (plane * self.unit).to(dtype)
 
     def first(self, steps: int) -> Planes:
         """Return what has arrived after the first `steps` steps."""
@@ -109,7 +117,7 @@ class Planes:
         for each in self.accumulators:
             for plane, weight, at in each.spikes:
                 if at == step:
-                    total.add_(plane, alpha=weight)
+                    total.add_(self.selecting(plane, total.dtype), alpha=weight)
 
 
 def check_ternary(coding: Coding) -> None:
@@ -123,6 +131,14 @@ def check_ternary(coding: Coding) -> None:
 
 def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
     """Code x [*X] as planes; also the spikes of every value [*X]."""
+    scale = unit(x, p)
+    if scale is None:
+        return _planes(coding, x, p)
+    value, count = _planes(coding, x.float() / scale, p)
+    return replace(value, unit=scale.expand(x.shape)), count
+
+
+def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
     spikes = coding.encode(x, p)
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
@@ -162,6 +178,9 @@ def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
 def _trains(spikes: Spikes, table: Tensor) -> Planes:
     """One accumulator a neuron; what a spike is worth is read where the table codes it alone."""
     steps = len(spikes.train)
+    if isinstance(spikes, Counts):
+        sign = spikes.sign.to(torch.int8)
+        return Planes((_accumulator(sign, spikes.train, [float(table[1])] * steps),))
     grains = len(table) >> steps
     places = [1 << shift for shift in range(steps - 1, -1, -1)]
     accumulators = []

@@ -1,7 +1,8 @@
 """Time-stepped execution: the model as a spiking network, layer by layer, every layer T steps.
 
 At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
-select is added up, and the sums are multiplied by the weights of the phases. What stays real-valued
+select is added up (times the scales of channels, where a coding has those), and the sums are multiplied
+by the weights of the phases. What stays real-valued
 is listed by `stages.analysis.real_valued`.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.neurons.channels import unscaled
 from stages.neurons.spikes import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
@@ -53,7 +55,7 @@ class SteppedPort:
             probs, spikes = timed(fired, weight, row), fired.count
         else:
             dense = masked_softmax(scores, scaling, view.mask)
-            probs, spikes = planes(coding, dense, self._params)
+            probs, spikes = planes(coding, dense, unscaled(self._params))
         if self._counter is not None:
             values = allowed(view, scores.shape[1])
             counted = (spikes * view.mask).sum(-1).float()

@@ -46,6 +46,7 @@ OPTIONS = {
     "grain_steps": ((1, 0), (-1, 1)),
     "base": (None, 1.4),
     "silent_zero": (True, False),
+    "levels": (None, 3),
 }
 
 # |x| [N] -> codes, magnitudes of the decoded values, spikes; of x itself for the codings in SIGNED
@@ -88,6 +89,16 @@ def steps(p: dict[str, np.ndarray], max_spikes: int | None) -> Neuron:
         return code, y * scale, count
 
     return neuron
+
+
+def counted(neuron: Neuron) -> Neuron:
+    """The neuron with the number of its spikes for a code."""
+
+    def counting(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        _, value, count = neuron(x)
+        return count, value, count
+
+    return counting
 
 
 def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
@@ -162,7 +173,7 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     Multigrain: lambda c, p: steps(p, None),
     Phase: lambda c, p: steps(p, c.max_spikes),
     FreeSteps: lambda c, p: steps(p, None),
-    Rate: lambda c, p: steps(p, None),
+    Rate: lambda c, p: counted(steps(p, None)),
     TwoSpike: lambda c, p: steps(p, c.max_spikes),
     Oat: lambda c, p: bank(p["scale"], c.timesteps, START[c.v0] / 2**c.timesteps),
     OneSpike: lambda c, p: falling_threshold(p["levels"], p["thresholds"]),
@@ -199,7 +210,10 @@ def shipped() -> dict[str, Coding]:
         codings[path.stem] = instantiate(cfg.coding)
     # With a sensitivity they are the neurons of `gated`, with ranges from a measured model.
     plain = {name: c for name, c in codings.items() if getattr(c, "sensitivity", None) is None}
-    scalar = {name: c for name, c in plain.items() if not c.tokenwise}
+    scalar: dict[str, Any] = {name: c for name, c in plain.items() if not c.tokenwise}
+    for name, coding in scalar.items():
+        if getattr(coding, "granularity", "site") == "channel":  # the same neuron, on x / s
+            scalar[name] = replace(coding, granularity="site")
     return {name: c for name, c in scalar.items() if getattr(c, "neuron", False)}
 
 

@@ -66,6 +66,16 @@ def steps(p: dict[str, np.ndarray], max_spikes: int | None) -> Neuron:
     return neuron
 
 
+def counted(neuron: Neuron) -> Neuron:
+    """The neuron with the number of its spikes for a code."""
+
+    def counting(x: np.float32) -> tuple[int, np.float32, int]:
+        _, value, count = neuron(x)
+        return count, value, count
+
+    return counting
+
+
 def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
     """n base-2 neurons over ranges with their own floors and steps, binary or with signed digits."""
     scales, longest = p["scale"], coding.longest
@@ -142,7 +152,7 @@ DEFINITIONS: dict[type, Callable[..., Neuron]] = {
     Multigrain: lambda c, p: steps(p, None),
     Phase: lambda c, p: steps(p, c.max_spikes),
     FreeSteps: lambda c, p: steps(p, None),
-    Rate: lambda c, p: steps(p, None),
+    Rate: lambda c, p: counted(steps(p, None)),
     TwoSpike: lambda c, p: steps(p, c.max_spikes),
     Oat: lambda c, p: bank(
         p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]

@@ -38,3 +38,20 @@ def test_the_largest_magnitude_needs_no_statistic() -> None:
     assert coding.tau == "maximum" and coding.statistics == ()
     with pytest.raises(InputError, match="coding.tau='percentile'"):
         Multigrain("multigrain", 6, 2, "half_step", False, tau="percentile")
+
+
+def test_an_absolute_slope_is_the_relative_one_times_tau() -> None:
+    """Sites of one shape whose largest values are 1 and 8."""
+    u = heavy_tailed(1, 400)
+    u = u / u.abs().amax()
+    atoms = atoms_of(torch.cat([u, 8 * u]))
+    fits = {}
+    for units, slope in (("relative", 10.0), ("relative", 80.0), ("absolute", 10.0)):
+        algorithm = Algorithm1(2, 5, 5, 2e-3, 2e-3, slope, slope_units=units)
+        fits[units, slope] = Multigrain("multigrain", 6, 2, algorithm1=algorithm).fit(atoms).params
+    for name in ("base_d", "base_h", "base_theta"):
+        gentle, steep, absolute = (each[name] for each in fits.values())
+        assert torch.equal(absolute[0], gentle[0]) and torch.equal(absolute[1], steep[1])
+        assert not torch.equal(gentle, steep) or name == "base_d"
+    with pytest.raises(InputError, match="slope_units='tau': choose relative or absolute"):
+        Algorithm1(slope_units="tau")

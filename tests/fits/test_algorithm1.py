@@ -175,7 +175,10 @@ def test_bases_never_fall_below_their_bound() -> None:
     wild = Algorithm1(rounds=2, neuron_steps=3, base_steps=3, neuron_lr=5.0, base_lr=5.0)
     bases = Bases.start(allocations(4, 2).expand(2, -1), torch.full((2, 2), 2.0), False, True)
     u = (atoms.value / atoms.maximum[:, None]).float()
-    algorithm1._descend(bases, u, atoms.weight.float(), loss_and_slopes, wild, Silent())
+    losses = functools.partial(
+        loss_and_slopes, u, atoms.weight.float(), slope=wild.slopes(atoms.maximum)
+    )
+    algorithm1._descend(bases, losses, wild, Silent())
     lowest = [base.amin().item() for base in (bases.d, bases.h, bases.theta)]
     assert min(lowest) == pytest.approx(algorithm1.SMALLEST_BASE)  # it was reached, and held
 
@@ -233,7 +236,8 @@ def test_the_slopes_are_those_of_autograd(half_step: bool) -> None:
     steps = bases.steps()
     expected = loss(bases, u, weight, 10.0)
     leaves = [step for step in steps if step.requires_grad]
-    value, *slopes = loss_and_slopes(u, weight, *(step.detach() for step in steps), 10.0)
+    slope = torch.full((len(grain),), 10.0).double()
+    value, *slopes = loss_and_slopes(u, weight, *(step.detach() for step in steps), slope)
     torch.testing.assert_close(value, expected)
     by_bases = torch.autograd.grad(expected.sum(), [d, h, theta])
     chained = torch.autograd.grad(leaves, [d, h, theta], slopes[: len(leaves)])

@@ -54,7 +54,7 @@ def site(coding: Coding) -> dict[str, Tensor]:
 def test_the_shipped_neurons_are_found() -> None:
     assert {"las", "las_rounded", "phase", "multigrain", "gated"} <= set(shipped())
     assert {"ttfs", "one_spike"} <= set(shipped())
-    assert {c.timesteps for c in CODINGS} == {1, 2, 4, 6, 8, 10, 128}
+    assert {c.timesteps for c in CODINGS} == {1, 2, 4, 6, 8, 10, 32, 128}
     assert {c.grains for c in CODINGS if isinstance(c, Gated)} == {1, 2, 3}
 
 

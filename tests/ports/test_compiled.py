@@ -13,6 +13,7 @@ from stages.codings.gated import Gated
 from stages.codings.multigrain import Multigrain
 from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
+from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.compiler import compiled, use_compiler
@@ -99,6 +100,24 @@ def test_a_compiled_row_kernel_gives_the_eager_bits(
         assert spikes.numel() == 0
     other = site_params(fitted(coding), 0)
     assert not torch.equal(kernel(x, other)[0].view(x.shape), value.view(x.shape))
+
+
+@pytest.mark.parametrize("coding", [GATED, Rate("rate", 32, levels=16)], ids=["gated", "rate"])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, heads: int) -> None:
+    p = site_params(fitted(coding), 1)
+    channel = 0.1 + torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0))
+    x = rows(coding, p, torch.float32).nan_to_num(posinf=9, neginf=-9)[None]  # [1, R, C]
+    expected, count = coding.quantise(x / channel, p)
+    split = x.unflatten(-1, (heads, -1)).transpose(1, 2) if heads > 1 else x  # as queries come
+    before = graphs()
+    value, spikes = row_kernel(coding, True)(split, p | {"channel": channel})
+    assert graphs() > before and compiled()
+    wanted, counts = expected * channel, count
+    if heads > 1:
+        wanted, counts = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (wanted, counts))
+    assert torch.equal(value, wanted)
+    assert torch.equal(spikes.view(split.shape[:-1]), counts.sum(-1))
 
 
 def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:

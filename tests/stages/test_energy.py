@@ -42,6 +42,7 @@ class Costs:
 
     decode_macs: int = 0
     gate_comparisons: int = 0
+    value_macs: int = 0
     neuron: bool = True
 
 

@@ -20,7 +20,7 @@ from pipeline.commands.run import FLAGS
 from tests.pipeline.conftest import REPOSITORY
 
 VERBS = ["run", "plan", "table", "report", "store", "sync", "relocate"]
-VERBS += ["generate", "energy", "sites"]
+VERBS += ["import-paper", "generate", "energy", "sites"]
 STORE = ["ls", "show", "verify", "gc"]
 HEAVY = {"torch", "transformers", "hydra", "omegaconf", "mlflow", "pandas", "numpy"}
 

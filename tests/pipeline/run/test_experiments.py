@@ -135,6 +135,8 @@ def test_the_papers_setting_is_the_papers(experiment):
         assert settings.transform.name == "rotate_prefix"
         coding = settings.coding
         assert (coding.name, coding.grains, coding.tau) == ("multigrain", grains, "running_maximum")
+        units = "absolute" if experiment == "paper" else "relative"
+        assert (coding.algorithm1.slope, coding.algorithm1.slope_units) == (10, units)
     assert axes(experiment)["timesteps"] == ["6", "8", "10"]
 
 
