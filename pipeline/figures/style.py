@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -96,6 +98,9 @@ def save(figure: Figure, stem: Path, suffixes: Sequence[str] = ("png", "pdf")) -
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # all files have the layout that has just been computed
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in suffixes]
-    for path in paths:
-        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    for path in paths:  # each is drawn once, where `savefig` would draw it for its layout too
+        if path.suffix == ".pdf":
+            FigureCanvasPdf(figure).print_pdf(path, metadata={"CreationDate": None})
+        else:
+            FigureCanvasAgg(figure).print_png(path)
     return paths
