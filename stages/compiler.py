@@ -43,13 +43,16 @@ def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
     copy = types.FunctionType(
         kernel.__code__.replace(), kernel.__globals__, kernel.__name__, None, kernel.__closure__
     )
-    fast = torch.compile(copy, dynamic=True)
+    fast: Callable[..., Any] | None = (
+        None  # with the first call: the compiler's import takes seconds
+    )
     broken = False
 
     def call(*args: Any) -> Any:
-        nonlocal broken
+        nonlocal broken, fast
         if broken or not _Compiler.enabled:
             return kernel(*args)
+        fast = fast or torch.compile(copy, dynamic=True)
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import get_registered_canvas_class
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -97,6 +98,9 @@ def save(figure: Figure, stem: Path, suffixes: Sequence[str] = ("png", "pdf")) -
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # all files have the layout that has just been computed
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in suffixes]
-    for path in paths:
-        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    for path in paths:  # each is drawn once, where `savefig` would draw it for its layout too
+        kind = path.suffix[1:]
+        canvas = get_registered_canvas_class(kind)(figure)
+        metadata = {"CreationDate": None} if kind == "pdf" else None
+        getattr(canvas, f"print_{kind}")(path, metadata=metadata)
     return paths

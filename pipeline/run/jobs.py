@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline.run.axes import of_sweeper, swept
+from pipeline.run.composer import Composer
 from pipeline.run.grammar import parsed
 from pipeline.run.options import settings
 from pipeline.run.overrides import settled
@@ -61,4 +63,5 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
         )
         for note in sweep.notes:
             log.info("%s", note)
-        return [Job(job.typed, compose("config", list(job.all))) for job in sweep.jobs]
+        composed = Composer(functools.partial(compose, "config"), [*hydra.runtime.choices])
+        return [Job(job.typed, composed(job.all)) for job in sweep.jobs]

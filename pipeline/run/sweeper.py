@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run.axes import plain, swept
+from pipeline.run.composer import SweepLoader
 
 log = logging.getLogger(__name__)
 NAME = "hydra_plugins.spiking_llm_rows.RowSweeper"  # Hydra takes plug-ins of this namespace only
@@ -37,9 +38,11 @@ class RowSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.config, self.hydra_context = config, hydra_context
+        loader: Any = SweepLoader(hydra_context.config_loader, config)
+        self.config = config
+        self.hydra_context = HydraContext(loader, hydra_context.callbacks)
         self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
+            hydra_context=self.hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:

@@ -73,10 +73,10 @@ def end_sweep(folder: RunFolder, status: str, files: Sequence[Path]) -> None:
 
     `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
     """
-    specs = [spec for job in folder.ended if (spec := known_spec(job)) is not None]
-    if specs and folder.swept:
+    spec = next((spec for job in folder.ended if (spec := known_spec(job)) is not None), None)
+    if spec is not None and folder.swept:
         folder.write(ENDED, {"status": status, "ended": time.time()})
-        log_sweep(specs[0], folder, lambda sweep: files)
+        log_sweep(spec, folder, lambda sweep: files)
 
 
 def log_sweep(spec: TrackingSpec, folder: RunFolder, draw: Draw) -> str | None:

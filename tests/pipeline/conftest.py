@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
+GROUPS = [path.name for path in CONF.iterdir() if path.is_dir()]
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,14 @@ def settings(tiny_run: Tiny) -> Callable[..., Settings]:
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    @functools.cache  # composing takes longer than most of what is done with it
-    def composed(*overrides: str) -> Any:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", ["experiment=none", *tiny_run.overrides, *overrides])
+    from pipeline.run.composer import Composer
+
+    # composing takes longer than most of what is done with it
+    composer = Composer(functools.partial(compose, "config"), GROUPS)
 
     def make(store: Path, *overrides: str) -> Settings:
-        config = composed(*overrides)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = composer(["experiment=none", *tiny_run.overrides, *overrides])
         config.store.path = str(store)
         return instantiate(config)
 

@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from pipeline.results.rows import sweep_results
 from pipeline.run import shipped
 from pipeline.run.axes import swept
+from pipeline.run.composer import Composer
 from pipeline.run.overrides import spelled
-from tests.pipeline.conftest import CONF, Finished
+from tests.pipeline.conftest import CONF, GROUPS, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MAIN = "dense,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,gated2,gated3,\
@@ -44,6 +45,7 @@ CUT = {
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }
 Command = Callable[..., Finished]
+COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def composed(experiment: str, **choice: str) -> DictConfig:
     of, given = shipped.experiment(experiment), spelled([f"{k}={v}" for k, v in choice.items()])
     (job,) = swept(given, of.params, of.rows, "gated").jobs
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"experiment={experiment}", *job.all])
+        return COMPOSER([f"experiment={experiment}", *job.all])
 
 
 def at(experiment: str, **choice: str) -> Any:
