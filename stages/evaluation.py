@@ -112,8 +112,12 @@ class Perplexity:
 
 def window_nll(folder: Path) -> np.ndarray:
     """The negative log-likelihood of a token in every window [W], in nats, as a folder holds it."""
-    frame = pd.read_parquet(folder / WINDOWS)
-    return (frame["nll"] / frame["tokens"]).to_numpy()
+    return per_token(pd.read_parquet(folder / WINDOWS))
+
+
+def per_token(windows: pd.DataFrame) -> np.ndarray:
+    """The negative log-likelihood of a token in every window of such a table, in nats."""
+    return (windows["nll"] / windows["tokens"]).to_numpy()
 
 
 def perplexity(
@@ -176,16 +180,16 @@ def _sha256(ids: Tensor) -> str:
 
 def anytime(
     model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
-) -> dict[str, float]:
-    """Measure perplexity on ids [windows, length] after the first t steps of every neuron, t = 1 … T; the
-    last is that of the fast path."""
+) -> pd.DataFrame:
+    """Measure ids [windows, length] after the first t steps of every neuron, t = 1 … T; the last is that
+    of the fast path. A row for every step `t` and window, as in `Perplexity.windows`."""
     last = conversion.coding.longest
-    perplexities = {}
+    parts = []
     for t in range(1, last + 1):
         steps = None if t == last else t
         result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
-        perplexities[str(t)] = result.metrics["perplexity"]
-    return perplexities
+        parts.append(result.windows.assign(t=t))
+    return pd.concat(parts, ignore_index=True)
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.figures.comparisons import LOOKS, comparison_frame
-from pipeline.figures.style import STYLE, WIDTH, noted
+from pipeline.figures.style import BARS, STYLE, WIDTH, noted
 from pipeline.results.columns import DIVERGED
 from pipeline.results.folders import RunFolder
 
@@ -25,7 +25,7 @@ ENTRY = 0.16  # inches of a legend's entry
 
 def anytime_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run and number of steps, of the runs with evaluation.anytime: model, transform, run,
-    timesteps, steps, ppl."""
+    timesteps, steps, ppl and its standard error over windows."""
     series = list(comparison_frame(list(jobs.values()))["series"])
     return pd.DataFrame(
         [
@@ -36,6 +36,7 @@ def anytime_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
                 "timesteps": result["timesteps"],
                 "steps": int(steps),
                 "ppl": value,
+                "ppl_se": result["anytime_se"][steps],
             }
             for name, result in zip(series, jobs.values(), strict=True)
             for steps, value in result.get("anytime", {}).items()
@@ -45,7 +46,8 @@ def anytime_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
 
 @rc_context(STYLE)
 def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
-    """Perplexity against the steps that have arrived, a line a run; a note says what is not drawn."""
+    """Perplexity ± standard error against the steps that have arrived, a line a run; a note says what is
+    not drawn."""
     runs = frame.groupby(["run", "timesteps", "transform"], sort=False)
     height = max(2.6, 0.4 + ENTRY * len(runs))
     figure = Figure(figsize=(WIDTH, height))
@@ -58,9 +60,10 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
         label, lost = f"{run}, T={timesteps:.0f}{suffix}", points.loc[~shown, "steps"]
         beyond += [f"{label} at t = {', '.join(map(str, lost))}"] if len(lost) else []
         if shown.any():
-            x, y = points.loc[shown, "steps"], points.loc[shown, "ppl"]
+            x, y, error = (points.loc[shown, name] for name in ("steps", "ppl", "ppl_se"))
             dashes = DASHES[number // len(LOOKS) % len(DASHES)]
             axes.plot(x, y, color=color, marker=marker, linestyle=dashes, label=label)
+            axes.errorbar(x, y, error.astype(float), fmt="none", ecolor=color, **BARS)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = f"points not drawn, perplexity above {DIVERGED:g}: {'; '.join(beyond)}" if beyond else ""

@@ -16,7 +16,7 @@ from pipeline.store.store import Artifact
 from stages.analysis import intervals
 from stages.codings.base import Coding
 from stages.energy import by_kind
-from stages.evaluation import Perplexity, window_nll
+from stages.evaluation import Perplexity, per_token, window_nll
 from stages.text.harness import answers
 
 LIBRARIES = ("torch", "transformers")
@@ -26,6 +26,7 @@ FITTING = ("statistics", "fitting")
 CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "patching")
 T = TypeVar("T")
 U = TypeVar("U")
+ANYTIME = "anytime.parquet"
 BOOTSTRAP = intervals.Bootstrap()
 
 
@@ -153,6 +154,16 @@ def _accuracy(
     return columns | _ratio(name, ratio) | {f"changed_{name}": changed}
 
 
+def _anytime(artifact: Artifact) -> dict[str, dict[str, float | None]]:
+    """The perplexity after every step by its number, and its standard error."""
+    steps = pd.read_parquet(artifact.path / ANYTIME).groupby("t")
+    found = {str(t): intervals.perplexity(per_token(frame)[None]) for t, frame in steps}
+    return {
+        "anytime": {t: each.value for t, each in found.items()},
+        "anytime_se": {t: each.se for t, each in found.items()},
+    }
+
+
 def _estimate(column: str, estimate: intervals.Estimate) -> dict[str, Any]:
     errors = {f"{column}_se": estimate.se, f"{column}_spread": estimate.spread}
     return {column: estimate.value} | errors
@@ -181,7 +192,7 @@ def row(
         seconds = [each.seconds for each in artifacts.values() if each.stage in stages]
         result[name] = round(sum(seconds), 3) if seconds else None
     if measured.anytime is not None:
-        result["anytime"] = _json(measured.anytime, "anytime.json")
+        result |= _anytime(measured.anytime)
     energy = _energy(measured)
     return result | {
         "label": settings.name,

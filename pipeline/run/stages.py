@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.run.measured import Evaluated, Measured, numbers, per_site
+from pipeline.run.measured import ANYTIME, Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.neurons import NeuronFolder
 from pipeline.run.stage import Source, Stage
@@ -241,7 +241,7 @@ class Anytime(Stage):
         neurons = conversion(spec, inputs)
         assert neurons is not None
         by_step = evaluation.anytime(model, ids, neurons, runtime.evaluation_batch, name)
-        (out / "anytime.json").write_text(json.dumps(by_step, indent=1))
+        by_step.to_parquet(out / ANYTIME)
 
 
 def read(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:

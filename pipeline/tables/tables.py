@@ -54,7 +54,7 @@ COLUMNS = {
         Column("fitting_s", "fitting [s]", "{:.1f}".format),
         Column("conversion_s", "conversion [s]", "{:.1f}".format),
         Column("bits", "bits", "{:.3g}".format),
-        Column("ppl", "ppl", perplexity),
+        Column("ppl", "ppl", perplexity, beside=("ppl_se",)),
         Column("slope", "slope", "{:g}".format),
         Column("rho", "rho", "{:.4f}".format),
         Column("C", "C", lambda value: scientific(value, 2)),

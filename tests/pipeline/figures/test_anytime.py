@@ -32,6 +32,8 @@ def test_it_is_a_table_and_a_figure(fast) -> None:
     table = pd.read_csv(file)
     assert table["ppl"].tolist() == pytest.approx(list(result["anytime"].values()))
     assert table["steps"].tolist() == [1, 2, 3, 4]
+    assert table["ppl_se"].tolist() == pytest.approx(list(result["anytime_se"].values()))
+    assert table["ppl_se"].iloc[-1] == pytest.approx(result["ppl_wikipedia_se"])
 
 
 def test_figures_of_single_runs_are_drawn(fast, command) -> None:
@@ -42,11 +44,14 @@ def test_figures_of_single_runs_are_drawn(fast, command) -> None:
 
 def test_what_diverged_is_in_the_note_and_not_in_the_legend() -> None:
     names = {"run": "las", "timesteps": 4, "transform": "none"}
-    rows = [names | {"steps": step, "ppl": ppl} for step, ppl in enumerate((2e9, 300, 40, 30), 1)]
+    curve = enumerate((2e9, 300, 40, 30), 1)
+    rows = [names | {"steps": step, "ppl": ppl, "ppl_se": ppl / 10} for step, ppl in curve]
     rows += [row | {"run": "lost", "ppl": 1e9} for row in rows]
     figure = anytime.perplexity_by_steps(pd.DataFrame(rows))
     (line,) = figure.axes[0].get_lines()
     assert line.get_xydata().tolist() == [[2, 300], [3, 40], [4, 30]]
+    (bars,) = figure.axes[0].collections
+    assert [each[:, 1].tolist() for each in bars.get_segments()] == [[270, 330], [36, 44], [27, 33]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["las, T=4"]
     label, *note = figure.axes[0].get_xlabel().split("\n")
     assert "las, T=4 at t = 1; lost, T=4 at t = 1, 2, 3, 4" in " ".join(note) and "T=4" not in label
@@ -55,7 +60,14 @@ def test_what_diverged_is_in_the_note_and_not_in_the_legend() -> None:
 
 def test_thirty_runs_have_a_legend_that_fits_the_figure() -> None:
     rows = [
-        {"run": f"r{i}", "timesteps": 2, "transform": "none", "steps": s, "ppl": 20.0 + i}
+        {
+            "run": f"r{i}",
+            "timesteps": 2,
+            "transform": "none",
+            "steps": s,
+            "ppl": 20.0 + i,
+            "ppl_se": None,
+        }
         for i in range(30)
         for s in (1, 2)
     ]
