@@ -38,7 +38,8 @@ class Evaluation:
     `items` questions of every task; `anytime` adds the perplexity after each step of the neurons.
 
     All of it is measured `replicates` times, of which the first is the model as it is and the others
-    have a perturbation of their own."""
+    have a perturbation of their own.
+    """
 
     corpora: tuple[str, ...]
     windows: int

@@ -147,6 +147,8 @@ def test_a_value_of_other_letters_says_what_to_type(value):
 # (overrides, what the line says): values of another kind than their option, and near misses
 LINES = [
     (["evaluation.windows=null"], "evaluation.windows=null: give a whole number"),
+    (["evaluation.replicates=1.5"], "evaluation.replicates=1.5: give a whole number"),
+    (["evaluation.replicates=0"], "evaluation.replicates=0: give 1 or more"),
     (["evaluation.windows=abc"], "evaluation.windows=abc: give a whole number"),
     (["timesteps=null"], "timesteps=null: give a whole number"),
     (["energy.tokens=x"], "energy.tokens=x: give a whole number or null"),
