@@ -40,7 +40,8 @@ class Evaluation:
     of the neurons.
 
     All of it is measured `replicates` times, of which the first is the model as it is and the others
-    have a perturbation of their own."""
+    have a perturbation of their own.
+    """
 
     corpora: tuple[str, ...]
     windows: int | Literal["all"]

@@ -153,6 +153,8 @@ LINES = [
     (["evaluation.windows=true"], "evaluation.windows=true: give a whole number or all"),
     (["evaluation.windows=0"], "windows=0, length=1024, items=100; needs a corpus, 1 window"),
     (["calibration.windows=all"], "calibration.windows=all: give a whole number"),
+    (["evaluation.replicates=1.5"], "evaluation.replicates=1.5: give a whole number"),
+    (["evaluation.replicates=0"], "evaluation.replicates=0: give 1 or more"),
     (["timesteps=null"], "timesteps=null: give a whole number"),
     (["energy.tokens=x"], "energy.tokens=x: give a whole number or null"),
     (["coding.mu=null"], "coding.mu=null: give a finite number"),
