@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,12 @@ _LONG = 1 << 24  # characters: one piece of so many is worth a line in the log
 @dataclass(frozen=True)
 class Pieces:
     """`size` characters a piece beside an `overlap` with the one before, in which `run` words (or
-    tokens) on both sides of a cut must be the same."""
+    tokens) on both sides of a cut must be the same. `together` are encoded at once."""
 
     size: int = 1 << 18
     overlap: int = 1 << 12
     run: int = 8
+    together: int = 4
 
 
 def tokenise(documents: Iterable[str], join: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -95,31 +96,58 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
 
 def _stitched(reader: _Reader, encode: _Encoder, pieces: Pieces) -> Iterator[Ids]:
     text = reader.read(pieces.size)
-    left, begin = encode(text), 0
-    # As much as the last piece has, so that pieces which become one take no quadratic time.
-    while more := reader.read(max(pieces.size, len(text) - pieces.overlap)):
-        shared = text[-pieces.overlap :]
-        right = encode(shared + more)
-        cut = _cut(left, right, len(text) - len(shared), shared, pieces.run, encode.whole)
+    (left,), begin, least, tried = encode([text]), 0, 0, True
+    for shared, more, right in _following(reader, encode, pieces, text):
+        shift = len(text) - len(shared)
+        cut = _cut(left, right, shift, shared, pieces.run, encode.whole) if tried else None
         if cut is None:
             text += more
-            longer = encode(text)
-            if begin and longer.head(begin + 1) != left.head(begin + 1):
-                raise InputError(
-                    f"text around {shared[:40]!r} has other tokens the further it is read, and cannot "
-                    "be tokenised in pieces; leave this part out"
-                )
-            if len(text) > _LONG:
-                log.warning(
-                    "%d million characters have no place to cut at and are tokenised at once, in memory",
-                    len(text) // 10**6,
-                )
-            left = longer
+            # Encoded again once it is twice as long, so that a text without a cut takes no quadratic time.
+            if tried := len(text) >= least:
+                left, least = _longer(text, left, begin, encode), 2 * len(text)
             continue
         end, start = cut
         yield left.ids[begin:end]
-        text, left, begin = shared + more, right, start
-    yield left.ids[begin:]
+        text, left, begin, least = shared + more, right, start, 0
+    yield (left if tried else _longer(text, left, begin, encode)).ids[begin:]
+
+
+def _following(
+    reader: _Reader, encode: _Encoder, pieces: Pieces, text: str
+) -> Iterator[tuple[str, str, _Encoded]]:
+    """The pieces behind `text`: what each shares with the one before, what is new, and both encoded.
+
+    Twice as many at once each time, on all processors, so that few are read where few are needed.
+    """
+    count, shared = 1, text[-pieces.overlap :]
+    while True:
+        batch = []
+        for more in iter(lambda: reader.read(pieces.size), ""):
+            batch.append((shared, more))
+            shared = (shared + more)[-pieces.overlap :]
+            if len(batch) == count:
+                break
+        if not batch:
+            return
+        encoded = encode([before + more for before, more in batch])
+        yield from ((*texts, each) for texts, each in zip(batch, encoded, strict=True))
+        count = min(2 * count, pieces.together)
+
+
+def _longer(text: str, before: _Encoded, begin: int, encode: _Encoder) -> _Encoded:
+    """A piece that has become longer; the ids in front of its token `begin` have been given away."""
+    (after,) = encode([text])
+    if begin and after.head(begin + 1) != before.head(begin + 1):
+        raise InputError(
+            f"the text behind {text[:40]!r} has other tokens the further it is read, and cannot be "
+            "tokenised in pieces; leave this part out"
+        )
+    if len(text) > _LONG:
+        log.warning(
+            "%d million characters have no place to cut at and are tokenised at once, in memory",
+            len(text) // 10**6,
+        )
+    return after
 
 
 def _cut(
@@ -203,7 +231,7 @@ def _array(rows: Iterable[tuple[int, ...]], shift: int) -> NDArray[np.int64]:
 
 
 class _Encoder:
-    """Encodes a piece of a text without special tokens; `whole`: by pairs, as one word."""
+    """Encodes pieces of a text without special tokens; `whole`: by pairs, as one word."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -211,9 +239,10 @@ class _Encoder:
         settings = json.loads(backend.backend_tokenizer.to_str())
         self.whole = settings["model"]["type"] == "BPE" and _one_word(settings["pre_tokenizer"])
 
-    def __call__(self, text: str) -> _Encoded:
-        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return _Encoded(np.array(encoded["input_ids"], np.int32), encoded.encodings[0])
+    def __call__(self, texts: Sequence[str]) -> list[_Encoded]:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        every = zip(encoded["input_ids"], encoded.encodings or (), strict=True)
+        return [_Encoded(np.array(ids, np.int32), encoding) for ids, encoding in every]
 
 
 def _one_word(splitting: dict[str, Any] | None) -> bool:

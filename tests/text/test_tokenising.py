@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 from transformers import ByT5Tokenizer
 
+from stages.errors import InputError
 from stages.text import tokenising
 from stages.text.tokenising import Pieces, token_ids, tokenise
 from tests.text.tokenizers import KINDS, at_once, text, tokenizer
@@ -115,6 +117,14 @@ def test_what_cannot_be_cut_becomes_one_piece_and_says_so(monkeypatch, caplog):
         ids, number = in_pieces("gpt2", ["a" * 3000], SMALL[0])
     assert ids == at_once("gpt2", ["a" * 3000]) and number == 1
     assert "have no place to cut at" in caplog.text
+
+
+def test_ids_that_change_as_the_text_goes_on_are_refused(monkeypatch):
+    cuts, heads = iter([(30, 3)]), itertools.count()
+    monkeypatch.setattr(tokenising, "_cut", lambda *_: next(cuts, None))
+    monkeypatch.setattr(tokenising._Encoded, "head", lambda *_: next(heads))
+    with pytest.raises(InputError, match="cannot be tokenised in pieces"):
+        in_pieces("gpt2", [text(1, 900)], SMALL[0])
 
 
 def test_a_tokenizer_without_offsets_reads_all_at_once_and_says_so(monkeypatch, caplog):
