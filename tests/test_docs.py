@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 import re
 import runpy
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from pipeline.commands.cli import cli
 from pipeline.run.composer import Composer
 from stages.model import rules
 from stages.model.sites import ROLES
+from tests.pipeline.conftest import main_in
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
@@ -135,24 +134,27 @@ def small(command: str, folder: Path) -> str:
     return f"{command} {' '.join(more)} {size} {fast}"
 
 
+def words_of(line: str, folder: Path) -> list[str]:
+    """What a shell gives `python -m pipeline` of a line, in a folder."""
+    script = f'python() {{ printf "%s\\0" "$@"; }}; {line}'
+    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, check=True)
+    dash, module, *words = done.stdout.decode().split("\0")[:-1]
+    assert (dash, module) == ("-m", "pipeline")
+    return words
+
+
 def test_the_commands_for_a_model_a_text_and_a_sweep_run_in_a_fresh_folder(checkout: Path) -> None:
     section = page("README.md").split("## Your model")[1].split("\n## ")[0]
     lines = re.findall(r"^    (python .*)$", section.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) == 3
-    script = "\n".join(["set -e", *(small(line, checkout) for line in lines)])
-    place = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    place |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=checkout,
-        env=os.environ | place,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ppl mine" in done.stdout
+    printed = ""
+    for line in lines:
+        done = main_in(checkout, words_of(small(line, checkout), checkout))
+        assert done.code == 0, done.err
+        printed += done.out
+    assert "ppl mine" in printed
     shown = re.findall(
-        r"^model +(dense|las_rounded|gated) +(\S) .* [\d.-]+ %$", done.stdout, re.MULTILINE
+        r"^model +(dense|las_rounded|gated) +(\S) .* [\d.-]+ %$", printed, re.MULTILINE
     )
     assert shown == [  # of the first two commands and of the sweep
         *[("gated", "6"), ("gated", "6")],
@@ -202,7 +204,7 @@ def test_the_notebook_runs_and_shows_its_figures(monkeypatch: pytest.MonkeyPatch
     client.execute()  # raises CellExecutionError
     # a kernel cuts what is printed into outputs where it likes
     printed = "".join(o.get("text", "") for o in notebook.cells[-1].outputs)
-    assert "the loaded model has the same logits: True\n" in printed
+    assert "the loaded model has the same logits: True; dense again: " in printed
     (table,) = (
         o.data["text/html"]
         for c in notebook.cells

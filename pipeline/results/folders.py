@@ -6,6 +6,7 @@ before, or subfolders of any depth, mix in no other job.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -79,10 +80,8 @@ class RunFolder:
     @cached_property
     def config(self) -> DictConfig:
         """The configuration of a job, which nothing changes any more."""
-        config = OmegaConf.load(self.path / ".hydra/config.yaml")
-        assert isinstance(config, DictConfig)
-        OmegaConf.set_readonly(config, True)
-        return config
+        file = (self.path / ".hydra/config.yaml").absolute()
+        return _config(file, file.stat().st_mtime_ns)
 
     @property
     def choices(self) -> Mapping[str, Any]:
@@ -215,6 +214,15 @@ def enter() -> RunFolder:
         place = os.path.relpath(folder, sweep.absolute())
         (sweep / JOBS / str(hydra.job.num)).write_text(place, encoding="utf-8")
     return RunFolder(folder)
+
+
+@functools.lru_cache(maxsize=512)
+def _config(file: Path, written: int) -> DictConfig:
+    """A file as it was written then: tables, figures and tracking each ask for that of every job."""
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_readonly(config, True)
+    return config
 
 
 def _number(job: Path) -> tuple[float, str]:

@@ -1,6 +1,7 @@
 """Databases of tests: runs that are logged to them and read back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -71,6 +72,19 @@ def log_run(
         return db.complete(db.create(made, parent), made)
 
     return database.attempt(spec, f"run {name}", send)
+
+
+def log_three(spec: TrackingSpec, worker: int, start: Any = None) -> None:
+    """Logs three runs; with a barrier once all other processes have come to it too."""
+    if start is not None:
+        start.wait(120)
+    for number in range(3):
+        name = f"{worker}.{number}"
+        files = {"config.yaml": ""}
+        made = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, artifacts=files)
+        assert database.attempt(
+            spec, name, lambda db, made=made: db.complete(db.create(made), made)
+        )
 
 
 def fetch(spec: TrackingSpec, run_id: str | None) -> Run:

@@ -14,12 +14,14 @@ from mlflow.exceptions import MlflowException
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from pipeline.tracking.entries import dataset
+from tests.pipeline.conftest import fork_server
 from tests.pipeline.tracking.databases import (
     AXES,
     cold,
     entry,
     fetch,
     log_run,
+    log_three,
     nothing_lost,
     shared_folder,
     spec,
@@ -216,33 +218,15 @@ def test_disabled_tracking_touches_nothing(cold, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-JOB = """
-import sys
-from pipeline.run.specs import TrackingSpec
-from pipeline.tracking.database import Entry, attempt
-uri, artifacts, worker = sys.argv[1:]
-spec = TrackingSpec(uri, "test", artifacts)
-sys.stdin.readline()
-for number in range(3):
-    name = f"{worker}.{number}"
-    entry = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, artifacts={"config.yaml": ""})
-    assert attempt(spec, name, lambda db: db.complete(db.create(entry), entry))
-"""
-
-
 def test_parallel_processes_lose_nothing_on_a_cold_database(cold):
-    command = [sys.executable, "-c", JOB, cold.uri, cold.artifacts]
-    jobs = [
-        subprocess.Popen(
-            [*command, str(worker)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for worker in range(4)
-    ]
-    for job in jobs:  # all wait for this, so that they meet at the cold database
-        job.stdin.write("go\n")
-        job.stdin.flush()
-    errors = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0] * 4, errors
+    with fork_server(log_three.__module__, "mlflow.store.tracking.sqlalchemy_store") as context:
+        start = context.Barrier(4)  # they meet at the cold database
+        jobs = [context.Process(target=log_three, args=(cold, i, start)) for i in range(4)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(120)
+    assert [job.exitcode for job in jobs] == [0] * 4
     client = MlflowClient(tracking_uri=cold.uri)
     experiment = client.get_experiment_by_name(cold.experiment).experiment_id
     logged = {(r.info.run_name, r.data.metrics["ppl"]) for r in client.search_runs([experiment])}
@@ -263,7 +247,8 @@ def test_importing_does_not_load_mlflow():
 
 
 def test_first_use_prints_nothing(cold):
-    code = JOB.replace("sys.stdin.readline()", "")
-    command = [sys.executable, "-c", code, cold.uri, cold.artifacts, "0"]
+    code = "import sys; from tests.pipeline.tracking.databases import TrackingSpec, log_three\n"
+    code += "log_three(TrackingSpec(*sys.argv[1:]), 0)"
+    command = [sys.executable, "-c", code, cold.uri, cold.experiment, cold.artifacts]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
