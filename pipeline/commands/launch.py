@@ -20,7 +20,7 @@ from pipeline.results import folders
 from pipeline.results.folders import RunFolder
 from pipeline.run import axes, failures, options, sweeper
 from pipeline.run.errors import REFUSED, one_line
-from pipeline.run.overrides import settled
+from pipeline.run.overrides import settled, shown
 from pipeline.run.shipped import CONF
 from stages.errors import InputError
 
@@ -172,7 +172,9 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
     elif failed:
         tracked.end_sweep(folder, "FAILED", [])
     for failure in failed:
-        print(f"failed: {' '.join(failure['overrides'])}: {failure['error']}", file=sys.stderr)
+        print(
+            f"failed: {' '.join(shown(failure['overrides']))}: {failure['error']}", file=sys.stderr
+        )
     return 1 if failed else 0
 
 

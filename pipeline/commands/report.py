@@ -12,6 +12,7 @@ import pandas as pd
 
 from pipeline.results import naming
 from pipeline.results.folders import RunFolder
+from pipeline.run.shipped import leaves
 from pipeline.tables import html, paper
 from stages.errors import InputError
 
@@ -189,8 +190,8 @@ def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
 
     whole: list[Any] = [OmegaConf.to_container(row.job.config, resolve=True) for row in rows]
     common = _shared(whole)
-    known = _flat(common)
-    rest = [{k: v for k, v in _flat(config).items() if k not in known} for config in whole]
+    known = leaves(common)
+    rest = [{k: v for k, v in leaves(config).items() if k not in known} for config in whole]
     return OmegaConf.to_yaml(OmegaConf.create(common)), rest
 
 
@@ -205,16 +206,6 @@ def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             elif all(isinstance(m, Mapping) for m in members) and (inner := _shared(members)):
                 shared[key] = inner
     return shared
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted key; lists and empty mappings are values."""
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    leaves: dict[str, Any] = {}
-    for key, member in value.items():
-        leaves |= _flat(member, f"{path}.{key}" if path else str(key))
-    return leaves
 
 
 if __name__ == "__main__":

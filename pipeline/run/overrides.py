@@ -9,6 +9,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override, OverrideType
 
 from pipeline.run import axes, shipped
+from pipeline.run.additions import CHOSEN_BY as NAMED
 from pipeline.run.additions import opened
 from pipeline.run.grammar import parsed
 from pipeline.run.shipped import CONF
@@ -16,6 +17,7 @@ from stages.errors import InputError
 
 FLAGS = ("-m", "--multirun")
 CONVERSION = ("coding", "row", "model", "transform")  # an override of these asks for one conversion
+NAMED_KEY = re.compile(rf"^\+\+(?=(?:{'|'.join(NAMED)})\.)")
 GONE = {
     "variant": "the rows of an experiment are chosen by rows={}",
     "label": "the name of a conversion is row={}",
@@ -66,6 +68,11 @@ def spelled(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
     return opened([re.sub(r"^rows=", "row=", each) for each in plain], conf)
 
 
+def shown(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a job for a person to read: what is spelled for Hydra as it is typed."""
+    return [NAMED_KEY.sub("", each) for each in overrides if each != "experiment=none"]
+
+
 def _check(given: Mapping[str, Override], conf: Path) -> None:
     """Raises InputError for what Hydra would take and fail of, or run as something else."""
     if (place := given.get("hydra.output_subdir")) is not None:
@@ -80,6 +87,11 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
             raise InputError(f"{override.input_line}: give one name, out of {known}")
         if key in ("row", "rows", "experiment") and override.is_delete():
             raise InputError(f"{override.input_line}: leave it out instead")
+        if override.is_delete() and "." in key and key.partition(".")[0] not in (*NAMED, "hydra"):
+            raise InputError(
+                f"{override.input_line}: a key that is taken out has its default, which no file says; "
+                f"give {key}=VALUE"
+            )
     experiment = given.get("experiment")
     if experiment is not None and experiment.is_sweep_override():
         raise InputError(f"{experiment.input_line}: give one experiment a command")

@@ -66,11 +66,11 @@ def entries(group: str, conf: Path = CONF) -> list[str]:
 
 
 def leaves(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their keys, joined with a separator."""
+    """The values of nested mappings by their keys, joined with a separator; empty ones are values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        nested = isinstance(value, Mapping)
+        nested = isinstance(value, Mapping) and value
         flat |= leaves(value, separator, path + separator) if nested else {path: value}
     return flat
 

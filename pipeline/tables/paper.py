@@ -117,12 +117,20 @@ def request(arguments: Sequence[str]) -> Request:
     """The table that a command line asks for; its experiment is the file's unless one is given."""
     name, mine, rest = parted(arguments, "table")
     config = loaded("table", name, mine)
+    _check(config)
     given = [*mine, *rest]
     rest = settled(rest, default=config.experiment)
     (experiment,) = [a.partition("=")[2] for a in rest if a.startswith("experiment=")]
     base = name if experiment == config.experiment else f"{name}_{experiment}"
     typed = command("table", "table", arguments)
     return Request(name, config, tuple(rest), typed, partial(naming.stem, base, given))
+
+
+def _check(config: Any) -> None:
+    """Raises InputError for columns that the table of a run would refuse too."""
+    from pipeline.run.settings import TableSpec
+
+    TableSpec(config.columns, config.wide)
 
 
 def command(verb: str, group: str, arguments: Sequence[str]) -> str:

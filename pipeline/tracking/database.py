@@ -262,7 +262,7 @@ def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
     tags = dict(entry.tags)
     for name, value in leaves(entry.result, "/").items():
         if not isinstance(value, int | float):
-            tags |= {} if value is None else {name: str(value)}
+            tags |= {} if value in (None, {}) else {name: str(value)}
         elif math.isfinite(value):
             metrics[name] = float(value)
         else:

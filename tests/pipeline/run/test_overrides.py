@@ -14,7 +14,7 @@ from pipeline.run import axes, shipped
 from pipeline.run.errors import one_line
 from pipeline.run.jobs import command as command_of
 from pipeline.run.jobs import jobs
-from pipeline.run.overrides import settled
+from pipeline.run.overrides import settled, shown
 from stages.errors import InputError
 from tests.pipeline.conftest import CONF, main_in
 
@@ -88,6 +88,7 @@ def test_rows_are_chosen_by_name_in_the_order_that_is_given():
         (["~variant"], "chosen by rows=NAME"),
         (["label=x"], "the name of a conversion is row=x"),
         (["~row"], "~row: leave it out instead"),
+        (["coding=multigrain", "~coding.algorithm1"], "give coding.algorithm1=VALUE"),
         (["hydra.output_subdir=null"], "choose the folder by hydra.run.dir=FOLDER"),
         (
             ["experiment=quickstart", "coding.grains=4"],
@@ -111,6 +112,13 @@ def test_a_mixture_is_refused_with_what_to_type(overrides, message):
     with pytest.raises(InputError) as refused:
         settled(overrides)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_is_spelled_for_hydra_is_shown_as_it_is_typed():
+    typed = ["coding=gated", "corpus.mine.path=a.txt", "evaluation.corpora=[mine]"]
+    spelled = settled(typed)
+    assert spelled != typed and "experiment=none" in spelled
+    assert shown(spelled) == typed
 
 
 @pytest.mark.parametrize("params", ["variant=las", "row=las"])

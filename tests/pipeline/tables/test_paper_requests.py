@@ -39,6 +39,7 @@ def test_every_table_names_an_experiment_and_the_options_of_its_layout(name):
         (["table=main", "table.zzz=1"], "zzz"),
         (["table=main", "experiment=zzz"], "zzz"),
         (["table=main", "codin=las"], "codin"),
+        (["table=main", "table.columns=[]"], "table.columns=[]: give names of columns"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(arguments, told, tmp_path):
