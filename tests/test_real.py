@@ -95,7 +95,7 @@ def test_ids_in_pieces_are_those_of_the_whole_text(run: runner.Run) -> None:
         for pieces in (Pieces(), Pieces(10_000, 500, 4)):
             found = list(token_ids([text], tokenizer, pieces))
             assert np.concatenate(found).tolist() == expected
-            assert len(found) > len(text) // (4 * pieces.size)
+            assert len(found) > min(3, len(text) // pieces.size)
 
 
 def mean_error(neurons: FittedNeurons) -> float:
