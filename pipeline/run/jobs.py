@@ -63,5 +63,11 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
         )
         for note in sweep.notes:
             log.info("%s", note)
-        composed = Composer(functools.partial(compose, "config"), [*hydra.runtime.choices])
+        composed = _composer(conf.resolve(), tuple(hydra.runtime.choices))
         return [Job(job.typed, composed(job.all)) for job in sweep.jobs]
+
+
+@functools.lru_cache(maxsize=4)
+def _composer(conf: Path, groups: tuple[str, ...]) -> Composer:
+    """The tables of a page ask for jobs of the same files one after the other."""
+    return Composer(functools.partial(compose, "config"), groups)
