@@ -46,8 +46,17 @@ class Run:
         artifact = stage.build(self.store, self.runtime)
         state = "cached" if artifact.hit else "built"
         log.info("%-24s %-6s %s  %.1f s", stage.label, state, artifact.key[:8], artifact.seconds)
+        self._tell_execution(stage, artifact)
         self.artifacts[stage.label] = artifact
         return artifact
+
+    def _tell_execution(self, stage: Stage, artifact: Artifact) -> None:
+        """Log where spikes were executed otherwise than this run is asked to."""
+        if not artifact.hit or stage.name != "evaluation" or not stage.spec["coding"].converts:
+            return
+        made = artifact.manifest["runtime"].get("execution")
+        if made not in (None, self.settings.runtime.execution):
+            log.info("%s is that of runtime.execution=%s, not executed again", stage.label, made)
 
     @property
     def measured(self) -> Measured[Artifact]:

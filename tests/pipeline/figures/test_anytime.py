@@ -79,6 +79,15 @@ def test_thirty_runs_have_a_legend_that_fits_the_figure() -> None:
     assert len(looks) == 24  # of 30, as many as differ in colour or dashes
 
 
+def test_a_stored_result_says_how_it_was_executed(fast, command) -> None:
+    done = command(fast.cwd, *ONE, "runtime.execution=stepped")
+    assert done.code == 0, done.err
+    line = "evaluation ppl_wikipedia is that of runtime.execution=fast, not executed again"
+    assert line in done.out + done.err
+    done = command(fast.cwd, *ONE)
+    assert "not executed again" not in done.out + done.err
+
+
 def test_stepped_execution_has_the_keys_and_the_results_of_the_fast_one(
     fast, command, tmp_path
 ) -> None:
