@@ -156,8 +156,8 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
             column
             for k, name in enumerate(corpora)
             for column in (
-                _perplexity(f"ppl_{name}", f"ppl {name}", f"ratio_{name}", spare=k),
-                _versus(f"ratio_{name}", spare=k + 1),
+                _perplexity(f"ppl_{name}", *_head(name, corpora), spare=k),
+                _versus(f"ratio_{name}", _head(name, corpora)[2], spare=k + 1),
             )
         ),
         *(_accuracy(f"acc_{name}", f"{name} [%]", f"ratio_{name}") for name in tasks),
@@ -246,6 +246,12 @@ def _means(row: Row) -> list[Column]:
         _versus("ratio_ppl_mean"),
         _accuracy("acc_mean", f"{acc}accuracy [%]", "ratio_acc_mean"),
     ]
+
+
+def _head(corpus: str, corpora: Sequence[str]) -> tuple[str, str, str]:
+    """The head of a corpus' perplexity, the column of its ratio, and the group of both, one of several."""
+    several = len(corpora) > 1
+    return "ppl" if several else f"ppl {corpus}", f"ratio_{corpus}", corpus * several
 
 
 def _perplexity(name: str, head: str, ratio: str, group: str = "", spare: int = 0) -> Column:

@@ -22,6 +22,7 @@ from pipeline.commands.cli import main
 from pipeline.results import lookup
 from pipeline.run import models
 from pipeline.run.jobs import jobs
+from pipeline.run.shipped import leaves
 from pipeline.tables import paper
 from tests.pipeline.conftest import CONF, Finished, Tiny
 
@@ -153,10 +154,10 @@ def test_text_of_the_configuration_is_escaped(text):
 
 def test_shared_and_different_configuration_make_the_whole(rows):
     common, different = report.configurations(rows)
-    shared = report._flat(yaml.safe_load(common))
+    shared = leaves(yaml.safe_load(common))
     for row, own in zip(rows, different, strict=True):
         whole: Any = OmegaConf.to_container(row.job.config, resolve=True)
-        assert shared | own == report._flat(whole) and not set(shared) & set(own)
+        assert shared | own == leaves(whole) and not set(shared) & set(own)
     assert {own["row"] for own in different} == {"dense", "las", "gated2"}
     assert shared["model.name"] == "tiny" and "coding.grains" not in shared
 

@@ -74,7 +74,7 @@ def test_a_table_of_all_windows_says_so_and_compares_with_dense(
     number = done.results[0]["evaluation"]["wikipedia"]["windows"]
     markdown = done.table.with_suffix(".md").read_text()
     assert f"wikipedia (all {number} windows of 48 tokens)" in markdown
-    assert "over_dense_wikipedia" in done.table.read_text()
+    assert "ratio_wikipedia" in done.table.read_text()
     chosen = ["plan", *tiny_run.overrides, "coding=gated", "evaluation.windows=all"]
     planned = main_in(tmp_path, chosen)
     assert planned.code == 0 and "no past build" not in planned.out
