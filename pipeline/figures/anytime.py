@@ -10,14 +10,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.figures.comparisons import LOOKS, comparison_frame
+from pipeline.figures.comparisons import ABSOLUTE, LOOKS, comparison_frame
 from pipeline.figures.style import BARS, STYLE, WIDTH, noted
 from pipeline.results.columns import DIVERGED
 from pipeline.results.folders import RunFolder
 
 CAPTION = (
-    "Perplexity on the first corpus where only the spikes of the first `steps` timesteps of every "
-    "neuron arrive."
+    "Perplexity on the first corpus, ± standard error over windows, where only the spikes of the first "
+    "`steps` timesteps of every neuron arrive."
 )
 DASHES = ("-", "--", ":", "-.")  # where there are more runs than looks
 ENTRY = 0.16  # inches of a legend's entry
@@ -68,7 +68,8 @@ def perplexity_by_steps(frame: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = f"points not drawn, perplexity above {DIVERGED:g}: {'; '.join(beyond)}" if beyond else ""
     axes.set_xlabel(noted("timesteps whose spikes have arrived", note))
-    axes.set_ylabel("perplexity")
+    known = frame.loc[frame["ppl"] <= DIVERGED, "ppl_se"].notna().any()
+    axes.set_ylabel(ABSOLUTE[0] + ABSOLUTE[1] * bool(known))
     figure.legend(loc="outside right upper")
     return figure
 

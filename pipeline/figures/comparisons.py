@@ -311,7 +311,7 @@ def _scale(axes: Axes, relative: bool) -> None:
     """Give the shared vertical axis decades of perplexity, or of percent and linear within 1 %."""
     if relative:
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_yticks([-1, 0, *(10.0**k for k in range(6))])
+        axes.set_yticks([-10, -1, 0, *(10.0**k for k in range(6))])
         axes.yaxis.set_major_formatter(lambda percent, _: f"{percent:+g} %" if percent else "0")
         axes.yaxis.set_minor_locator(NullLocator())
     else:

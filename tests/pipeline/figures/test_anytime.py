@@ -52,6 +52,10 @@ def test_what_diverged_is_in_the_note_and_not_in_the_legend() -> None:
     assert line.get_xydata().tolist() == [[2, 300], [3, 40], [4, 30]]
     (bars,) = figure.axes[0].collections
     assert [each[:, 1].tolist() for each in bars.get_segments()] == [[270, 330], [36, 44], [27, 33]]
+    assert figure.axes[0].get_ylabel() == "perplexity ± standard error"
+    assert "± standard error over windows" in anytime.CAPTION
+    unknown = pd.DataFrame(rows).assign(ppl_se=None)  # of one window
+    assert anytime.perplexity_by_steps(unknown).axes[0].get_ylabel() == "perplexity"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["las, T=4"]
     label, *note = figure.axes[0].get_xlabel().split("\n")
     assert "las, T=4 at t = 1; lost, T=4 at t = 1, 2, 3, 4" in " ".join(note) and "T=4" not in label

@@ -328,6 +328,14 @@ def test_bars_are_the_interval_of_the_ratio_and_without_a_dense_run_the_standard
     assert figure._supylabel.get_text() == "perplexity ± standard error"
 
 
+def test_a_perplexity_far_below_the_dense_one_has_a_number_beside_it():
+    runs = [measured(12, 0.5, 0.7, 3, 6), measured(21, 1.04, 1.07, 2, 8)]
+    frame = comparisons.comparison_frame([RESULTS[0], *runs])
+    (axes,) = comparisons.perplexity_by(frame, "timesteps").axes
+    low, high = axes.get_ylim()
+    assert {-10, -1, 0, 1} <= {tick for tick in axes.get_yticks() if low <= tick <= high}
+
+
 def test_the_spread_over_replicates_makes_bars_longer():
     one = measured(22, 1.05, 1.15, 3, 6)
     three = one | {"replicates": 3, "ppl_a_spread": 0.22}
