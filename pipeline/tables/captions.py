@@ -61,7 +61,7 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
         f"{subject}.",
         f"Perplexity ± standard error over windows: {', '.join(texts)}." if texts else "",
         f"{DENSE[0].upper()}{DENSE[1:]}." if against else "",
-        replicates(max(counts)),
+        replicates(max(counts), any(name.endswith("_spread") for name in shown)),
         f"Accuracy ± standard error: {', '.join(questions)}." if questions else "",
         GRAINS if grown else "",
         *(f"{meaning[0].upper()}{meaning[1:]}." for n, meaning in MEANINGS.items() if n in shown),
@@ -79,7 +79,7 @@ def _windows(results: Sequence[Mapping[str, Any]], corpus: str) -> str:
 def _questions(frame: pd.DataFrame, name: str) -> str:
     counts = sorted(frame[f"{name}_n"].dropna().unique()) if f"{name}_n" in frame else []
     number = "/".join(map(str, counts))
-    return f"{name[4:]} ({number} questions)" if number else name[4:]
+    return f"{name[4:]} ({counted(number, 'question')})" if number else name[4:]
 
 
 def model(frame: pd.DataFrame) -> str:
@@ -100,13 +100,15 @@ def perplexity(row: Row) -> str:
     return sentences(f"{over}; {DENSE}.", replicates(row.result.get("replicates") or 1))
 
 
-def replicates(count: int) -> str:
-    """What several evaluations of a row are, and where their spread stands; nothing of one."""
+def replicates(count: int, shown: bool = False) -> str:
+    """What several evaluations of a row are, and where their spread stands: in a column that is `shown`,
+    or in the csv alone; nothing of one."""
     if count < 2:
         return ""
+    place = "spread: their standard deviation" if shown else "the csv has their standard deviation"
     return (
         f"Means over {count} evaluations, all but the first with a relative perturbation of 2e-7 of the "
-        "embedding; their standard deviation is in the csv (spread)."
+        f"embedding; {place}."
     )
 
 
@@ -114,7 +116,7 @@ def accuracy(row: Row) -> str:
     """Which questions the accuracies, or their means, are over."""
     settings = row.run.settings
     names = [settings.tasks[name].name for name in settings.evaluation.tasks]
-    counts = [f"{name} ({row.result[f'acc_{name}_n']} questions)" for name in names]
+    counts = [f"{name} ({counted(row.result[f'acc_{name}_n'], 'question')})" for name in names]
     return f"Accuracy: {_mean(names)}{', '.join(counts)}, ± standard error." if names else ""
 
 
@@ -126,7 +128,12 @@ def windows(row: Row, corpora: Sequence[str]) -> str:
 
 def _part(metrics: Mapping[str, Any]) -> str:
     every = "all " if metrics.get("all") else ""
-    return f"{every}{metrics['windows']} windows of {metrics['length']} tokens"
+    return f"{every}{counted(metrics['windows'], 'window')} of {metrics['length']} tokens"
+
+
+def counted(number: object, what: str) -> str:
+    """1 window, 8 windows."""
+    return f"{number} {what}{'' if str(number) == '1' else 's'}"
 
 
 def _mean(names: Sequence[str]) -> str:

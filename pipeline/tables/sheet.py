@@ -186,13 +186,16 @@ def _fitting(sheet: Sheet, width: int) -> tuple[str, list[str]]:
 def _widths(
     columns: Sequence[Column], cells: Mapping[str, Sequence[str]], broken: bool = False
 ) -> list[int]:
-    """Characters that columns take; `broken`: with heads and words in as many lines as need be."""
+    """Characters that columns take; `broken`: with heads and words in as many lines as need be. A group
+    stands above its first column alone."""
     widths = []
-    for column in columns:
+    before = ["", *(column.group for column in columns)]
+    for column, last in zip(columns, before, strict=False):
         widest = max((len(text) for text in cells[column.name]), default=0)
         if broken and column.words:
             widest = min(widest, NARROW)
-        head = f"{column.group} {column.head}".split(" ") if broken else [column.group, column.head]
+        group = column.group if column.group != last else ""
+        head = f"{group} {column.head}".split(" ") if broken else [group, column.head]
         widths.append(max(widest, *map(len, head)))
     return widths
 

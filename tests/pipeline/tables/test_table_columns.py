@@ -86,10 +86,33 @@ def test_the_spread_over_replicates_is_shown_where_there_are_several():
     made = tables.run_sheet([LONG | {"replicates": 3}, several])
     assert [row["spread"] for row in shown_sheet(made)] == ["–", "0.12"]
     assert "Means over 3 evaluations" in made.caption
+    assert "spread: their standard deviation" in made.caption and "csv" not in made.caption
+    without = tables.run_sheet([LONG | {"replicates": 3}, several], ["coding", "acc"])
+    assert "the csv has their standard deviation" in without.caption
     one = {"replicates": 1, "ppl_wikipedia_spread": None}
     made = tables.run_sheet([LONG | one, CODED | one])
     assert "spread" not in shown_sheet(made)[0] and "evaluations" not in made.caption
     assert "ratio_wikipedia" not in tables.run_sheet([LONG, LONG]).frame
+
+
+def test_spreads_are_the_first_to_have_no_room_and_a_group_widens_its_first_column_alone():
+    more = {"ratio_wikipedia": 1.25, "ratio_wikipedia_low": 1.2, "ratio_wikipedia_high": 1.3}
+    more |= {"ppl_wikipedia": 24.5, "ppl_wikipedia_se": 0.5, "ppl_wikipedia_spread": 0.1}
+    more |= {name.replace("wikipedia", "mine"): value for name, value in more.items()}
+    made = tables.run_sheet([LONG | more, CODED | more], ["coding", "ppl", "acc", "energy_J"])
+    text = sheet.printed(made, 100)
+    assert "No room for ppl_mine_spread, ppl_wikipedia_spread, acc_" in text and width(text) <= 100
+    made = tables.run_sheet([LONG | more, CODED | more], ["coding", "ppl"])
+    groups, _, rule = sheet.printed(made).splitlines()[:3]
+    assert groups.split() == ["wikipedia", "mine"]
+    widths = [len(each) for each in rule.split()]
+    assert widths[3] == widths[6] == len("spread")
+
+
+def test_one_window_and_one_question_are_singular():
+    one = {"evaluation": {"wikipedia": {"windows": 1, "length": 48}}, "acc_piqa_n": 1}
+    caption = tables.run_sheet([LONG | one, CODED | one], ["coding", "ppl", "acc_piqa"]).caption
+    assert "wikipedia (1 window of 48 tokens)" in caption and "piqa (1 question)" in caption
 
 
 def shown_sheet(made: sheet.Sheet) -> list[dict[str, str]]:
