@@ -158,7 +158,8 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
             return _of_corpus(name, corpus, group, 3 if place else 0)
     if name.removeprefix("acc_") in tasks:
         head = f"{name.removeprefix('acc_')} [%]"
-        return Column(name, head, percent, beside=(f"{name}_se",), spare=4)
+        beside = (f"{name}_se",)
+        return Column(name, head, percent, "max", RATIO + name[4:], beside=beside, spare=4)
     if name.startswith(GROUPED):
         group, _, rest = name.partition("_")
         show = "{:.3f}".format if group == "share" else COLUMNS["nmse"].show
@@ -170,11 +171,12 @@ def _of_corpus(name: str, corpus: str, group: str, spare: int) -> Column:
     """The column of a perplexity, of its ratio to the dense model's or of its spread over replicates."""
     if name == f"ppl_{corpus}":
         head = "ppl" if group else f"ppl {corpus}"
-        return Column(name, head, perplexity, group=group, beside=(f"{name}_se",), spare=spare)
+        beside = (f"{name}_se",)
+        return Column(name, head, perplexity, "min", RATIO + corpus, group, beside, spare=spare)
     if name == RATIO + corpus:
         bounds = (f"{name}_low", f"{name}_high")
         return Column(name, "vs dense", excess, group=group, beside=bounds, spare=2)
-    return Column(name, "spread", lambda value: small(value, 2), group=group, spare=3)
+    return Column(name, "spread", lambda value: small(value, 2), group=group, spare=5)
 
 
 def _told_apart(beside: Sequence[str], coding: str, *values: Any) -> str:

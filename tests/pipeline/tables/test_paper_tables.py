@@ -12,7 +12,7 @@ import pytest
 from pipeline.results import published
 from pipeline.results.columns import bounded_perplexity, excess
 from pipeline.run import models
-from pipeline.tables import layouts, paper, sheet
+from pipeline.tables import layouts, paper, sheet, tables
 from stages.errors import InputError
 from tests.pipeline.tables.papers import (
     AXES,
@@ -103,6 +103,10 @@ def test_ties_are_all_bold_what_is_not_told_apart_and_what_diverged_never_is(row
     assert texts["multigrain2", 4] == texts["gated2", 4] == "20.00 ± 0.07"  # not told apart
     assert texts["multigrain2", 5] == "**20.00 ± 0.07**" and texts["gated2", 5] == "20.00 ± 0.07"
     assert texts["las", 4] == ">1e4" and texts["ttfs", 128] == "30.00 ± 0.07"
+    chosen = shown(sheet.markdown(tables.choice(made, ["ppl_wikipedia", "saving", "acc"])))
+    theirs = dict(zip(texts, (row["wikipedia: ppl"] for row in chosen), strict=True))
+    assert theirs["multigrain2", 5] == "**20.00 ± 0.10**" and theirs["gated2", 5][0] != "*"
+    assert theirs["multigrain2", 4] == theirs["gated2", 4] == "20.00 ± 0.10"
     saving = [row["saving [%]"] for row in shown(sheet.markdown(layout("codings")(changed)))]
     assert saving.count("**10.0**") > 2  # what looks alike is alike
     assert ">1e4: diverged" in made.caption
