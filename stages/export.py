@@ -111,7 +111,11 @@ def card(
         name: value
         for name, value in row.items()
         if name.startswith(("ppl_", "acc_", "ratio_", "changed_"))
-        or name in ("timesteps", "grains", "nmse", "spikes_per_value", "energy_J", "saving")
+        or name
+        in (
+            *("timesteps", "grains", "replicates"),
+            *("nmse", "spikes_per_value", "energy_J", "saving"),
+        )
     }
     lines = [
         f"| {name} | {_shown(value)} |" for name, value in measured.items() if value is not None

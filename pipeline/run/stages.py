@@ -326,7 +326,8 @@ class Exported(Stage):
         ours = Evaluated.of(corpora, tasks, replicates, inputs.__getitem__)
         dense = Evaluated.of(corpora, tasks, replicates, inputs.__getitem__, dense=True)
         measured = Measured(ours, inputs["energy"], inputs["patching"], dense=dense)
-        row = spec["axes"] | {"label": spec["label"]} | numbers(measured, per_site(measured))
+        row = spec["axes"] | {"label": spec["label"], "replicates": replicates}
+        row |= numbers(measured, per_site(measured))
         neurons = conversion(spec, inputs)
         assert neurons is not None
         made_with = {n: text for n, text in versions().items() if n in export.PACKAGES and text}

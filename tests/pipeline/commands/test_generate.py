@@ -32,6 +32,7 @@ def test_the_folder_has_what_the_stages_measured_and_the_command(exported: Path)
     (result,) = exported.glob("outputs/runs/*/0/result.json")
     row = json.loads(result.read_text())
     assert f"| ppl_wikipedia | {row['ppl_wikipedia']:.5g} |" in card
+    assert "| replicates | 1 |" in card
     assert f"| energy_J | {row['energy_J']:.5g} |" in card
     assert "python -m pipeline" in card and "coding.timesteps=4" in card
     assert "export" in row["keys"] and not list((exported / "spiking").glob("*.bin"))
