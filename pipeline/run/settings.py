@@ -28,6 +28,7 @@ from stages.text.harness import TaskSpec
 from stages.transforms.transform import Transform
 
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
+MEANS = ("mean", "ppl_mean", "acc_mean")  # that a paper's tables call means over texts and tasks
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ class Settings:
         for option, names in corpora.items():
             _known(option, names, self.corpus)
         _known("evaluation.tasks", self.evaluation.tasks, self.tasks)
+        for name in (*self.evaluation.corpora, *self.evaluation.tasks):
+            if name in MEANS:
+                raise InputError(
+                    f"evaluation: {name} is what the tables of a paper call a mean; give another name"
+                )
         if self.export.enabled and not self.coding.converts:
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
 

@@ -178,6 +178,10 @@ LINES = [
     (["runtime.batch=0"], "runtime.batch=0: give 1 or more"),
     (["~coding"], "coding is not given"),
     (["codin=las"], "unknown config key codin; did you mean coding?"),
+    (
+        ["++corpus.mean.path=FILE", "evaluation.corpora=[mean]"],
+        "evaluation: mean is what the tables of a paper call a mean; give another name",
+    ),
     (["coding.timestep=6"], "did you mean coding.timesteps"),
     (["fitting.algorithm1.rounds=3"], "did you mean coding.algorithm1?"),
     (["+coding.timestep=6"], "did you mean coding.timesteps"),
