@@ -20,7 +20,7 @@ from pipeline.results import folders
 from pipeline.results.folders import RunFolder
 from pipeline.run import axes, failures, options, sweeper
 from pipeline.run.errors import REFUSED, one_line
-from pipeline.run.overrides import settled, shown
+from pipeline.run.overrides import launched, settled, shown
 from pipeline.run.shipped import CONF
 from stages.errors import InputError
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     folders.forget()
     sweeper.register()
     try:
-        sys.argv[1:] = settled(arguments)  # where Hydra reads them
+        sys.argv[1:] = launched(settled(arguments))  # where Hydra reads them
         stopped = _launch()
         return _finish(_folder(), stopped)
     except (*REFUSED, OSError) as error:

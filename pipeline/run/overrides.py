@@ -55,6 +55,19 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
     return _spread([*arguments, *added], given, name, conf)
 
 
+def launched(arguments: Sequence[str]) -> list[str]:
+    """Settled arguments for Hydra's command line, to which a sweep is told by its flag too.
+
+    Hydra looks up the mode in the configuration, and takes a sweep for one job where that cannot be
+    composed, whose error is then that of the commas.
+    """
+    given = parsed(arguments)
+    one = any(o.key_or_group == "hydra.mode" and o.value() == "RUN" for o in given)
+    flagged = any(argument.startswith("-") for argument in arguments)
+    swept = any(o.is_sweep_override() for o in given) and not (one or flagged)
+    return [*arguments, *(["--multirun"] if swept else [])]
+
+
 def spelled(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
     """The arguments as Hydra reads them, which has no null for a group and adds a key by `++`.
 

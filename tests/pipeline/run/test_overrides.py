@@ -14,7 +14,7 @@ from pipeline.run import axes, shipped
 from pipeline.run.errors import one_line
 from pipeline.run.jobs import command as command_of
 from pipeline.run.jobs import jobs
-from pipeline.run.overrides import settled, shown
+from pipeline.run.overrides import launched, settled, shown
 from stages.errors import InputError
 from tests.pipeline.conftest import CONF, main_in
 
@@ -241,3 +241,16 @@ def test_no_two_configurations_share_a_file_name():
     assert folders[0] != folders[1] and all(f.startswith("quickstart_tiny_") for f in folders)
     assert len({stem("row=a b"), stem("row=a-b"), stem("row=a_b"), stem("row='a'")}) == 4
     assert Path(stem("model=../x")).name == stem("model=../x")
+
+
+@pytest.mark.parametrize("sweep", ["coding=dense,gated", "timesteps=4,5", "coding=choice(las,oat)"])
+def test_a_sweep_that_cannot_be_composed_says_why_and_not_that_it_has_commas(sweep, tmp_path):
+    done = main_in(tmp_path, [sweep, "codin.grains=2"])
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: unknown config key codin") and done.err.count("\n") == 1
+
+
+def test_hydra_is_told_of_a_sweep_and_of_nothing_else():
+    for typed in ([], ["coding=las"], ["timesteps=4,5", "hydra.mode=RUN"], ["timesteps=4,5", "-m"]):
+        assert launched(typed) == typed
+    assert launched(["timesteps=4,5"]) == ["timesteps=4,5", "--multirun"]
