@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,7 @@ def read(file: Path, v0: str = "half_step") -> PaperNeurons:
     entries = _entries(file)
     places = {key: _place(key, file) for key in entries}
     layers = 1 + max((layer for _, layer in places.values()), default=-1)
+    layers = min(layers, len(places))  # of more layers than entries some site is missing anyway
     expected = {(role, i) for i in range(layers) for role in ROLES.values()} | {("head.in", -1)}
     absent = sorted(expected - set(places.values()))
     if absent or layers == 0:
@@ -169,12 +170,20 @@ def _params(table: Mapping[str, Tensor], v0: str) -> dict[str, Tensor]:
 def _entries(file: Path) -> dict[str, Any]:
     """The tuples of a file by their keys, without those that the code does not use."""
     try:
-        whole = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file was pickled
+            whole = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"import-paper: {file} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"import-paper: {file} is no file of tensors ({reason})") from error
+    # What torch raises of other bytes is anything, and its text advises to load without care.
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            why = f"cannot be read: {error.strerror}"
+            raise InputError(f"import-paper: {file} {why}") from error
+        raise InputError(
+            f"import-paper: {file} is damaged or no file of tensors and numbers alone: give the "
+            "retrain.pth of the paper's repository"
+        ) from error
     if not isinstance(whole, dict) or not whole or not all(isinstance(k, str) for k in whole):
         raise InputError(
             f"import-paper: {file} holds a {type(whole).__name__}, not neurons by the names of sites: "
@@ -213,18 +222,20 @@ def _neuron(entry: Any, where: str, role: str) -> dict[str, Tensor]:
             for n, b in zip("dht", (d, h, theta), strict=True)
         }
         grain = torch.as_tensor(genotype, dtype=torch.long).flatten()
+        count = int(torch.as_tensor(number))
         scale, start = (torch.as_tensor(x).float().reshape(()) for x in (tau, v0))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{where}: no numbers where they are wanted ({error})") from error
     steps = grain.tolist()
-    if not steps or sorted(set(steps)) != list(range(int(number))) or sorted(steps) != steps:
+    own = sorted(set(steps))
+    if not steps or len(own) != count or own != list(range(len(own))) or sorted(steps) != steps:
         raise InputError(
-            f"{where}: the grains {steps} of its steps do not count up from 0 to {int(number) - 1}"
+            f"{where}: the grains {steps} of its steps do not count up from 0 to {count - 1}"
         )
     for name, base in bases.items():
-        if len(base) != number or not bool((base > 1).all()) or not bool(base.isfinite().all()):
+        if len(base) != count or not bool((base > 1).all()) or not bool(base.isfinite().all()):
             raise InputError(
-                f"{where}: the bases {name} are {base.tolist()}, and {int(number)} above 1 are wanted"
+                f"{where}: the bases {name} are {base.tolist()}, and {count} above 1 are wanted"
             )
     if not float(scale) > 0 or not math.isfinite(float(scale)) or not math.isfinite(float(start)):
         raise InputError(

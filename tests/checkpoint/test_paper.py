@@ -171,6 +171,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "grains as text": (changed(Q, _1="[0, 0, 0, 1, 1, 1]"), "no numbers"),
     "a base of one": (changed(Q, _2=torch.tensor([2.0, 1.0])), "above 1 are wanted"),
     "a base too many": (changed(Q, _4=torch.tensor([2.0, 2.0, 2.0])), "2 above 1 are wanted"),
+    "a number of grains as text": (changed(Q, _0="two"), "no numbers"),
+    "no number of grains": (changed(Q, _0=None), "no numbers"),
+    "more grains than memory": (changed(Q, _0=10**12), "do not count up"),
+    "more layers than memory": (
+        {**entries(), "model.layers.999999999999.mlp.down_proj.input": entry(1, False)},
+        "sites are missing",
+    ),
     "no tau": (changed(Q, _3=0.0), "tau=0.0"),
     "a tau by channel": (changed(Q, _3=torch.ones(4)), "no numbers"),
 }
@@ -197,7 +204,7 @@ def test_no_file_is_executed(file: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
     for wrong in (file, tmp_path / "text"):
-        with pytest.raises(InputError, match="is no file of tensors") as caught:
+        with pytest.raises(InputError, match="no file of tensors") as caught:
             read(wrong)
         assert "\n" not in str(caught.value)
     for wrong, match in (
@@ -208,6 +215,30 @@ def test_no_file_is_executed(file: Path, tmp_path: Path) -> None:
             read(wrong)
     with pytest.raises(InputError, match="v0='none'"):
         read(file, "none")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world", b"e", b"1 2 3", b'{"a": 1}', pickle.dumps(pytest.fail)],
+    ids=["nothing", "words", "one letter", "numbers", "json", "code"],
+)
+def test_a_damaged_file_is_refused_without_the_advice_to_load_it_without_care(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(InputError, match="damaged or no file of tensors") as caught:
+        read(tmp_path / "other")
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_cut_short_is_refused(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    for length in (1, len(whole) // 3, len(whole) - 10):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="damaged"):
+            read(file)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
