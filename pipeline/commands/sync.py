@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pipeline.commands import sweep
@@ -49,8 +48,8 @@ def main(work: Callable[[Changes], int], overrides: Sequence[str]) -> int:
 
 def _default(changes: Changes) -> TrackingSpec:
     """Where runs are logged that no override sends elsewhere."""
-    spec: TrackingSpec = instantiate(OmegaConf.load(CONF / "tracking/default.yaml"), **changes)
-    return spec
+    given: Any = OmegaConf.load(CONF / "tracking/default.yaml")
+    return tracked.spec_of(given, changes)
 
 
 def _local(spec: TrackingSpec) -> bool:
@@ -99,7 +98,7 @@ def log_missing(runs: Path, close: bool, changes: Changes) -> int:
 
 def _log_job(job: RunFolder, changes: Changes) -> tuple[str, TrackingSpec | None]:
     try:
-        spec = tracked.spec_of(job, changes)
+        spec = tracked.spec_of(job.config.tracking, changes)
     except (*REFUSED, OSError) as error:
         log.warning("run %s not logged: %s", job.path, one_line(error))
         return ("failed" if job.result else "off"), None

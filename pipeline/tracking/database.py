@@ -199,16 +199,15 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
         return None
 
 
-def unreachable(error: BaseException) -> bool:
+def unreachable(error: BaseException | None) -> bool:
     """Whether an error is of the way to the database or its disk, not of what was sent."""
     from sqlalchemy.exc import OperationalError
 
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, EntryError):
-        if isinstance(link, OSError | OperationalError):  # an error of requests is an OSError
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    if error is None or isinstance(error, EntryError):
+        return False
+    if isinstance(error, OSError | OperationalError):  # an error of requests is an OSError
+        return True
+    return unreachable(error.__cause__ or error.__context__)
 
 
 def connect(spec: TrackingSpec) -> Database:

@@ -42,10 +42,9 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     axes = result["axes"] | _read_axes(job)
     computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
     measures = {
-        f"{corpus}.{name}": str(value)
-        for corpus, metrics in evaluation.items()
-        for name, value in metrics.items()
-        if name not in ("perplexity", "nll")
+        name: str(value)
+        for name, value in leaves(evaluation).items()
+        if not name.endswith((".perplexity", ".nll"))
     }
     return Entry(
         name=f"{axes['model']} {result['label']}",
@@ -203,18 +202,14 @@ def _inputs(job: RunFolder) -> list[DatasetInput]:
         kind = ORIGINS.get(type(origin), "local")
         source = {"uri": str(origin)} if kind == "local" else asdict(origin)
         shape = {"windows": spec.windows, "length": spec.length}
-        inputs.append(dataset(name, context, _key(job, stage, "tokens"), kind, source, shape))
+        digest = manifest.read(job.artifact(stage))["inputs"]["tokens"]
+        inputs.append(dataset(name, context, digest, kind, source, shape))
     for name in evaluation.tasks:
         task = {"task": name, "path": job.config.tasks[name].get("path")}
         shape = {"items": evaluation["items"]}  # .items is the method
-        digest = _key(job, f"evaluation acc_{name}", "data")
+        digest = manifest.read(job.artifact(f"evaluation acc_{name}"))["inputs"]["data"]
         inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
     return inputs
-
-
-def _key(job: RunFolder, stage: str, name: str) -> str:
-    """The key of an input of a stage's artifact."""
-    return str(manifest.read(job.artifact(stage))["inputs"][name])
 
 
 def dataset(

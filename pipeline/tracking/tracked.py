@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results.folders import ENDED, RESULT, RunFolder
 from pipeline.run.errors import REFUSED
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
 
 
-def spec_of(job: RunFolder, changes: Mapping[str, Any] | None = None) -> TrackingSpec:
-    """Where a job is to be logged by its configuration, with some fields changed."""
-    given: Any = OmegaConf.to_container(job.config.tracking)
+def spec_of(tracking: DictConfig, changes: Mapping[str, Any] | None = None) -> TrackingSpec:
+    """Where runs are logged by a configuration's `tracking`, with some fields changed."""
+    given: Any = OmegaConf.to_container(tracking)
     given.pop("_target_", None)  # an earlier version may have had the class elsewhere
     return TrackingSpec(**(given | dict(changes or {})))
 
@@ -33,7 +33,7 @@ def spec_of(job: RunFolder, changes: Mapping[str, Any] | None = None) -> Trackin
 def known_spec(job: RunFolder) -> TrackingSpec | None:
     """Where a job is to be logged; None for one whose configuration is not there or says nothing."""
     try:
-        return spec_of(job)
+        return spec_of(job.config.tracking)
     except (*REFUSED, OSError):
         return None
 
