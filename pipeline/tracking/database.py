@@ -92,9 +92,8 @@ class Database:
 
     def create(self, entry: Entry, parent: str | None = None) -> str:
         """Open a run, as a child if `parent` is given, and return its id."""
-        tags = {"kind": "job", PROCESS: f"{socket.gethostname()} {os.getpid()}"} | dict(
-            entry.identity
-        )
+        process = f"{socket.gethostname()} {os.getpid()}"
+        tags = {"kind": "job", PROCESS: process} | dict(entry.identity)
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         number, start = self.experiment.experiment_id, round(1000 * entry.started)
         return str(self.client.create_run(number, start, tags, entry.name).info.run_id)
@@ -167,11 +166,12 @@ class Database:
 
     def _orphaned(self, tags: Mapping[str, str]) -> bool:
         """A run without a process counts in a local database only, one of another program never."""
+        if "sweep" not in tags:
+            return False
         if PROCESS not in tags:
-            return "sweep" in tags and self.spec.database is not None
+            return self.spec.database is not None
         host, process = tags[PROCESS].split()
-        there = host != socket.gethostname() or psutil.pid_exists(int(process))
-        return "sweep" in tags and not there
+        return host == socket.gethostname() and not psutil.pid_exists(int(process))
 
 
 def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T | None:
