@@ -14,10 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.commands import sweep
 from pipeline.results.folders import ENDED, RunFolder
@@ -35,30 +32,24 @@ Changes = dict[str, Any]  # the fields of tracking that the command line changes
 def main(work: Callable[[Changes], int], overrides: Sequence[str]) -> int:
     """Work with the changes that overrides of `tracking` make; returns the status, 2 for bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    known = [f"tracking.{field.name}=" for field in fields(TrackingSpec)]
     try:
-        return work(_changes(overrides))
+        for override in overrides:
+            if not override.startswith(tuple(known)):
+                raise InputError(f"got {override}; choose among {', '.join(known)}")
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        changes = given.get("tracking", {})
+        _default(changes)  # refuses a bad address before anything is read
+        return work(changes)
     except REFUSED as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
-def _changes(overrides: Sequence[str]) -> Changes:
-    known = [field.name for field in fields(TrackingSpec)]
-    for override in overrides:
-        group, _, name = override.partition("=")[0].partition(".")
-        if group != "tracking" or name not in known or "=" not in override:
-            allowed = ", ".join(f"tracking.{name}=" for name in known)
-            raise InputError(f"got {override}; choose among {allowed}")
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    changes: Changes = dict(given.get("tracking", {}))
-    _default(changes)  # refuses a bad address before anything is read
-    return changes
-
-
 def _default(changes: Changes) -> TrackingSpec:
     """Where runs are logged that no override sends elsewhere."""
-    spec: TrackingSpec = instantiate(OmegaConf.load(CONF / "tracking/default.yaml"), **changes)
-    return spec
+    given: Any = OmegaConf.load(CONF / "tracking/default.yaml")
+    return tracked.spec_of(given, changes)
 
 
 def _local(spec: TrackingSpec) -> bool:
@@ -99,14 +90,16 @@ def log_missing(runs: Path, close: bool, changes: Changes) -> int:
         f"{done['off']} have tracking.enabled=false, {done['failed']} could not be logged"
     )
     if close:
-        print(f"{sum(map(_close_orphans, specs))} runs closed whose process is gone")
+        what = "the end of runs whose process is gone"
+        ended = [database.attempt(spec, what, database.Database.close_orphans) for spec in specs]
+        print(f"{sum(filter(None, ended))} runs closed whose process is gone")
     return 1 if done["failed"] else 0
 
 
 def _log_job(job: RunFolder, changes: Changes) -> tuple[str, TrackingSpec | None]:
     try:
-        spec = tracked.spec_of(job, changes)
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+        spec = tracked.spec_of(job.config.tracking, changes)
+    except (*REFUSED, OSError) as error:
         log.warning("run %s not logged: %s", job.path, one_line(error))
         return ("failed" if job.result else "off"), None
     outcome = tracked.log_job(spec, job, sweep.job_figures)
@@ -117,16 +110,11 @@ def _log_job(job: RunFolder, changes: Changes) -> tuple[str, TrackingSpec | None
 
 def _log_sweep(spec: TrackingSpec, folder: RunFolder, close: bool) -> bool:
     """Close the parent of a sweep that has ended; whether it is logged as far as it has ended."""
-    if close and not folder.read(ENDED):
-        folder.write(ENDED, {"status": "KILLED", "ended": time.time()})
     if not folder.read(ENDED):
-        print(f"{folder.path} has not ended; if it was killed, --close closes it")
-        return True
+        if not close:
+            print(f"{folder.path} has not ended; if it was killed, --close closes it")
+            return True
+        folder.write(ENDED, {"status": "KILLED", "ended": time.time()})
     with tempfile.TemporaryDirectory() as place:
         draw = partial(sweep.redrawn, into=Path(place))
         return tracked.log_sweep(spec, folder, draw) is not None
-
-
-def _close_orphans(spec: TrackingSpec) -> int:
-    what = f"the end of runs of experiment {spec.experiment}"
-    return database.attempt(spec, what, database.Database.close_orphans) or 0

@@ -28,20 +28,19 @@ class TrackingSpec:
     patience: float = 20.0
 
     def __post_init__(self) -> None:
+        hint = "give sqlite:///FOLDER/mlflow.db or a server's address"
         scheme = urlsplit(self.uri).scheme.partition("+")[0]
         if scheme not in SCHEMES:
             raise InputError(
                 f"tracking.uri={self.uri} is none of {', '.join(SCHEMES)}: folders are no longer "
-                "supported by MLflow 3, give sqlite:///FOLDER/mlflow.db or a server's address"
+                f"supported by MLflow 3, {hint}"
             )
         if scheme == "sqlite" and self.database is None:
-            raise InputError(
-                f"tracking.uri={self.uri} names no file: give sqlite:///FOLDER/mlflow.db"
-            )
+            raise InputError(f"tracking.uri={self.uri} names no file: {hint}")
 
     @property
     def database(self) -> Path | None:
         """The file of a sqlite database; None of a server."""
         parts = urlsplit(self.uri)
-        name = parts.path[1:]
-        return Path(name) if parts.scheme.startswith("sqlite") and name else None
+        named = parts.scheme.startswith("sqlite") and parts.path[1:]
+        return Path(named) if named else None

@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import posixpath
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
+import psutil
 from filelock import FileLock
 
 from pipeline.run.shipped import leaves
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOCK_SECONDS = 120
-PAGE = 1000  # runs that a search brings
 PROCESS = "process"  # tag: host and number of the process that opened a run
 COMPUTATION = "computation"  # tag: a hash of the artifacts, by which a repeated job is known
 LOGGED = "logged"  # tag, set last: a hash of what the run was logged from
@@ -88,8 +88,7 @@ class Database:
         """The runs that have these tags, and a status if one is given; the latest start first."""
         terms = [f"tags.`{name}` = {view.quoted(value)}" for name, value in tags.items()]
         terms += [f"attributes.status = '{status}'"] if status else []
-        where = [self.experiment.experiment_id], " and ".join(terms)
-        return list(self.client.search_runs(*where, max_results=PAGE))
+        return list(self.client.search_runs([self.experiment.experiment_id], " and ".join(terms)))
 
     def create(self, entry: Entry, parent: str | None = None) -> str:
         """Open a run, as a child if `parent` is given, and return its id."""
@@ -104,59 +103,50 @@ class Database:
 
         What a failed attempt has left is deleted only now, so that no run is missing in between.
         """
-        metrics, tags = measured(entry)
         try:
-            self._send(run_id, entry, metrics, tags)
+            self._send(run_id, entry)
         except BaseException as error:
             if not unreachable(error):
                 with suppress(Exception):  # the first error is the one to report
                     self.client.set_terminated(run_id, "FAILED")
             raise
-        shown = view.updates(self.experiment.tags, tags.get("model"), metrics)
-        for tag, state in shown.items():
-            self.client.set_experiment_tag(self.experiment.experiment_id, tag, state)
         self.client.set_terminated(run_id, entry.status, round(1000 * entry.ended))
-        computed = {entry.tags.get(COMPUTATION)}
-        for other in self.find(entry.identity):
-            if other.info.run_id != run_id:
-                self.client.delete_run(other.info.run_id)
-                computed.add(other.data.tags.get(COMPUTATION))
-        for computation in computed - {None}:
-            self._mark_repeats(str(computation))
+        others = [run for run in self.find(entry.identity) if run.info.run_id != run_id]
+        for other in others:
+            self.client.delete_run(other.info.run_id)
+        for tags in (entry.tags, *(other.data.tags for other in others)):
+            if COMPUTATION in tags:
+                self._mark_repeats(tags[COMPUTATION])
         self.client.set_tag(run_id, LOGGED, digest)
         return run_id
 
-    def _send(
-        self, run_id: str, entry: Entry, metrics: Mapping[str, float], tags: Mapping[str, str]
-    ) -> None:
+    def _send(self, run_id: str, entry: Entry) -> None:
         """The requests that log an entry; TimeoutError once its time is over."""
         from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
 
         end = monotonic() + self.spec.patience
+        metrics, tags = measured(entry)
         self.client.log_batch(
             run_id,
             [Metric(name, value, round(1000 * entry.ended), 0) for name, value in metrics.items()],
             [Param(name, str(value)) for name, value in leaves(entry.params, "/").items()],
             [RunTag(name, value) for name, value in tags.items()],
         )
-        if entry.inputs:
-            self._log_inputs(run_id, entry.inputs)
+        try:
+            self.client.log_inputs(run_id, list(entry.inputs))
+        except MlflowException:  # another process has created a data set: now it is there
+            self.client.log_inputs(run_id, list(entry.inputs))
         for name, content in entry.artifacts.items():
             if monotonic() > end:
                 raise TimeoutError("the server is too slow (tracking.patience)")
             if isinstance(content, Path):
-                folder = str(PurePosixPath(name).parent)
-                self.client.log_artifact(run_id, str(content), "" if folder == "." else folder)
+                self.client.log_artifact(run_id, str(content), posixpath.dirname(name))
             else:
                 self.client.log_text(run_id, content, name)
-
-    def _log_inputs(self, run_id: str, inputs: Sequence[DatasetInput]) -> None:
-        """Of two processes that MLflow lets create a data set at once, one has to ask again."""
-        from mlflow.exceptions import MlflowException
-
-        with suppress(MlflowException):
-            return self.client.log_inputs(run_id, list(inputs))
-        return self.client.log_inputs(run_id, list(inputs))
+        shown = view.updates(self.experiment.tags, tags.get("model"), metrics)
+        for tag, state in shown.items():
+            self.client.set_experiment_tag(self.experiment.experiment_id, tag, state)
 
     def _mark_repeats(self, computation: str) -> None:
         """Make the first run of a computation its job, and those that took it from the store repeats."""
@@ -176,18 +166,12 @@ class Database:
 
     def _orphaned(self, tags: Mapping[str, str]) -> bool:
         """A run without a process counts in a local database only, one of another program never."""
-        host, _, process = tags.get(PROCESS, "").partition(" ")
-        if "sweep" not in tags or host not in ("", socket.gethostname()):
+        if "sweep" not in tags:
             return False
-        if not host:
+        if PROCESS not in tags:
             return self.spec.database is not None
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # of another user
-            return False
-        return False
+        host, process = tags[PROCESS].split()
+        return host == socket.gethostname() and not psutil.pid_exists(int(process))
 
 
 def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T | None:
@@ -207,7 +191,7 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
         if unreachable(error):
             _lost.add(spec.uri)
             where += ", nor is what follows in this process"
-        line = (str(error).splitlines() or [""])[0]
+        line = str(error).partition("\n")[0]
         if not isinstance(error, InputError | EntryError):
             line = f"{type(error).__name__}: {line}"
         log.warning("%s not logged%s: %s; %s", what, where, line, SYNC)
@@ -215,16 +199,15 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
         return None
 
 
-def unreachable(error: BaseException) -> bool:
+def unreachable(error: BaseException | None) -> bool:
     """Whether an error is of the way to the database or its disk, not of what was sent."""
     from sqlalchemy.exc import OperationalError
 
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, EntryError):
-        if isinstance(link, OSError | OperationalError):  # an error of requests is an OSError
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    if error is None or isinstance(error, EntryError):
+        return False
+    if isinstance(error, OSError | OperationalError):  # an error of requests is an OSError
+        return True
+    return unreachable(error.__cause__ or error.__context__)
 
 
 def connect(spec: TrackingSpec) -> Database:
@@ -244,15 +227,14 @@ def connect(spec: TrackingSpec) -> Database:
     with lock:
         client = MlflowClient(tracking_uri=spec.uri)
         experiment = client.get_experiment_by_name(spec.experiment)
-        if experiment is not None:
-            relocate(spec, experiment)
-        else:
-            location = None if urlsplit(spec.uri).scheme.startswith("http") else spec.artifacts
+        if experiment is None:
             with suppress(MlflowException):  # on a server another process may be first
-                client.create_experiment(spec.experiment, location)
+                place = None if spec.uri.startswith("http") else spec.artifacts
+                client.create_experiment(spec.experiment, place)
             experiment = client.get_experiment_by_name(spec.experiment)
-    if experiment is None:
-        raise ConnectionError(f"experiment {spec.experiment} cannot be created")
+        if experiment is None:
+            raise ConnectionError(f"experiment {spec.experiment} cannot be created")
+        relocate(spec, experiment)
     return Database(spec, client, experiment)
 
 

@@ -35,16 +35,16 @@ DIGEST = 36  # characters of a data set's digest, MLflow's limit
 
 
 def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
-    """A finished job with its pictures."""
-    result, config = job.result, job.config
-    run, evaluation = result["run"], result["evaluation"]
-    axes = _axes(job, result["axes"])
+    """A job that has ended, with its pictures; of a failed one why, and what its configuration says."""
+    if job.outcome.name == FAILED:
+        return _failed_entry(job)
+    result, run, evaluation = job.result, job.result["run"], job.result["evaluation"]
+    axes = result["axes"] | _read_axes(job)
     computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
     measures = {
-        f"{corpus}.{name}": str(value)
-        for corpus, metrics in evaluation.items()
-        for name, value in metrics.items()
-        if name not in ("perplexity", "nll")
+        name: str(value)
+        for name, value in leaves(evaluation).items()
+        if not name.endswith((".perplexity", ".nll"))
     }
     return Entry(
         name=f"{axes['model']} {result['label']}",
@@ -54,14 +54,14 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
         tags={COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
         | _tags(job, axes, run["overrides"])
         | measures
-        | _origin(result)
+        | _origin(run)
         | _table("per_site.json"),
-        params=axes | _fields(config),
+        params=axes | _fields(job.config),
         result={k: v for k, v in result.items() if k not in (*NO_METRIC, *axes)}
         | {f"nll_{corpus}": metrics["nll"] for corpus, metrics in evaluation.items()},
         inputs=_inputs(job),
         artifacts={
-            "config.yaml": OmegaConf.to_yaml(config, resolve=True),
+            "config.yaml": OmegaConf.to_yaml(job.config, resolve=True),
             "per_site.json": job.sites.to_json(orient="split", index=False),
             KINDS: job.path / KINDS,
             **{f"figures/{path.name}": path for path in pictures},
@@ -69,23 +69,19 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     )
 
 
-def failed_entry(job: RunFolder) -> Entry:
-    """A failed job: why it failed, and what its configuration says."""
+def _failed_entry(job: RunFolder) -> Entry:
     axes, label, params = _configured(job)
     config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
     return Entry(
-        name=" ".join(str(part) for part in (axes.get("model"), label) if part) or "failed",
+        name=f"{axes['model']} {label}",
         identity=identity(job),
         started=config.stat().st_mtime,
-        ended=(job.path / FAILED).stat().st_mtime,
+        ended=job.outcome.stat().st_mtime,
         status="FAILED",
         tags=_tags(job, axes, job.failure["overrides"])
         | {"error": error, "mlflow.note.content": error},
         params=axes | params,
-        artifacts={
-            "config.yaml": config.read_text(),
-            **{path.name: path for path in sorted(job.path.glob("*.log"))},
-        },
+        artifacts={file.name: file for file in (config, *sorted(job.path.glob("*.log")))},
     )
 
 
@@ -104,33 +100,33 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
 
     All of it can be logged again, as params could not: a sweep may be closed before its end.
     """
-    end, opened = folder.read(ENDED), opened_sweep(folder)
-    failed = {job.path.name: job.failure for job in folder.jobs if job.failure}
+    end, jobs = folder.read(ENDED), folder.jobs
+    failed = {job.path.name: job.failure for job in jobs if job.failure}
     results = sweep_results(folder.path) if folder.finished else {}
-    axes = [_axes(job, result["axes"]) for job, result in results.items()]
-    axes += [_configured(job)[0] for job in folder.jobs if job.failure and job not in results]
-    artifacts: dict[str, str | Path] = {"multirun.yaml": (folder.path / MULTIRUN).read_text()}
-    if failed:
-        artifacts["failed.json"] = json.dumps(failed, indent=1)
+    axes = [result["axes"] | _read_axes(job) for job, result in results.items()]
+    axes += [_configured(job)[0] for job in jobs if job.failure and job not in results]
     tags = {
         key: ", ".join(dict.fromkeys(str(each[key]) for each in axes if key in each))
         for key in dict.fromkeys(key for each in axes for key in each)
     }
     tags |= {"experiment": folder.experiment or "none"}
+    artifacts: dict[str, str | Path] = {
+        f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path
+        for path in files
+    }
+    artifacts["multirun.yaml"] = folder.path / MULTIRUN
+    if failed:
+        artifacts["failed.json"] = json.dumps(failed, indent=1)
     if results:
         frame = result_frame(distinct(results.values()))
         artifacts["table.json"] = frame.to_json(orient="split", index=False)
         table = [p.read_text() for p in files if p.name == f"{naming.run_name(folder)}.md"]
-        tags |= _origin(next(iter(results.values()))) | _table("table.json")
+        tags |= _origin(next(iter(results.values()))["run"]) | _table("table.json")
         tags |= {"mlflow.note.content": _cut("".join(table))}
-    for path in files:
-        group = "figures" if path.suffix in (".png", ".pdf") else "tables"
-        artifacts[f"{group}/{path.name}"] = path
+    names = (folder.experiment or "sweep", tags.get("model"), folder.path.name)
     return replace(
-        opened,
-        name=" ".join(
-            filter(None, (folder.experiment or "sweep", tags.get("model"), folder.path.name))
-        ),
+        opened_sweep(folder),
+        name=" ".join(filter(None, names)),
         ended=end["ended"],
         status=end["status"],
         tags=tags,
@@ -149,35 +145,29 @@ def _configured(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
     config = job.config
     try:
         settings: Any = instantiate(config)
-        return _axes(job, settings.axes), settings.name, _fields(config)
+        return settings.axes | _read_axes(job), settings.name, _fields(config)
     except Exception:  # the configuration may be what the job has failed of
-        axes: dict[str, Any] = {}
-        for key in ("model", "coding", "transform"):
-            axes[key] = job.choices[key]
-            with suppress(Exception):
-                axes[key] = instantiate(config[key], _convert_="all").name
+        axes = {key: job.choices[key] for key in ("model", "coding", "transform")}
+        with suppress(Exception):
+            axes["model"] = instantiate(config.model).name
         for key in ("timesteps", "grains"):
             with suppress(Exception):
                 axes[key] = config.coding[key]
         return axes, str(config.row or axes["coding"]), {}
 
 
-def _axes(job: RunFolder, axes: Mapping[str, Any]) -> dict[str, Any]:
-    """What sweeps vary, by short names."""
-    evaluation = job.config.evaluation
-    return {
-        **axes,
-        "sites": job.choices["sites"],
-        "evaluation": ", ".join(evaluation.corpora),
-        "tasks": ", ".join(evaluation.tasks),
-    }
+def _read_axes(job: RunFolder) -> dict[str, Any]:
+    """Axes that the configuration of a job has beside those of its result."""
+    read = job.config.evaluation
+    names = {"evaluation": ", ".join(read.corpora), "tasks": ", ".join(read.tasks)}
+    return {"sites": job.choices["sites"]} | names
 
 
 def _fields(config: DictConfig) -> dict[str, Any]:
     """Every field of the groups that determine a result, by group.field."""
     whole: Any = OmegaConf.to_container(config, resolve=True)
-    groups = {group: whole[group] for group in GROUPS}
-    return {n: v for n, v in leaves(groups).items() if not n.rpartition(".")[2].startswith("_")}
+    fields = leaves({group: whole[group] for group in GROUPS})
+    return {name: fields[name] for name in fields if "._" not in name}
 
 
 def _tags(job: RunFolder, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
@@ -191,49 +181,35 @@ def _table(name: str) -> dict[str, str]:
     return {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])}
 
 
-def _origin(result: Mapping[str, Any]) -> dict[str, str]:
+def _origin(run: Mapping[str, Any]) -> dict[str, str]:
     """Source revision, versions and machine; the dashboard has a column for the revision."""
-    run = result["run"]
-    origin = {
-        "mlflow.source.name": "python -m pipeline",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": run["git"]["revision"],
-        "git.revision": run["git"]["revision"],
-        "git.dirty": run["git"]["dirty"],
-    }
-    origin |= {f"version.{name}": version for name, version in run["versions"].items()}
-    origin |= {f"machine.{name}": value for name, value in run["machine"].items()}
+    origin = leaves({"git": run["git"], "version": run["versions"], "machine": run["machine"]})
+    origin |= {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
+    origin |= {"mlflow.source.git.commit": run["git"]["revision"]}
     return {name: str(value) for name, value in origin.items() if value is not None}
 
 
 def _inputs(job: RunFolder) -> list[DatasetInput]:
     """The texts and questions that a job has read, by the keys of their tokens."""
     calibration, evaluation = job.config.calibration, job.config.evaluation
-    inputs = []
-    read = [
-        (name, "evaluation", evaluation, f"evaluation ppl_{name}") for name in evaluation.corpora
-    ]
+    read = [(name, "evaluation", f"evaluation ppl_{name}") for name in evaluation.corpora]
     if "capture" in job.result["keys"]:
-        read.insert(0, (calibration.corpus, "calibration", calibration, "capture"))
-    for name, context, spec, stage in read:
-        given = instantiate(job.config.corpus[name], _convert_="all")
-        corpus: Any = entry("corpus", name, given)
-        origin = corpus.origin(context)
+        read.insert(0, (calibration.corpus, "calibration", "capture"))
+    inputs = []
+    for name, context, stage in read:
+        corpus: Any = entry("corpus", name, instantiate(job.config.corpus[name], _convert_="all"))
+        origin, spec = corpus.origin(context), job.config[context]
         kind = ORIGINS.get(type(origin), "local")
         source = {"uri": str(origin)} if kind == "local" else asdict(origin)
         shape = {"windows": spec.windows, "length": spec.length}
-        inputs.append(dataset(name, context, _read(job, stage, "tokens"), kind, source, shape))
+        digest = manifest.read(job.artifact(stage))["inputs"]["tokens"]
+        inputs.append(dataset(name, context, digest, kind, source, shape))
     for name in evaluation.tasks:
-        digest = _read(job, f"evaluation acc_{name}", "data")
         task = {"task": name, "path": job.config.tasks[name].get("path")}
         shape = {"items": evaluation["items"]}  # .items is the method
+        digest = manifest.read(job.artifact(f"evaluation acc_{name}"))["inputs"]["data"]
         inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
     return inputs
-
-
-def _read(job: RunFolder, stage: str, name: str) -> str:
-    """The key of an input of a stage's artifact."""
-    return str(manifest.read(job.artifact(stage))["inputs"][name])
 
 
 def dataset(

@@ -7,8 +7,10 @@ command that changes it.
 from __future__ import annotations
 
 import logging
+import sqlite3
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.run.specs import TrackingSpec
 from stages.errors import InputError
@@ -26,45 +28,34 @@ def relocate(spec: TrackingSpec, experiment: Experiment) -> None:
     knows is gone or, of a database that was copied, lies elsewhere than the database. A run keeps
     its place if only that has its artifacts. Raises InputError if neither place has any.
     """
-    from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
-    from mlflow.utils.file_utils import local_file_uri_to_path
-    from mlflow.utils.uri import is_local_uri
-    from sqlalchemy import create_engine
-    from sqlalchemy.orm import Session
-    from sqlalchemy.pool import NullPool
+    from mlflow.utils.file_utils import get_local_path_or_none as local
 
-    places = (experiment.artifact_location, spec.artifacts)
-    if spec.database is None or not all(map(is_local_uri, places)):
+    places = [local(place) for place in (experiment.artifact_location, spec.artifacts)]
+    if spec.database is None or None in places:
         return
-    stored, given = (Path(local_file_uri_to_path(place)).resolve() for place in places)
+    stored, given = (Path(place).resolve() for place in places)
     beside = spec.database.resolve().parent
     copied = given.is_relative_to(beside) and not stored.is_relative_to(beside)
     if stored == given or (stored.is_dir() and not copied):
         return
-    number = int(experiment.experiment_id)
-    with Session(create_engine(spec.uri, poolclass=NullPool)) as session, session.begin():
-        runs: list[Any] = session.query(SqlRun).filter_by(experiment_id=number).all()
-        here = {run.run_uuid for run in runs if (given / run.run_uuid).is_dir()}
-        if not here and any(run.end_time is not None for run in runs):
+    number = experiment.experiment_id
+    with closing(sqlite3.connect(spec.database)) as connection, connection:
+        query = "SELECT run_uuid, artifact_uri, end_time FROM runs WHERE experiment_id = ?"
+        runs = connection.execute(query, [number]).fetchall()
+        here = {run for run, _, _ in runs if (given / run).is_dir()}
+        if not here and any(end is not None for _, _, end in runs):
             if stored.is_dir():
                 return
             raise InputError(
                 f"the artifacts of experiment {experiment.name} were in {stored}, which is gone, and "
                 f"are not in {given}: move them there, or give tracking.experiment=ANOTHER"
             )
-        row: Any = session.get_one(SqlExperiment, number)
-        row.artifact_location = str(given)
-        left = [r for r in runs if r.run_uuid not in here and _there(r.artifact_uri)]
-        for run in runs:
-            if run not in left:
-                run.artifact_uri = f"{given}/{run.run_uuid}/artifacts"
+        left = {run for run, uri, _ in runs if run not in here and Path(local(uri)).is_dir()}
+        moved = [(f"{given}/{run}/artifacts", run) for run, _, _ in runs if run not in left]
+        update = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
+        connection.execute(update, [str(given), number])
+        connection.executemany("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", moved)
     log.info("the artifacts of %s are in %s, no longer in %s", experiment.name, given, stored)
     if left:
         kept = "%d runs of experiment %s keep their artifacts in %s"
         log.warning(kept, len(left), experiment.name, stored)
-
-
-def _there(uri: str) -> bool:
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
-    return Path(local_file_uri_to_path(uri)).is_dir()

@@ -7,62 +7,56 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from pipeline.results.folders import ENDED, FAILED, RunFolder
+from pipeline.results.folders import ENDED, RESULT, RunFolder
 from pipeline.run.errors import REFUSED
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from pipeline.tracking.database import LOGGED, Database, Entry, EntryError
-from pipeline.tracking.entries import failed_entry, identity, job_entry, opened_sweep, sweep_entry
+from pipeline.tracking.entries import identity, job_entry, opened_sweep, sweep_entry
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
 
 
-def spec_of(job: RunFolder, changes: Mapping[str, Any] | None = None) -> TrackingSpec:
-    """Where a job is to be logged by its configuration, with some fields changed."""
-    given: Any = OmegaConf.to_container(job.config.tracking)
-    given.pop("_target_", None)
+def spec_of(tracking: DictConfig, changes: Mapping[str, Any] | None = None) -> TrackingSpec:
+    """Where runs are logged by a configuration's `tracking`, with some fields changed."""
+    given: Any = OmegaConf.to_container(tracking)
+    given.pop("_target_", None)  # an earlier version may have had the class elsewhere
     return TrackingSpec(**(given | dict(changes or {})))
 
 
 def known_spec(job: RunFolder) -> TrackingSpec | None:
     """Where a job is to be logged; None for one whose configuration is not there or says nothing."""
     try:
-        return spec_of(job)
+        return spec_of(job.config.tracking)
     except (*REFUSED, OSError):
         return None
 
 
 def log_job(spec: TrackingSpec, job: RunFolder, draw: Draw) -> str:
-    """Log a job that has ended: `logged`, `known` where it was logged before, `off` or `failed`.
+    """Log a job that has ended, with the pictures that `draw` makes of one with a result.
 
-    `draw` makes its pictures.
+    Returns `logged`, `known` where it was logged before, `off` or `failed`.
     """
     what = f"run {job.path.parent.name}/{job.path.name}"
-    if not spec.enabled:
-        return "off"
-
-    def make() -> Entry:
-        return failed_entry(job) if job.outcome.name == FAILED else job_entry(job, draw(job))
 
     def send(db: Database) -> str:
         digest, sweep = _digest(job.outcome), job.sweep
         if db.find(identity(job) | {LOGGED: digest}):
             return "known"
-        entry = made(make)
+        entry = made(lambda: job_entry(job, draw(job) if job.outcome.name == RESULT else ()))
         parent = None if sweep is None else _parent(db, sweep)
         db.complete(db.create(entry, parent), entry, digest)
         return "logged"
 
     try:
         with FileLock(job.path / ".tracked.lock", timeout=0):
-            return database.attempt(spec, what, send) or "failed"
+            return (database.attempt(spec, what, send) or "failed") if spec.enabled else "off"
     except Timeout:
         log.warning("%s is being logged by another process", what)
         return "failed"
@@ -83,18 +77,18 @@ def log_sweep(spec: TrackingSpec, folder: RunFolder, draw: Draw) -> str | None:
     """The id of an ended sweep's parent run, complete and closed; None if that failed."""
 
     def send(db: Database) -> str:
-        outcomes = [folder.path / ENDED, *(job.outcome for job in folder.ended)]
-        digest, run_id = _digest(*outcomes), _parent(db, folder)
-        if db.client.get_run(run_id).data.tags.get(LOGGED) == digest:
-            return run_id
-        entry = made(lambda: sweep_entry(folder, draw(folder)))
-        db.client.update_run(run_id, name=entry.name)  # now its models are known
-        return db.complete(run_id, entry, digest)
+        digest = _digest(folder.path / ENDED, *(job.outcome for job in folder.ended))
+        run_id = _parent(db, folder)
+        if db.client.get_run(run_id).data.tags.get(LOGGED) != digest:
+            entry = made(lambda: sweep_entry(folder, draw(folder)))
+            db.client.update_run(run_id, name=entry.name)  # now its models are known
+            db.complete(run_id, entry, digest)
+        return run_id
 
     return database.attempt(spec, f"sweep {folder.path.name}", send)
 
 
-def made(make: Callable[[], T]) -> T:
+def made(make: Callable[[], Entry]) -> Entry:
     """What `make` returns; EntryError where an entry cannot be made."""
     try:
         return make()
@@ -112,7 +106,5 @@ def _parent(db: Database, sweep: RunFolder) -> str:
 
 def _digest(*files: Path) -> str:
     """A hash of files and of the folders' names that they stand in."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.parent.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+    parts = (file.parent.name.encode() + file.read_bytes() for file in files)
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -38,6 +38,8 @@ def _state(model: str, measures: Iterable[str]) -> dict[str, Any]:
     """Jobs sorted by energy, for those sorted by time hang below their sweeps."""
     section = {"uuid": SECTION, "name": f"{model}: log perplexity against energy"}
     shown = ["tags.kind = 'job'", "attributes.status = 'FINISHED'", f"tags.model = {quoted(model)}"]
+    chart = {"type": "SCATTER", "metricSectionId": SECTION, "deleted": False, "isGenerated": False}
+    chart |= {"runsCountToCompare": 1000, "xaxis": {"key": "energy_J", "type": "METRIC"}}
     return {
         "searchFilter": " and ".join(shown),
         "orderByKey": "metrics.`energy_J`",
@@ -46,18 +48,7 @@ def _state(model: str, measures: Iterable[str]) -> dict[str, Any]:
         "selectedColumns": [f"metrics.`{name}`" for name in ("energy_J", *measures)],
         "compareRunSections": [section | {"display": True, "isReordered": False}],
         "isAccordionReordered": True,  # else MLflow puts the charts that it makes first
-        "compareRunCharts": [_scatter(name) for name in measures],
-    }
-
-
-def _scatter(measure: str) -> dict[str, Any]:
-    return {
-        "uuid": measure,
-        "type": "SCATTER",
-        "metricSectionId": SECTION,
-        "deleted": False,
-        "isGenerated": False,
-        "runsCountToCompare": 1000,
-        "xaxis": {"key": "energy_J", "type": "METRIC"},
-        "yaxis": {"key": measure, "type": "METRIC"},
+        "compareRunCharts": [
+            chart | {"uuid": name, "yaxis": {"key": name, "type": "METRIC"}} for name in measures
+        ],
     }
