@@ -49,8 +49,8 @@ AXES = {"timesteps": "timesteps T", "bits": "bits: T + log$_2$ n of n neurons pe
 
 def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a run: series, panel (model and transform), timesteps, bits, energy_J (causal, prefill),
-    dense; of the first corpus ppl with its standard error se, ratio to the dense model and the bounds
-    low and high of its 95 % interval."""
+    dense; of the first corpus ppl with its standard error se, and the bounds low and high of the 95 %
+    interval of its ratio to the dense model's."""
     (corpus, *_), _ = measures(name for result in results for name in result)
     rows = [
         {
@@ -70,7 +70,7 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _errors(results: Sequence[Mapping[str, Any]], corpus: str) -> dict[str, pd.Series]:
-    """The standard error of a perplexity, its ratio to the dense model's, and the interval of that."""
+    """The standard error of a perplexity, and the interval of its ratio to the dense model's."""
     ppl, ratio = f"ppl_{corpus}", RATIO + corpus
     names = [
         ppl,
@@ -84,7 +84,7 @@ def _errors(results: Sequence[Mapping[str, Any]], corpus: str) -> dict[str, pd.S
     rows = [{name: result.get(name) for name in names} for result in results]
     frame = pd.DataFrame(rows, columns=names).astype("float64")
     low, high = uncertainty.interval(frame, ppl, ratio)
-    return {"se": frame[f"{ppl}_se"], "ratio": frame[ratio], "low": low, "high": high}
+    return {"se": frame[f"{ppl}_se"], "low": low, "high": high}
 
 
 def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:

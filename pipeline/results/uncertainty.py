@@ -9,8 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from pipeline.results.rows import RATIO, measures
-
-CONFIDENCE = 0.95
+from pipeline.run.measured import BOOTSTRAP
 
 
 def interval(frame: pd.DataFrame, measure: str, ratio: str) -> tuple[pd.Series, pd.Series]:
@@ -25,7 +24,7 @@ def interval(frame: pd.DataFrame, measure: str, ratio: str) -> tuple[pd.Series, 
         pd.to_numeric(frame.get(name, none)).astype("float64") for name in names
     )
     several = count.where(count > 1)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) / several**0.5
+    quantile = stats.t.ppf((1 + BOOTSTRAP.confidence) / 2, several - 1) / several**0.5
     half = (centre * spread / frame[measure] * quantile).fillna(0)
     below, above = np.hypot(centre - low, half), np.hypot(high - centre, half)
     return centre - below, centre + above

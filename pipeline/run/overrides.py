@@ -56,7 +56,7 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
 
 
 def launched(arguments: Sequence[str]) -> list[str]:
-    """Settled arguments for Hydra's command line, to which a sweep is told by its flag too.
+    """Settled arguments for Hydra's command line, those of a sweep with the flag `--multirun`.
 
     Hydra looks up the mode in the configuration, and takes a sweep for one job where that cannot be
     composed, whose error is then that of the commas.
