@@ -69,6 +69,18 @@ class ChannelScale(Statistic):
             raise InputError(f"channel scale: quantile={self.quantile}: give above 0 up to 1")
 
 
+@register("statistic/products")
+@dataclass(frozen=True)
+class Products(Statistic):
+    """The multiplications that the values of a site enter a token, and the sums they are added up in:
+    macs, accumulators [S] float64, in windows of the length of the calibration text's, of which a query
+    sees what stands before it. Their ratio is the width of the product: the inputs of a linear layer, the
+    dimension of a head for q and k, the mean number of keys for probabilities and v; zeros where a value
+    enters an element-wise product alone."""
+
+    name = "products"
+
+
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")
 @dataclass(frozen=True)
 class Saliency(Statistic):
