@@ -43,6 +43,7 @@ OPTIONS = {
     "tied": (True, False),
     "max_spikes": (None, 1, 2),
     "offset": (True,),
+    "radix": (4, 8, 2**16),
     "grain_steps": ((1, 0), (-1, 1)),
     "base": (None, 1.4),
     "silent_zero": (True, False),
@@ -128,9 +129,34 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
             v = v - sign.astype(np.float32) * weight
             code, count = 2 * code + sign, count + np.abs(sign)
         value = (code * 2.0**-longest).astype(np.float32) * width + floor
+        if coding.radix > 2:
+            level = code >> (longest - own)
+            count = nonzero_digits(level, own, coding.radix, coding.signed, floor > 0)
         return (k << longest) + code, value, count
 
     return neuron
+
+
+def nonzero_digits(
+    level: np.ndarray, timesteps: np.ndarray, radix: int, signed: bool, always: np.ndarray
+) -> np.ndarray:
+    """Digits of levels below 2^T that are not zero, the last that is taken off among them if `always`.
+
+    Signed: a digit with R or more in it and the next one is R less, which the next one makes up for.
+    """
+    bits = radix.bit_length() - 1
+    number = -(-timesteps // bits)
+    rest, count = level.copy(), np.zeros_like(level)
+    for place in range(int(number.max())):
+        digit, following = rest % radix, rest // radix % radix
+        if signed:
+            digit = np.where(digit + following >= radix, digit - radix, digit)
+        digit = np.where(place < number - 1, digit, rest)
+        rest = np.where(place < number, (rest - digit) // radix, rest)
+        highest = place == number - 1
+        rest = np.where(highest, 0, rest)
+        count = count + np.where(highest & always, 1, (digit != 0) & (place < number))
+    return count
 
 
 def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:

@@ -102,9 +102,25 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
                 sign = int(v >= weight)
             v = v - np.float32(sign) * weight
             code, count = code + sign, count + abs(sign)
+        if coding.radix > 2:
+            digits = digits_of(code >> (longest - own), own, coding.radix, coding.signed)
+            count = sum(map(bool, digits[:-1])) + bool(digits[-1] or floor > 0)
         return (k << longest) + code, np.float32(code * 2.0**-longest) * width + floor, count
 
     return neuron
+
+
+def digits_of(level: int, timesteps: int, radix: int, signed: bool) -> list[int]:
+    """Digits of a level below 2^T, the lowest first; the highest takes what remains."""
+    digits = []
+    while timesteps > radix.bit_length() - 1:
+        digit = level % radix
+        if signed and digit + level // radix % radix >= radix:
+            digit -= radix
+        digits.append(digit)
+        level = (level - digit) // radix
+        timesteps -= radix.bit_length() - 1
+    return [*digits, level]
 
 
 def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:
