@@ -33,6 +33,7 @@ from stages.errors import InputError
 from stages.fits.algorithm1 import Algorithm1
 from stages.neurons.spikes import decode
 from tests.codings import scalar
+from tests.codings.digits import nonzero_digits
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)
@@ -135,28 +136,6 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
         return (k << longest) + code, value, count
 
     return neuron
-
-
-def nonzero_digits(
-    level: np.ndarray, timesteps: np.ndarray, radix: int, signed: bool, always: np.ndarray
-) -> np.ndarray:
-    """Digits of levels below 2^T that are not zero, the last that is taken off among them if `always`.
-
-    Signed: a digit with R or more in it and the next one is R less, which the next one makes up for.
-    """
-    bits = radix.bit_length() - 1
-    number = -(-timesteps // bits)
-    rest, count = level.copy(), np.zeros_like(level)
-    for place in range(int(number.max())):
-        digit, following = rest % radix, rest // radix % radix
-        if signed:
-            digit = np.where(digit + following >= radix, digit - radix, digit)
-        digit = np.where(place < number - 1, digit, rest)
-        rest = np.where(place < number, (rest - digit) // radix, rest)
-        highest = place == number - 1
-        rest = np.where(highest, 0, rest)
-        count = count + np.where(highest & always, 1, (digit != 0) & (place < number))
-    return count
 
 
 def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:

@@ -18,6 +18,7 @@ from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
+from tests.codings.digits import digits_of
 
 ONE = np.float32(1)
 
@@ -108,19 +109,6 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
         return (k << longest) + code, np.float32(code * 2.0**-longest) * width + floor, count
 
     return neuron
-
-
-def digits_of(level: int, timesteps: int, radix: int, signed: bool) -> list[int]:
-    """Digits of a level below 2^T, the lowest first; the highest takes what remains."""
-    digits = []
-    while timesteps > radix.bit_length() - 1:
-        digit = level % radix
-        if signed and digit + level // radix % radix >= radix:
-            digit -= radix
-        digits.append(digit)
-        level = (level - digit) // radix
-        timesteps -= radix.bit_length() - 1
-    return [*digits, level]
 
 
 def falling_threshold(levels: np.ndarray, thresholds: np.ndarray) -> Neuron:
