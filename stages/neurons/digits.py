@@ -77,9 +77,13 @@ def exponent(steps: Tensor) -> Tensor:
 
 
 def top_place(steps: Tensor, bits: int | Tensor) -> Tensor:
-    """What the highest digit of neurons of `steps` = 2^T levels counts, in levels, int32."""
-    lower = torch.div(exponent(steps) - 1, bits, rounding_mode="floor").to(torch.int32)
-    return torch.ones_like(lower) << (lower * bits)
+    """What the highest digit of neurons of `steps` = 2^T levels counts, in levels, int32.
+
+    Of the bits of 2^T - 1 the highest with which a digit begins, read off a float32's exponent.
+    """
+    first = _masks(bits)[1] >> (bits - 1)
+    begins = (first & (steps.to(torch.int32) - 1)).float().view(torch.int32)
+    return (begins & 0x7F800000).view(torch.float32).to(torch.int32)
 
 
 def nonzero(code: Tensor, bits: int | Tensor) -> Tensor:

@@ -212,7 +212,7 @@ BREAKS = [
     (DIGITS, "digits_of", "lower * bits)\n        thresholds", "lower)\n        thresholds"),
     (DIGITS, "nonzero", "+ low | code", "+ low"),
     (DIGITS, "nonzero", "& low) + low", "& low)"),
-    (DIGITS, "top_place", "exponent(steps) - 1", "exponent(steps)"),
+    (DIGITS, "top_place", "(torch.int32) - 1)", "(torch.int32))"),
     (DIGITS, "_digit_count", "whole & (place - 1)", "whole"),
     (DIGITS, "_digit_count", "bits) + floor", "bits)"),
     (SIGNED_DIGITS, "signed_threshold", "+ 0.5", "+ 0.75"),
