@@ -20,6 +20,7 @@ ATTENTION = ("full", "causal")
 OPERANDS = ("one", "both")
 WEIGHED = (*ELEMENTWISE, *ROTATION)  # kinds whose amounts a convention turns into work
 KINDS = (*PRODUCTS, "decode_scaling", "gate", *WEIGHED)
+DECODING = ("decode_macs", "decode_acs", "comparisons")  # columns of what the code itself costs
 COSTS = {"macs": "macs_G", "acs": "acs_G", "energy_J": "energy_J"}
 
 
@@ -91,11 +92,15 @@ class Energy:
 @dataclass(frozen=True)
 class Rate:
     """Spikes of a coded operand: per value, and per multiplication (weighted by fan-out); `dense` is
-    the part of its values that has no neuron, those of experts left dense."""
+    the part of its values that has no neuron, those of experts left dense. What decoding costs:
+    `macs`, `acs` of an accumulator and `comparisons` of a value."""
 
     value: float
     product: float
     dense: float = 0.0
+    macs: float = 0.0
+    acs: float = 0.0
+    comparisons: float = 0.0
 
 
 def account(
@@ -107,10 +112,10 @@ def account(
 ) -> pd.DataFrame:
     """Compute MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
 
-    `counters` are those of the evaluation, one row a site; without them the model is dense. Their
-    rates, measured on whole windows, hold for prefill and for decode. The decoded token is the
-    last of a context of `tokens`. Columns: convention phase op kind layer macs acs energy_J. The
-    products of a bound, a coding without spikes, are undefined (NaN).
+    `counters` are those of the evaluation, one row a site, with the columns DECODING; without them the
+    model is dense. Their rates, measured on whole windows, hold for prefill and for decode. The
+    decoded token is the last of a context of `tokens`. Columns: convention phase op kind layer macs
+    acs energy_J. The products of a bound, a coding without spikes, are undefined (NaN).
     """
     import pandas as pd
 
@@ -145,9 +150,9 @@ def _rows(
     if kind in WEIGHED:
         yield name, kind, layer, work * convention.macs[kind], work * convention.acs[kind]
     elif kind == "gate":
-        if coding and coded and coding.gate_comparisons and convention.gate_comparisons:
+        if coded and coded[0].comparisons and convention.gate_comparisons:
             coded_part = 1 - coded[0].dense
-            yield name, kind, layer, 0.0, work * coded_part * coding.gate_comparisons
+            yield name, kind, layer, 0.0, work * coded_part * coded[0].comparisons
         if coding and coded and coding.value_macs and convention.decode_scaling:
             # Of values that have channels: probabilities, which come by pairs, have none.
             scaled = operation.work.per_token * queries * (1 - coded[0].dense) * coding.value_macs
@@ -161,10 +166,11 @@ def _rows(
         spikes = sum(r.value if convention.attention == "full" else r.product for r in used)
         stays = work * math.prod(rate.dense for rate in used)
         yield name, kind, layer, math.nan if math.isnan(spikes) else stays, work * spikes
-        if convention.decode_scaling and coding.decode_macs:
-            outputs = operation.outputs.at(queries, pairs) * coding.decode_macs
-            decoded = outputs * sum(1 - rate.dense for rate in used)
-            yield name, "decode_scaling", layer, decoded, 0.0
+        macs = sum((1 - rate.dense) * rate.macs for rate in used)
+        acs = sum((1 - rate.dense) * rate.acs for rate in used)
+        if convention.decode_scaling and (macs or acs):
+            outputs = operation.outputs.at(queries, pairs)
+            yield name, "decode_scaling", layer, outputs * macs, outputs * acs
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
@@ -231,15 +237,22 @@ def _rates(counters: pd.DataFrame | None, coding: Coding | None) -> dict[str, Ra
     coded = table[table["spikes"].notna()]
     value, product = coded["spikes"] / coded["values"], coded["acs"] / coded["macs"]
     dense = 1 - coded["coded"] / coded["values"]
-    return rates | {str(s): Rate(value[s], product[s], dense[s]) for s in coded.index}
+    decoding = coded[[*DECODING]].div(coded["coded"], axis=0).to_numpy()
+    rows = zip(coded.index, value, product, dense, *decoding.T, strict=True)
+    return rates | {str(site): Rate(*map(float, costs)) for site, *costs in rows}
 
 
 def _pooled(counters: pd.DataFrame) -> pd.DataFrame:
-    """Sums by operand, as what all experts of a layer counted; `coded` of the values have a neuron."""
+    """Sums by operand, as what all experts of a layer counted; `coded` of the values have a neuron, and
+    what decoding costs is summed over these."""
     coded = counters["values"].where(counters["spikes"].notna(), 0.0)
-    table = counters.assign(coded=coded, site=counters["site"].map(pooled))
-    sums = table.groupby("site", sort=False)[["values", "spikes", "macs", "acs", "coded"]]
-    return sums.sum(min_count=1)
+    costs = counters.reindex(columns=[*DECODING])
+    if costs.isna().any(axis=1)[counters["spikes"].notna()].any():
+        raise ValueError(f"counters of coded sites without {', '.join(DECODING)}")
+    table = counters.assign(**costs.mul(coded, axis=0), coded=coded)
+    table["site"] = counters["site"].map(pooled)
+    summed = ["values", "spikes", "macs", "acs", "coded", *DECODING]
+    return table.groupby("site", sort=False)[summed].sum(min_count=1)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from stages.model.forward import windows
 from stages.model.offload import device_of, refuse_offloaded
 from stages.model.perturbation import Perturbation, perturbed
 from stages.model.sites import find_sites
-from stages.ports.counters import Counters
+from stages.ports.counters import Counters, decoding
 from stages.ports.patched import patched
 from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
@@ -153,9 +153,6 @@ def perplexity(
     predicted = ids.shape[1] - 1
     nll = torch.cat(sums).cpu().numpy()
     mean = float((nll / predicted).mean())
-    converted = set() if conversion is None else set(conversion.neurons.sites)
-    if conversion is not None and not conversion.coding.neuron:
-        converted = set()  # a bound quantises but does not spike
     metrics = {
         "corpus": corpus,
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
@@ -168,7 +165,7 @@ def perplexity(
     if perturbation is not None:
         metrics["perturbation"] = asdict(perturbation)
     by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
-    return Perplexity(metrics, counters.frame(converted), by_window)
+    return Perplexity(metrics, counters.of(conversion), by_window)
 
 
 def _sha256(ids: Tensor) -> str:
@@ -182,9 +179,9 @@ def _sha256(ids: Tensor) -> str:
 def anytime(
     model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
 ) -> pd.DataFrame:
-    """Measure ids [windows, length] after the first t steps of every neuron, t = 1 … T; the last is that
-    of the fast path. A row for every step `t` and window, as in `Perplexity.windows`."""
-    last = conversion.coding.longest
+    """Measure ids [windows, length] after the first t steps of every neuron, t = 1 … those of the longest;
+    the last is that of the fast path. A row for every step `t` and window, as in `Perplexity.windows`."""
+    last = int(decoding(conversion)["steps"].max())
     parts = []
     for t in range(1, last + 1):
         steps = None if t == last else t

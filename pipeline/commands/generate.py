@@ -106,7 +106,7 @@ def _report(request: Request) -> None:
     with patched(model, bound.conversion, counters):
         spiking, passed = _generated(model, tokenizer, request, counters)
     coding = bound.conversion.coding
-    coded = counters.frame(set(bound.conversion.neurons.sites))
+    coded = counters.of(bound.conversion)
     joules = _joules(model, coded, coding, passed)
     rows = {
         "dense": [dense.tokens, dense.tokens / dense.seconds, 0.0, joules[0]],

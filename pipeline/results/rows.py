@@ -18,7 +18,7 @@ COUNTS = ("grains", "timesteps")
 NAMES = ("model", "coding", "row", "setting", "transform")
 TEXT = (*NAMES, "trained", "convention", "environment")
 # Left out where no row has one.
-OPTIONAL = ("row", "setting", "transform", "bits", "trained", "convention", "environment")
+OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "convention", "environment")
 # Overrides of a job that are seen in other columns, or that no row needs.
 TOLD = {"row", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
 TOLD |= {"model", "model.name", "model.path", "model.hub"}
@@ -76,7 +76,7 @@ def column_names(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
 def _shown(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
     perplexities = [name for corpus in corpora for name in (f"ppl_{corpus}", RATIO + corpus)]
     accuracies = [f"acc_{task}" for task in tasks]
-    return [*NAMES, *COUNTS, "bits", "trained", *perplexities, *accuracies, *LAST]
+    return [*NAMES, *COUNTS, "steps", "bits", "trained", *perplexities, *accuracies, *LAST]
 
 
 def _beside(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -186,7 +186,11 @@ def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _dtype(column: str) -> str:
-    return "Int64" if column in (*COUNTS, "replicates") or column.endswith("_n") else "float64"
+    return (
+        "Int64"
+        if column in (*COUNTS, "steps", "replicates") or column.endswith("_n")
+        else "float64"
+    )
 
 
 def sweep_results(sweep_dir: Path) -> dict[RunFolder, dict[str, Any]]:

@@ -124,6 +124,7 @@ def numbers(measured: Measured[Artifact], sites: pd.DataFrame) -> dict[str, Any]
     fanout = float(coded["macs"].sum())
     row["nmse"] = geometric_mean(sites["nmse"])
     row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
+    row["steps"] = None if coded.empty else int(coded["steps"].max())
     return row | _energy(measured)["causal"]["prefill"]
 
 

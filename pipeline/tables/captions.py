@@ -29,7 +29,11 @@ GRAINS = (
     "bits more."
 )
 
+STEPS = (
+    "steps: timesteps until the last spike of a value may have come, at the site that takes most"
+)
 MEANINGS = {
+    "steps": STEPS,
     "bits": "bits: T, and log2 n where the n grains are neurons an activation",
     "nmse": "nmse: geometric mean over the sites, on held-out activations",
     "convention": "convention: how the spikes of a value are counted",

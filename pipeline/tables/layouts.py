@@ -37,6 +37,7 @@ NAMES = (
     Column("grains", "n"),
     Column("timesteps", "T"),
 )
+STEPS = Column("steps", "steps", spare=1)
 SECONDS = Column("conversion_s", "conversion [s]", "{:.1f}".format, spare=2)
 
 
@@ -151,6 +152,7 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
     corpora, tasks = measures(frame)
     columns = [
         *_names(frame),
+        STEPS,
         Column("bits", "bits", "{:.3g}".format),
         *(
             column
@@ -171,6 +173,7 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         captions.model(frame),
         captions.perplexity(rows[0]),
         captions.accuracy(rows[0]),
+        f"{captions.STEPS}." if STEPS.name in frame else "",
         "nmse: geometric mean over sites, on held-out activations.",
         "Energy: one window, causal convention.",
         captions.conversion(rows),

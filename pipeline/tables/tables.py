@@ -31,7 +31,7 @@ LEFT = (*TEXT, "run", "phase", "role")  # columns of words
 ALIASES = {"T": "timesteps", "n": "grains"}  # heads that are names of columns to choose as well
 # What is printed of a run's table, and stands in its Markdown and LaTeX; ppl and acc are all of them.
 PRINTED = (
-    *("model", "coding", "transform", "timesteps", "grains", "ppl", "acc"),
+    *("model", "coding", "transform", "timesteps", "steps", "grains", "ppl", "acc"),
     *("spikes_per_value", "energy_J", "saving"),
 )
 ENERGY_CAPTION = (
@@ -44,6 +44,7 @@ COLUMNS = {
     column.name: column
     for column in (
         Column("timesteps", "T"),
+        Column("steps", "steps", spare=1),
         Column("grains", "n"),
         Column("nmse", "nmse", lambda value: scientific(value, 1)),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
@@ -96,8 +97,11 @@ def run_sheet(
     """The rows of a sweep in the columns of those `names`; `energy` is what its configuration says."""
     frame = result_frame(results)
     made = choice(sheet.Sheet(frame, [], ""), names or PRINTED, column_names([], []))
-    if not names and (frame.get("transform", pd.Series("none")) == "none").all():
-        made = replace(made, columns=[c for c in made.columns if c.name != "transform"])
+    if not names:
+        plain = (frame.get("transform", pd.Series("none")) == "none").all()
+        empty = {"transform"} if plain else set()
+        empty |= {"steps"} - set(frame)  # results of before
+        made = replace(made, columns=[c for c in made.columns if c.name not in empty])
     profile = (energy or {}).get("profile") or {}
     return replace(made, caption=captions.sweep(results, made, str(profile.get("name", ""))))
 

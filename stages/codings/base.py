@@ -13,6 +13,7 @@ from stages.errors import InputError
 from stages.fits.statistics import ChannelScale, Statistic
 from stages.fitted import Fit
 from stages.neurons.channels import CHANNEL, scaled_atoms
+from stages.neurons.decoding import Decoding
 from stages.neurons.spikes import Params, Spikes, SpikeTime
 
 MAX_TIMESTEPS = 16
@@ -33,7 +34,9 @@ class Coding(ABC):
     converts: bool = True  # false for `dense` alone: nothing is captured, fitted or patched
     trained: bool = False  # whether `fit` learns by gradient, and so depends on drawn samples
     neuron: bool = True  # whether the code is a spike train; bounds are quantisers without spikes
-    convention: str = "bit_plane"  # how spikes are counted: unary, bit_plane, one_spike or none
+    convention: str = (
+        "bit_plane"  # how spikes are counted: unary, bit_plane, digit, one_spike or none
+    )
     # Whether a value's code depends on its whole token: `quantise` sees x [..., C] as the model has it,
     # [B, S, C] or [B, H, S, D], and there is no error and no spike count of a single value.
     tokenwise: bool = False
@@ -61,8 +64,14 @@ class Coding(ABC):
 
     @property
     def longest(self) -> int:
-        """Steps of the longest neuron that a fit may choose."""
+        """T of the longest neuron that a fit may choose."""
         return self.timesteps
+
+    def decoding(self, p: Params) -> Decoding:
+        """What decoding costs at every site of fitted parameters, which have the sites in front."""
+        sites = next(iter(p.values())).shape[:1]
+        costs = (self.decode_macs, 0, self.gate_comparisons, self.timesteps)
+        return Decoding(*(torch.full(sites, cost, dtype=torch.float64) for cost in costs))
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

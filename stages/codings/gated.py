@@ -1,4 +1,4 @@
-"""Range-gated base-2 neurons: n ranges, of which the smallest that holds a value codes it.
+"""Range-gated neurons: n ranges, of which the smallest that holds a value codes it.
 
 The density of levels is piecewise constant, the n-piece approximation of lambda* ∝ p^(1/3). The ranges
 come from a search over the distribution, not from a gradient.
@@ -28,8 +28,11 @@ from stages.fits.sensitivity import Sensitivity, loss_weight, predicted_loss
 from stages.fits.statistics import Statistic
 from stages.fitted import Fit
 from stages.neurons import ranges
+from stages.neurons.decoding import Decoding
 from stages.neurons.spikes import Params
 from stages.registry import register
+
+RADICES = tuple(2**bits for bits in range(1, MAX_TIMESTEPS + 1))
 
 
 @register("coding/gated", was="stages.codings.gated.Gated")
@@ -48,6 +51,11 @@ class Gated(Scaled):
     `budget` has the least predicted loss at a mean T over sites (`budget` timesteps) or at the
     spikes, weighted by fan-out, of T everywhere (`budget` spikes); `price` the least predicted loss
     + mu times spikes, so that a sweep over mu draws the frontier.
+
+    `radix` R = 2^r: the T_k bits are sent as digits of r bits, one spike a digit at the step of its
+    value and none for zero (`stages.neurons.digits`): the same levels with fewer spikes over more steps;
+    R = 2^T or more is one spike in time. With `offset` the highest digit then always spikes, and for
+    the floor too. Parameters may give r by site as `radix` [S], which is used instead.
     """
 
     name: str = "gated"
@@ -59,6 +67,7 @@ class Gated(Scaled):
     sensitivity: Sensitivity | None = None
     allocation: str = "uniform"
     budget: str = "timesteps"
+    radix: int = 2
 
     signed = False
 
@@ -87,6 +96,10 @@ class Gated(Scaled):
                 f"coding.grain_steps={list(self.grain_steps or ())} for {self.name}: give one whole "
                 f"number for each of the {self.grains} grains, so that 1 <= T + it <= {MAX_TIMESTEPS}"
             )
+        if type(self.radix) is not int or self.radix not in RADICES:
+            raise InputError(
+                f"coding.radix={self.radix!r} for {self.name}: give a power of two from 2 to {RADICES[-1]}"
+            )
         if self.mu < 0:
             raise InputError(f"coding.mu={self.mu} for {self.name}: give 0 or more")
         if self.allocation not in ALLOCATIONS or self.budget not in BUDGETS:
@@ -105,16 +118,21 @@ class Gated(Scaled):
         return super().statistics if self.sensitivity is None else (self.sensitivity,)
 
     @property
-    def decode_macs(self) -> int:
-        return self.grains
-
-    @property
     def gate_comparisons(self) -> int:
         return self.grains - 1
 
     @property
+    def convention(self) -> str:  # type: ignore[override]
+        return "bit_plane" if self.radix == 2 else "digit"
+
+    @property
+    def digit_bits(self) -> int:
+        """r of the radix 2^r."""
+        return self.radix.bit_length() - 1
+
+    @property
     def longest(self) -> int:
-        """Steps of the longest neuron that the fit may choose."""
+        """T of the longest neuron that the fit may choose."""
         reach = 0 if self.allocation == "uniform" else REACH[-1]
         return max(self.steps(min(self.timesteps + reach, MAX_TIMESTEPS)))
 
@@ -217,13 +235,16 @@ class Gated(Scaled):
         return scales.gather(1, pick).squeeze(1)
 
     def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
-        return ranges.encode(x, p, self.timesteps, self.longest, self.signed)
+        return ranges.encode(x, p, self.timesteps, self.longest, self.signed, self.digit_bits)
 
     def table(self, p: Params) -> Tensor:
         return ranges.table(p, self.timesteps, self.longest)
 
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        return ranges.quantise(x, p, self.timesteps, self.signed)
+        return ranges.quantise(x, p, self.timesteps, self.signed, self.digit_bits)
+
+    def decoding(self, p: Params) -> Decoding:
+        return ranges.decoding(p, self.timesteps, self.signed, self.digit_bits)
 
 
 @functools.lru_cache(maxsize=16)

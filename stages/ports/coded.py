@@ -108,7 +108,7 @@ def _product(a: Tensor, b: Tensor, multiply: Multiply) -> Tensor:
 def _one(x: Coded, select: Callable[[Tensor], Tensor]) -> Tensor:
     total: Tensor | float = 0.0
     for accumulator in x.planes.accumulators:
-        products = Sum(accumulator)
+        products = Sum.of(accumulator)
         for plane, weight, _ in accumulator.spikes:
             products.add(select(x.planes.selecting(plane, x.dtype)).float(), weight)
         total = products.value() + total
@@ -122,7 +122,7 @@ def _both(a: Coded, b: Coded, multiply: Multiply) -> Tensor:
     dtype = a.dtype
     traces = a.planes.none(), b.planes.none()
     operands = (a.planes, b.planes)
-    sums = [[Sum(each) for each in operand.accumulators] for operand in operands]
+    sums = [[Sum.of(each) for each in operand.accumulators] for operand in operands]
     for step in range(max(operand.steps for operand in operands)):
         b.planes.arrive(traces[1], step)
         for index, operand in enumerate(operands):

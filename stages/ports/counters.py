@@ -8,8 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from stages.fitted import Conversion
 from stages.model.sites import Site
 
+DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")
 FIELDS = ("values", "spikes", "macs", "acs", "error", "power")
 
 
@@ -30,6 +32,26 @@ class Counters:
         silent = ~frame["site"].isin(coded)
         frame.loc[silent, ["spikes", "acs", "error"]] = float("nan")
         return frame
+
+    def of(self, conversion: Conversion | None) -> pd.DataFrame:
+        """Return the frame of a model with these neurons and what decoding them costs, see `Decoding`:
+        columns decode_macs, decode_acs, comparisons, steps.
+
+        A bound quantises but does not spike; it and the dense model have no coded sites.
+        """
+        if conversion is None or not conversion.coding.neuron:
+            return self.frame(set()).assign(**dict.fromkeys(DECODING, float("nan")))
+        costs = decoding(conversion)
+        frame = self.frame(set(conversion.neurons.sites))
+        return frame.join(costs, on="site")
+
+
+def decoding(conversion: Conversion) -> pd.DataFrame:
+    """What decoding costs at every site of a conversion, the columns of `Counters.of` by site."""
+    costs = conversion.coding.decoding(conversion.neurons.fit.params)
+    columns = (costs.macs, costs.acs, costs.comparisons, costs.steps)
+    table = {name: t.cpu().numpy() for name, t in zip(DECODING, columns, strict=True)}
+    return pd.DataFrame(table, list(conversion.neurons.sites))
 
 
 class SiteCounter:

@@ -11,8 +11,29 @@ from torch import Tensor
 from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.neurons.channels import unit
-from stages.neurons.ranges import Bank, RangeSpikes
+from stages.neurons.ranges import Bank, DigitSpikes, RangeSpikes
 from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive slots whose spikes are summed as they come, and that sum added to the total again and
+    again, so that an early spike counts more.
+
+    gaps: at each slot, by how many bits the sum is shifted when it is added; slots behind them add
+    nothing. A group of one slot adds its spikes to the total itself. shift: by how many bits the total
+    moves before the group; floor: what each of its spikes is worth beside.
+    """
+
+    slots: int
+    gaps: tuple[int, ...]
+    shift: int = 0
+    floor: float = 0.0
+
+    def weights(self, unit: float) -> list[float]:
+        """What a spike of each slot is worth, where one in the total is worth `unit`."""
+        counts = [sum(2**gap for gap in self.gaps[slot:]) for slot in range(self.slots)]
+        return [unit * count + self.floor for count in counts]
 
 
 @dataclass(frozen=True)
@@ -20,12 +41,25 @@ class Accumulator:
     """The planes that one accumulator sums, in the order of their steps.
 
     plane: int8 tensors in {-1, 0, 1} of the shape of the values; weight: what a spike of each is
-    worth; step: the timestep of each, from 0.
+    worth; step: the timestep of each, from 0. With `groups` it adds up running sums, and `unit` is what
+    one in the total is worth at the end.
     """
 
     plane: tuple[Tensor, ...]
     weight: tuple[float, ...]
     step: tuple[int, ...]
+    groups: tuple[Group, ...] = ()
+    unit: float = 1.0
+
+    @classmethod
+    def running(cls, plane: Sequence[Tensor], groups: Sequence[Group], unit: float) -> Accumulator:
+        """The accumulator of running sums over planes of a slot each."""
+        weight: list[float] = []
+        worth = unit
+        for group in reversed(groups):
+            weight = group.weights(worth) + weight
+            worth *= 2**group.shift
+        return cls(tuple(plane), tuple(weight), tuple(range(len(plane))), tuple(groups), unit)
 
     @property
     def shift(self) -> int | None:
@@ -47,6 +81,11 @@ class Sum:
         self._shift, self._last = accumulator.shift, accumulator.weight[-1]
         self._total: Tensor | None = None
 
+    @classmethod
+    def of(cls, accumulator: Accumulator) -> Sum | RunningSum:
+        """The sum that an accumulator makes."""
+        return RunningSum(accumulator) if accumulator.groups else cls(accumulator)
+
     def add(self, product: Tensor, weight: float) -> None:
         """Add what the spikes of the next plane, of that weight, have selected."""
         term = product * weight if self._shift is None else product
@@ -58,6 +97,46 @@ class Sum:
     def value(self) -> Tensor:
         assert self._total is not None
         return self._total if self._shift is None else self._total * self._last
+
+
+class RunningSum:
+    """What an accumulator with groups adds up: by additions and shifts, which double, with one
+    multiplication at the end and one for a floor."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        groups = accumulator.groups
+        self._slots = iter([(group, slot) for group in groups for slot in range(group.slots)])
+        self._unit = accumulator.unit
+        self._total: Tensor | None = None
+        self._floor: tuple[Tensor, float] | None = None
+
+    def add(self, product: Tensor, weight: float) -> None:
+        """Add what the spikes of the next slot have selected."""
+        group, slot = next(self._slots)
+        if self._total is None:
+            self._total = torch.zeros_like(product)
+        if slot == 0:
+            self._total = _shifted(self._total, group.shift)
+            self._arrived = torch.zeros_like(product)
+        if group.slots == 1:
+            self._total = self._total + _shifted(product, group.gaps[0])
+            return
+        self._arrived = self._arrived + product
+        if slot < len(group.gaps):
+            self._total = self._total + _shifted(self._arrived, group.gaps[slot])
+        if group.floor:
+            self._floor = self._arrived, group.floor
+
+    def value(self) -> Tensor:
+        assert self._total is not None
+        value = self._total * self._unit
+        return value if self._floor is None else value + self._floor[0] * self._floor[1]
+
+
+def _shifted(total: Tensor, bits: int) -> Tensor:
+    for _ in range(bits):
+        total = total + total
+    return total
 
 
 @dataclass(frozen=True)
@@ -91,7 +170,7 @@ class Planes:
         return plane.to(dtype) if self.unit is None else (plane * self.unit).to(dtype)
 
     def first(self, steps: int) -> Planes:
-        """Return what has arrived after the first `steps` steps."""
+        """Return what has arrived after the first `steps` steps, every spike at its full worth."""
         kept = []
         for each in self.accumulators:
             number = sum(step < steps for step in each.step)
@@ -142,6 +221,8 @@ def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
     spikes = coding.encode(x, p)
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
+    if isinstance(spikes, DigitSpikes):
+        return _digits(spikes, Bank.of(p, coding.timesteps)), spikes.count
     if isinstance(spikes, RangeSpikes):
         return _ranges(spikes, Bank.of(p, coding.timesteps)), spikes.count
     return _trains(spikes, coding.table(p)), spikes.count
@@ -150,14 +231,19 @@ def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
     """Return one plane a step; silence, where it has a weight, is a spike of the last step.
 
-    weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1].
+    weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1]. Where
+    the gaps between the weights are powers of two, they are summed as one group of running sums.
     """
     silent = len(weight) > spikes.timesteps and bool(weight[-1] != 0)
     number = spikes.timesteps + silent
     sign = spikes.sign.to(torch.int8)
     plane = tuple(sign * (spikes.time == t) for t in range(number))
     step = tuple(min(t, spikes.timesteps - 1) for t in range(number))
-    accumulator = Accumulator(plane, tuple(weight[:number].tolist()), step)
+    if spikes.gaps is None:
+        accumulator = Accumulator(plane, tuple(weight[:number].tolist()), step)
+    else:
+        unit = float(weight[spikes.timesteps - 1]) * 2.0 ** -spikes.gaps[-1]
+        accumulator = Accumulator.running(plane, [Group(number, spikes.gaps)], unit)
     return Planes((accumulator,), None if row is None else row.expand(sign.shape).contiguous())
 
 
@@ -172,6 +258,24 @@ def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
             accumulators.append(_accumulator(sign, spikes.train[: len(weights)], weights))
         if floor > 0:
             accumulators.append(_accumulator(sign, spikes.floor[None], [floor]))
+    return Planes(tuple(accumulators))
+
+
+def _digits(spikes: DigitSpikes, bank: Bank) -> Planes:
+    """One accumulator a neuron, a group of running sums a digit."""
+    given = zip(
+        spikes.neurons, *(t.tolist() for t in (bank.width, bank.floor, bank.steps)), strict=True
+    )
+    accumulators = []
+    for grain, (digits, width, floor, steps) in enumerate(given):
+        sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
+        groups = [
+            Group(len(d.values), (0,) * (len(d.values) - d.merged), d.bits, floor * d.merged)
+            for d in digits
+        ]
+        slots = sum(group.slots for group in groups)
+        plane = [sign * train for train in spikes.train[:slots]]
+        accumulators.append(Accumulator.running(plane, groups, width / steps))
     return Planes(tuple(accumulators))
 
 

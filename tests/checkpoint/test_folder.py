@@ -53,6 +53,7 @@ CODINGS = [
     Multigrain("multigrain", 6, 2, "half_step", False),
     OneSpike("one_spike", 8, None),
     SignedDigit("signed_digit", 5, 2),
+    Gated("digits", 5, 2, offset=True, radix=4),
     Ttfs("ttfs", 64, None, False),
     Gif("gif", 3, 16, 0.0, "unary", None),
 ]

@@ -33,6 +33,7 @@ from stages.errors import InputError
 from stages.fits.algorithm1 import Algorithm1
 from stages.neurons.spikes import decode
 from tests.codings import scalar
+from tests.codings.digits import nonzero_digits
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)
@@ -43,6 +44,7 @@ OPTIONS = {
     "tied": (True, False),
     "max_spikes": (None, 1, 2),
     "offset": (True,),
+    "radix": (4, 8, 2**16),
     "grain_steps": ((1, 0), (-1, 1)),
     "base": (None, 1.4),
     "silent_zero": (True, False),
@@ -128,6 +130,9 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
             v = v - sign.astype(np.float32) * weight
             code, count = 2 * code + sign, count + np.abs(sign)
         value = (code * 2.0**-longest).astype(np.float32) * width + floor
+        if coding.radix > 2:
+            level = code >> (longest - own)
+            count = nonzero_digits(level, own, coding.radix, coding.signed, floor > 0)
         return (k << longest) + code, value, count
 
     return neuron

@@ -18,6 +18,7 @@ from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
+from tests.codings.digits import digits_of
 
 ONE = np.float32(1)
 
@@ -102,6 +103,9 @@ def consecutive(coding: Gated, p: dict[str, np.ndarray]) -> Neuron:
                 sign = int(v >= weight)
             v = v - np.float32(sign) * weight
             code, count = code + sign, count + abs(sign)
+        if coding.radix > 2:
+            digits = digits_of(code >> (longest - own), own, coding.radix, coding.signed)
+            count = sum(map(bool, digits[:-1])) + bool(digits[-1] or floor > 0)
         return (k << longest) + code, np.float32(code * 2.0**-longest) * width + floor, count
 
     return neuron

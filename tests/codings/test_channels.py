@@ -270,7 +270,7 @@ def test_a_multiplication_of_every_value_is_counted(
         counters = Counters(sites, "cpu")
         with torch.no_grad(), patched(model, conversion, counters):
             model(ids, use_cache=False)
-        frame = account(plan, energy, 16, counters.frame(set(conversion.neurons.sites)), coding)
+        frame = account(plan, energy, 16, counters.of(conversion), coding)
         frames.append(frame.query("phase == 'prefill' and kind == 'decode_scaling'"))
     work = {o.name: o.work.per_token for o in plan if o.kind == "gate"}
     assert sum(value > 0 for value in work.values()) == len(work) - 2  # but the probabilities

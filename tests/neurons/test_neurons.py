@@ -20,7 +20,7 @@ from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.ttfs import Ttfs
-from stages.neurons import bank, ranges, spikes, step
+from stages.neurons import bank, digits, ranges, spikes, step
 from stages.neurons.spikes import popcount
 from tests.codings.reference import (
     SIGNED,
@@ -37,7 +37,13 @@ from tests.codings.reference import (
     variants,
 )
 
-CODINGS = [variant for coding in shipped().values() for variant in variants(coding)]
+SEVERAL = [  # options that only together make a neuron of their own
+    Gated("gated", 5, 3, True, (0, -1, 1), radix=4),
+    Gated("gated", 5, 2, True, radix=2**16),
+    SignedDigit("signed_digit", 6, 3, True, (0, 1, -1), radix=4),
+    SignedDigit("signed_digit", 7, 2, True, radix=8),
+]
+CODINGS = [variant for coding in shipped().values() for variant in variants(coding)] + SEVERAL
 every_coding = pytest.mark.parametrize("coding", CODINGS, ids=label)
 sign_and_magnitude = pytest.mark.parametrize(
     "coding", [c for c in CODINGS if not isinstance(c, SIGNED)], ids=label
@@ -54,7 +60,7 @@ def site(coding: Coding) -> dict[str, Tensor]:
 def test_the_shipped_neurons_are_found() -> None:
     assert {"las", "las_rounded", "phase", "multigrain", "gated"} <= set(shipped())
     assert {"ttfs", "one_spike"} <= set(shipped())
-    assert {c.timesteps for c in CODINGS} == {1, 2, 4, 6, 8, 10, 32, 128}
+    assert {c.timesteps for c in CODINGS} == {*range(1, 11)} - {3, 9} | {32, 128}
     assert {c.grains for c in CODINGS if isinstance(c, Gated)} == {1, 2, 3}
 
 
@@ -155,6 +161,7 @@ def test_the_population_count_is_that_of_python() -> None:
 LAS, ROUNDED = Las("las", 6, "zero"), Las("las", 6, "half_step")
 GATED, OFFSET = Gated("gated", 4, 3), Gated("gated", 4, 3, offset=True)
 LONGER, SIGNED = Gated("gated", 4, 2, grain_steps=(-1, 1)), SignedDigit("signed_digit", 5, 2)
+DIGITS, SIGNED_DIGITS = SEVERAL[0], SEVERAL[3]
 OUTLIERS = Oat("oat_rounded", 4, "half_step", 90.0)
 GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
 TWO = Phase("phase", 6, 1, "half_step", True, 2)
@@ -196,6 +203,26 @@ BREAKS = [
     (OFFSET, "table", "+ bank.floor[..., None]", ""),
     (LONGER, "encode", " & (steps * 2.0**-t >= 1)", ""),
     (LONGER, "table", "2.0**-longest\n", "2.0**-timesteps\n"),
+    (DIGITS, "encode_digits", "v + 0.5 / steps", "v"),
+    (DIGITS, "encode_digits", "(v >= level)", "(v > level)"),
+    (DIGITS, "encode_digits", "v - spike * worth", "v"),
+    (DIGITS, "encode_digits", "silent & (spike == 0)", "silent"),
+    (DIGITS, "encode_digits", "silent | first[index]", "silent"),
+    (DIGITS, "DigitSpikes", "self.longest - sum", "sum"),
+    (DIGITS, "digits_of", "lower * bits)\n        thresholds", "lower)\n        thresholds"),
+    (DIGITS, "nonzero", "+ low | code", "+ low"),
+    (DIGITS, "nonzero", "& low) + low", "& low)"),
+    (DIGITS, "top_place", "(torch.int32) - 1)", "(torch.int32))"),
+    (DIGITS, "_digit_count", "whole & (place - 1)", "whole"),
+    (DIGITS, "_digit_count", "bits) + floor", "bits)"),
+    (SIGNED_DIGITS, "signed_threshold", "+ 0.5", "+ 0.75"),
+    (SIGNED_DIGITS, "signed_threshold", "base - 1 - digit", "base - 1"),
+    (SIGNED_DIGITS, "digits_of", "+ (signed and highest and lower > 0)", ""),
+    (SIGNED_DIGITS, "encode_digits", "(v < -level)", "(v <= -level)"),
+    (SIGNED_DIGITS, "encode_digits", "1 - 1 / steps", "torch.ones_like(v)"),
+    (SIGNED_DIGITS, "signed_count", "(base + 1)", "(base - 1)"),
+    (SIGNED_DIGITS, "signed_count", "code > rest", "code > 0"),
+    (SIGNED_DIGITS, "_digit_count", "top | floor", "top"),
     (SIGNED, "threshold", "(2 / 3)", "(1 / 2)"),
     (SIGNED, "threshold", "+ 0.5)", "+ 0.75)"),
     (SIGNED, "digits", "3 * low", "2 * low"),
@@ -239,7 +266,7 @@ def test_the_comparison_fails_on_a_broken_neuron(
     beyond = 2 * p["scale"].max() * torch.tensor([1.0, -1.0])
     x = torch.cat([breakpoints(coding, p), heavy_tailed(2, 300)[1], beyond])
     check_equal(coding, p, x)
-    module = next(each for each in (spikes, step, bank, ranges) if _defines(each, name))
+    module = next(each for each in (spikes, step, bank, digits, ranges) if _defines(each, name))
     whole, part = vars(module)[name], broken(module, name, old, new)
     for user in [m for n, m in sys.modules.items() if n.startswith(("stages.", "tests."))]:
         if vars(user).get(name) is whole:

@@ -21,8 +21,9 @@ class Products(TorchDispatchMode):
     """Every product of a run: `seen` tells its module, its name and whether one operand is in
     {-1, 0, 1}.
 
-    `additions` and `scalings`, by module and length of the inner dimension: what the spikes of a
-    product select, and multiplications of a product by one number."""
+    By module and length of the inner dimension: `additions`, what the spikes of a product select;
+    `scalings`, multiplications of a product by one number; `merges`, additions of a sum of products to
+    another one. A sum added to itself is a shift."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -30,7 +31,9 @@ class Products(TorchDispatchMode):
         self.seen: list[tuple[str, str, bool]] = []
         self.additions: dict[tuple[str, int], float] = defaultdict(float)
         self.scalings: dict[tuple[str, int], float] = defaultdict(float)
+        self.merges: dict[tuple[str, int], float] = defaultdict(float)
         self._products: dict[int, tuple[Tensor, tuple[str, int]]] = {}
+        self._sums: set[int] = set()  # of them: no product by itself
         self._handles = []
         for name, module in model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
@@ -59,8 +62,14 @@ class Products(TorchDispatchMode):
             # A product, laid out or added to another one, is multiplied by one number.
             if name == "mul" and not isinstance(args[1], Tensor):
                 self.scalings[known[1]] += found.numel()
-            elif name in ("view", "_unsafe_view", "add"):
+            elif name in ("view", "_unsafe_view", "add", "zeros_like", "detach"):
                 self._products[id(found)] = (found, known[1])
+            if name == "add":
+                left, right = (id(operand) for operand in args[:2])
+                if left != right and {left, right} <= self._sums:
+                    self.merges[known[1]] += found.numel()
+            if name in ("add", "zeros_like") or (name == "detach" and id(args[0]) in self._sums):
+                self._sums.add(id(found))
         return found
 
     def close(self) -> None:

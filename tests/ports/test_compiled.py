@@ -64,6 +64,8 @@ def bits(x: Tensor) -> Tensor:
         (GRAINS, False, torch.float32),
         (OFFSET, True, torch.float32),
         (SIGNED, True, torch.float32),
+        (Gated("gated", 5, 3, offset=True, radix=4), True, torch.float32),
+        (SignedDigit("signed_digit", 6, 2, offset=True, radix=8), True, torch.float32),
         (Oat("oat", 6, "zero", 99.0), True, torch.float32),
         (Ttfs("ttfs", 128, None, True), True, torch.float32),
         (OneSpike("one_spike", 40, 1.15), True, torch.float32),
@@ -74,6 +76,8 @@ def bits(x: Tensor) -> Tensor:
         "steps-uncounted-float32",
         "offset-counted-float32",
         "signed-counted-float32",
+        "digits-counted-float32",
+        "signed_digits-counted-float32",
         "bank-counted-float32",
         "latency-counted-float32",
         "one_spike-counted-float32",
@@ -172,3 +176,15 @@ def test_a_failing_compiler_is_logged_and_replaced(
     assert "no C++ here" in caplog.text and "much more" not in caplog.text
     use_compiler(True)
     assert not compiled()  # it failed: asking again changes nothing
+
+
+@pytest.mark.parametrize("coding", [OFFSET, SIGNED], ids=["binary", "signed"])
+def test_a_radix_given_by_site_is_compiled_as_well(coding: Coding) -> None:
+    p = site_params(fitted(coding), 1)
+    x = rows(coding, p, torch.float32)
+    for size in (1.0, 2.0, 3.0):
+        given = p | {"radix": torch.tensor(size)}
+        value, spikes = row_kernel(coding, True)(x, given)
+        expected, count = coding.quantise(x, given)
+        assert compiled()
+        assert torch.equal(bits(value), bits(expected)) and torch.equal(spikes, count.sum(-1))

@@ -228,7 +228,7 @@ def test_experts_left_dense_have_no_gates_and_no_decoding(
     down = rows[rows["op"].eq(f"{path}:down")].set_index("kind")
     coded = own["site"].str.startswith(f"{path}:down[") & ~dense
     routed = own.loc[coded, "values"].sum() / own_inner(mixture)
-    assert down.loc["decode_scaling", "macs"] == pytest.approx(routed * HIDDEN * GATED.decode_macs)
+    assert down.loc["decode_scaling", "macs"] == pytest.approx(routed * HIDDEN * GATED.grains)
     stays = own.loc[own["site"].str.startswith(f"{path}:down[") & dense, "macs"].sum()
     assert down.loc["linear", "macs"] == pytest.approx(stays)
 

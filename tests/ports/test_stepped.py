@@ -33,6 +33,11 @@ from tests.ports.products import real_products, watched
 from tests.transforms.held import compare
 
 CODINGS = [
+    Gated("gated", 5, 2, radix=4),
+    Gated("gated", 4, 3, offset=True, grain_steps=(0, 1, 2), radix=4),
+    Gated("gated", 4, 2, offset=True, radix=16),
+    SignedDigit("signed_digit", 5, 2, radix=4),
+    SignedDigit("signed_digit", 4, 3, offset=True, radix=8),
     Gated("gated", 4, 2),
     Gated("gated", 4, 3, offset=True, grain_steps=(0, 1, 2)),
     SignedDigit("signed_digit", 5, 2),
@@ -58,7 +63,8 @@ def run(model: PreTrainedModel, conversion: Conversion, ids: Tensor, execution: 
 
 
 def ids_of(coding: Any) -> str:
-    return f"{coding.name}-{coding.grains}"
+    radix = getattr(coding, "radix", 2)
+    return f"{coding.name}-{coding.grains}" + f"-radix{radix}" * (radix > 2)
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=ids_of)

@@ -31,6 +31,12 @@ from tests.ports.products import watched
 CODINGS = [
     Gated("gated", 4, 2),
     SignedDigit("signed_digit", 5, 2),
+    Gated("digits", 5, 2, radix=4),
+    Gated("one_time", 4, 2, radix=16),
+    Gated("digits_offset", 4, 3, offset=True, grain_steps=(0, 1, 2), radix=4),
+    Gated("one_time_offset", 4, 2, offset=True, radix=2**16),
+    SignedDigit("signed_digits", 5, 2, radix=4),
+    SignedDigit("signed_digits_offset", 6, 2, offset=True, radix=8),
     Las("las", 5, "zero"),
     Oat("oat", 5, "half_step", 99.0),
     Multigrain("multigrain", 5, 2, "half_step", False),
@@ -57,7 +63,7 @@ def test_spikes_and_scalings_are_those_of_the_causal_energy(
     counters = Counters(sites, "cpu")
     with watched(model) as seen, torch.no_grad(), patched(model, conversion, counters, "stepped"):
         model(tokens(1, LENGTH), use_cache=False)
-    frame = counters.frame(set(conversion.neurons.sites))
+    frame = counters.of(conversion)
     energy = instantiate(OmegaConf.load(Path(__file__).parents[2] / "conf/energy/45nm.yaml"))
     causal = Energy(None, HardwareProfile("none", 1, 1), {"causal": energy.conventions["causal"]})
     rows = account(operations(model, sites), causal, LENGTH, frame, coding)
@@ -73,6 +79,7 @@ def test_spikes_and_scalings_are_those_of_the_causal_energy(
         elif row.kind == "decode_scaling":
             inner = {"qk": HEAD}.get(part)
             assert amount(seen.scalings, name, inner, part) == row.macs, row.op
+            assert amount(seen.merges, name, inner, part) == row.acs, row.op
             checked += 1
     assert checked == 2 * (2 * (7 + 2) + 1)  # a layer's linear modules and its attention, the head
 
@@ -82,7 +89,7 @@ def amount(counts: dict[tuple[str, int], float], name: str, inner: int | None, p
     own = {width: number for (where, width), number in counts.items() if where == name}
     if part == "pv":
         return sum(number for width, number in own.items() if width <= LENGTH)
-    return own[inner] if inner else sum(own.values())
+    return own.get(inner, 0) if inner else sum(own.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "opt"])

@@ -40,8 +40,6 @@ TOKENS = 11
 class Costs:
     """What the energy asks of a coding."""
 
-    decode_macs: int = 0
-    gate_comparisons: int = 0
     value_macs: int = 0
     neuron: bool = True
 
@@ -60,9 +58,15 @@ def part(frame: pd.DataFrame, convention: str, phase: str = "prefill") -> pd.Dat
     return frame[(frame["convention"] == convention) & (frame["phase"] == phase)]
 
 
-def counters_of(rows: dict[str, tuple[float, float, float, float]]) -> pd.DataFrame:
-    """A counter table of {site: (values, spikes, macs, acs)}."""
+def counters_of(
+    rows: dict[str, tuple[float, float, float, float]],
+    macs: float = 0,
+    acs: float = 0,
+    gate: int = 0,
+) -> pd.DataFrame:
+    """A counter table of {site: (values, spikes, macs, acs)}, all of whose codes cost the same."""
     frame = pd.DataFrame.from_dict(rows, "index", columns=["values", "spikes", "macs", "acs"])
+    frame = frame.assign(decode_macs=macs, decode_acs=acs, comparisons=gate)
     return frame.rename_axis("site").reset_index()
 
 
@@ -170,8 +174,8 @@ def test_dense_counters_agree_with_the_plan(energy, window, prefix):
         for site in counted.index
     }
     assert entered == counted["macs"].to_dict()
-    coded = counters_of(dict.fromkeys(counted.index, (1, 1, 1, 1)))
-    gated = account(plan, energy, TOKENS, coded, Costs(gate_comparisons=1))
+    coded = counters_of(dict.fromkeys(counted.index, (1, 1, 1, 1)), gate=1)
+    gated = account(plan, energy, TOKENS, coded, Costs())
     gates = part(gated, "causal").query("kind == 'gate'").set_index("op")["acs"]
     assert gates.to_dict() == counted["values"].to_dict()
 
@@ -188,6 +192,7 @@ def test_spikes_counted_in_one_window_are_its_additions(energy):
     with attached(model, sites, ports), torch.no_grad():
         model(torch.arange(TOKENS)[None])
     counted = counters.frame({site.name for site in sites})
+    counted = counted.assign(decode_macs=1, decode_acs=0, comparisons=0)
     frame = part(account(plan_of(model), energy, TOKENS, counted, las), "causal")
     products = frame[frame["kind"].isin(["linear", "qk", "pv"])]
     assert counted["acs"].sum() > 0
@@ -223,8 +228,7 @@ def cells(frame: pd.DataFrame, convention: str, phase: str) -> dict[tuple[str, s
 
 
 def test_hand_made_example(energy):
-    coding = Costs(decode_macs=2, gate_comparisons=3)
-    frame = account(MINI, energy, 3, counters_of(MINI_COUNTERS), coding)
+    frame = account(MINI, energy, 3, counters_of(MINI_COUNTERS, 2, 7, 3), Costs())
     assert cells(frame, "paper", "prefill") == {
         ("proj", "linear"): (0, 30 * 0.5),
         ("attn:qk", "qk"): (0, 36 * 0.5),
@@ -234,18 +238,18 @@ def test_hand_made_example(energy):
     assert cells(frame, "paper", "decode")["attn:qk", "qk"] == (0, 12 * 0.5)
     assert cells(frame, "causal", "prefill") == {
         ("proj", "linear"): (0, 30 * 0.5),
-        ("proj", "decode_scaling"): (15 * 2, 0),
+        ("proj", "decode_scaling"): (15 * 2, 15 * 7),
         ("attn:qk", "qk"): (0, 24 * (0.6 + 0.3)),
-        ("attn:qk", "decode_scaling"): (12 * 2 * 2, 0),
+        ("attn:qk", "decode_scaling"): (12 * 2 * 2, 12 * 2 * 7),
         ("attn:pv", "pv"): (0, 24 * 0.4),  # v is dense
-        ("attn:pv", "decode_scaling"): (12 * 2, 0),
+        ("attn:pv", "decode_scaling"): (12 * 2, 12 * 7),
         ("norm", "norm"): (42, 0),
         ("in", "gate"): (0, 6 * 3),
         ("probs", "gate"): (0, 12 * 3),
         ("up", "gate"): (0, 9 * 3),
     }
     assert cells(frame, "causal", "decode")["probs", "gate"] == (0, 3 * 2 * 3)
-    macs, acs = 30 + 48 + 24 + 42, 15 + 21.6 + 9.6 + 18 + 36 + 27
+    macs, acs = 30 + 48 + 24 + 42, 15 + 21.6 + 9.6 + 18 + 36 + 27 + 105 + 168 + 84
     joules = summary(frame)["causal"]["prefill"]["energy_J"]
     assert joules == pytest.approx((4.6 * macs + 0.9 * acs) * 1e-12)
     dense = account(MINI, energy, 3)
@@ -256,9 +260,10 @@ def test_hand_made_example(energy):
 
 def test_products_without_a_coded_operand_stay_multiplications(energy):
     silent = {s: (v, math.nan, m, math.nan) for s, (v, _, m, _) in MINI_COUNTERS.items()}
-    coding = Costs(decode_macs=2, gate_comparisons=3)
+    coding = Costs()
     dense = account(MINI, energy, 3)
-    pd.testing.assert_frame_equal(account(MINI, energy, 3, counters_of(silent), coding), dense)
+    coded = account(MINI, energy, 3, counters_of(silent, 2, 7, 3), coding)
+    pd.testing.assert_frame_equal(coded, dense)
     pd.testing.assert_frame_equal(account(MINI, energy, 3, counters_of(silent)), dense)
     only_k = counters_of(silent | {"k": MINI_COUNTERS["k"]})
     frame = account(MINI, energy, 3, only_k, coding)
@@ -275,6 +280,31 @@ def test_energy_of_a_bound_is_undefined_not_zero(energy):
     assert saving(frame, account(MINI, energy, 3))["paper"]["prefill"] is None
     assert part(frame, "paper").query("kind == 'norm'")["energy_J"].notna().all()
     assert by_kind(frame).query("kind == 'qk'")["energy_J"].isna().all()
+
+
+def test_what_decoding_costs_is_that_of_the_site(energy):
+    """Experts of a layer together, by the values that pass each; one is dense."""
+    plan = [Operation("down", "linear", 0, Amount(10), ("m:down[*]",), Amount(5))]
+    plan += [Operation("m:down[*]", "gate", 0, Amount(8), ("m:down[*]",))]
+    rows = {
+        "m:down[0]": (6, 3, 60, 30),
+        "m:down[1]": (2, 1, 20, 10),
+        "m:down[2]": (2, None, 20, None),
+    }
+    counters = counters_of(rows).assign(
+        decode_macs=[2, 4, math.nan], decode_acs=[8, 0, math.nan], comparisons=[1, 3, math.nan]
+    )
+    found = cells(account(plan, energy, 3, counters, Costs()), "causal", "prefill")
+    assert found["down", "decode_scaling"] == (
+        pytest.approx(15 * (6 * 2 + 2 * 4) / 10),
+        15 * 6 * 8 / 10,
+    )
+    assert found["m:down[*]", "gate"] == (0, 24 * (6 * 1 + 2 * 3) / 10)
+
+
+def test_counters_that_do_not_say_what_decoding_costs_are_refused(energy):
+    with pytest.raises(ValueError, match="without decode_macs, decode_acs, comparisons"):
+        account(MINI, energy, 3, counters_of(MINI_COUNTERS).drop(columns="decode_acs"), Costs())
 
 
 def test_the_fields_of_the_stage_make_a_key(energy):
