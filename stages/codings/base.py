@@ -67,6 +67,10 @@ class Coding(ABC):
         """T of the longest neuron that a fit may choose."""
         return self.timesteps
 
+    def at_site(self, p: Params) -> tuple[Coding, Params]:
+        """The coding and the parameters of one site, where sites have different ones."""
+        return self, p
+
     def decoding(self, p: Params) -> Decoding:
         """What decoding costs at every site of fitted parameters, which have the sites in front."""
         sites = next(iter(p.values())).shape[:1]

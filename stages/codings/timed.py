@@ -1,4 +1,4 @@
-"""One spike in time with a silent zone: levels where the distribution wants them, prices for the rest."""
+"""One spike in time with a silent zone: levels where the distribution wants them, as many as they are worth."""
 
 from __future__ import annotations
 
@@ -6,28 +6,40 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stages.atoms import Atoms
 from stages.codings.base import Scaled
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity, loss_weight
-from stages.fits.statistics import Products, Statistic
+from stages.fits.statistics import MULTIPLICATION, Products, Statistic, widths
 from stages.fits.time_levels import Points, cheapest_levels, segments
 from stages.fitted import Fit
 from stages.neurons import slots
-from stages.neurons.spikes import Params, SpikeTime
+from stages.neurons.decoding import Decoding
+from stages.neurons.spikes import Params
 from stages.registry import register
 
-LONGEST_WINDOW = 4096
-import os
-COH=float(os.environ.get('COH','1'))
-MULTIPLICATION = 5.1  # additions that cost as much: 4.6 and 0.9 pJ in 45 nm logic (Horowitz 2014)
+LONGEST_WINDOW = 1024
+MOST_LEVELS = 4096
 
 
 @register("coding/timed")
 @dataclass(frozen=True)
 class Timed(Scaled):
-    """x"""
+    """At most one spike a value, in one of `timesteps` slots of one of at most `grains` neurons, whose
+    windows run at the same time; a magnitude in the silent zone sends none.
+
+    Levels lie at gaps that are powers of two of one step, so that additions alone decode a window
+    (`stages.neurons.slots`): nearly the optimal density λ* ∝ p^(1/3). A site has as many of them, up to
+    grains · timesteps, and as wide a silent zone, as lets squared errors + prices be least: E(SN(x) -
+    x)^2 / E x^2, or with `sensitivity` the predicted loss in nats a token; `mu` for a spike a value,
+    weighted by the site's part in all multiplications, and as much for what costs the same energy in
+    decoding; `nu` for a level. A mean error, which is what the silence of small
+    probabilities leaves, counts as often as the product is wide.
+    Source of the quantiser: Chou, Lookabaugh & Gray 1989 (entropy-constrained); of decoding by running
+    sums: time to first spike, e.g. Stöckl & Maass 2021 and Rueckauer & Liu 2018.
+    """
 
     name: str = "timed"
     timesteps: int = 128
@@ -39,49 +51,71 @@ class Timed(Scaled):
     convention = "one_spike"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.timesteps, int) or not 1 <= self.timesteps <= LONGEST_WINDOW:
+        if type(self.timesteps) is not int or not 1 <= self.timesteps <= LONGEST_WINDOW:
             raise InputError(
                 f"coding.timesteps={self.timesteps!r} for {self.name}: give a whole number from 1 to "
-                f"{LONGEST_WINDOW}"
+                f"{LONGEST_WINDOW}, the slots of a window"
+            )
+        most = MOST_LEVELS // self.timesteps
+        if type(self.grains) is not int or not 1 <= self.grains <= most:
+            raise InputError(
+                f"coding.grains={self.grains!r} for {self.name}: give a whole number of neurons from 1 to "
+                f"{most}, with coding.timesteps={self.timesteps}"
+            )
+        if not (0 <= self.mu < torch.inf and 0 <= self.nu < torch.inf):
+            raise InputError(
+                f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
             )
         self.check_scale()
+        if self.quantile < 1 and not self.channels:
+            raise InputError(
+                f"coding.quantile={self.quantile} for {self.name}, whose levels are searched: give 1, or "
+                "coding.granularity=channel"
+            )
+        if self.sensitivity is not None and self.channels:
+            raise InputError(
+                f"coding.granularity=channel for {self.name} with a sensitivity, which is measured by "
+                "magnitude: give coding.sensitivity=null, or coding.granularity=site"
+            )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        return (*super().statistics, *filter(None, (self.sensitivity,)), Products())
+        sensitivity = () if self.sensitivity is None else (self.sensitivity,)
+        return (*super().statistics, *sensitivity, Products())
 
     def fit(self, atoms: Atoms) -> Fit:
-        points, slot = self.prices(atoms)
+        points, slot = self.objective(atoms)
         return Fit(segments(cheapest_levels(points, slot, self.timesteps * self.grains)))
 
-    def prices(self, atoms: Atoms) -> tuple[Points, Tensor]:
-        """The points of every site with their weights, and the price of a slot [S]."""
+    def objective(self, atoms: Atoms) -> tuple[Points, Tensor]:
+        """What is coded at every site, with the weights of its errors and the price of its spikes; the
+        price of a level [S]."""
         size = atoms.statistics[Products.name]
         macs, sums = size["macs"], size["accumulators"]
         if self.sensitivity is None:
             weight = atoms.errors() / atoms.power()[:, None]
         else:
             weight = loss_weight(atoms.statistics[self.sensitivity.name], atoms)
-        width = torch.where(sums > 0, macs / sums.clamp(min=1e-300), 0.0)
         negative = torch.full_like(atoms.weight, 0.5) if atoms.negative is None else atoms.negative
         order = atoms.value.sort(-1)
-        rows = (atoms.spread**2, weight, atoms.weight, 1 - 2 * negative)
-        sorted_rows = (t.gather(-1, order.indices) for t in rows)
-        coherent = COH * weight.sum(-1) * width
-        points = Points(order.values, *sorted_rows, self.mu * macs / macs.sum(), coherent)
-        return points, self.mu * sums / macs.sum() + self.nu
+        given = (atoms.spread**2, weight, atoms.weight, 1 - 2 * negative)
+        rows = (row.gather(-1, order.indices) for row in given)
+        total = macs.sum().clamp(min=1e-300)
+        points = Points(order.values, *rows, self.mu * macs / total, weight.sum(-1) * widths(size))
+        # A level is an addition of every accumulator, a window two multiplications.
+        additions = 1 + 2 * MULTIPLICATION / self.timesteps
+        return points, self.mu * additions * sums / total + self.nu
 
-    def encode(self, x: Tensor, p: Params) -> SpikeTime:
-        u = x.float().abs() / p["scale"]
-        threshold = slots.thresholds(p)
-        number = len(threshold)
-        time = torch.full_like(u, number, dtype=torch.long)
-        for t, theta in enumerate(threshold.flip(-1)):
-            time = torch.where((time == number) & (u >= theta), t, time)
-        return SpikeTime(x.sign().to(torch.int8), time, number)
+    def encode(self, x: Tensor, p: Params) -> slots.SlotSpikes:
+        return slots.encode(x, p, self.timesteps)
 
     def table(self, p: Params) -> Tensor:
-        return torch.nn.functional.pad((slots.levels(p) * p["scale"]).flip(-1), (0, 1))
+        """Magnitude of silence and of every level, [*S, 1 + grains * timesteps], the last one repeated."""
+        levels = slots.levels(p, self.timesteps * self.grains) * p["scale"][..., None]
+        return pad(levels, (1, 0))
 
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         return slots.quantise(x, p)
+
+    def decoding(self, p: Params) -> Decoding:
+        return slots.decoding(p, self.timesteps)

@@ -78,3 +78,22 @@ def predicted_loss(
     f = curvature(statistic).gather(-1, cell(x))
     per_value = ((value.double() - x) ** 2 * f * weight).sum(-1) / 2
     return per_value * statistic["count"].sum(-1) / statistic["tokens"]
+
+
+def mean_error_loss(
+    quantise: Callable[[Tensor, Params], tuple[Tensor, Tensor]],
+    atoms: Atoms,
+    params: Params,
+    statistic: Mapping[str, Tensor],
+    width: Tensor,
+) -> Tensor:
+    """What the mean error of a site adds to its predicted loss in a product that is `width` [S] wide, [S].
+
+    `predicted_loss` takes errors for independent, so that their squares add up. Their mean adds up by
+    itself: w of them cost w times the square of the mean more a value. It matters where values have one
+    sign: a code that silences small probabilities leaves out a part of every row.
+    """
+    x, weight = atoms.signed_points()
+    value, _ = quantise(x.float(), {name: t.float() for name, t in params.items()})
+    mean = ((value.double() - x) * weight).sum(-1)
+    return loss_weight(statistic, atoms).sum(-1) * width * mean**2

@@ -6,11 +6,17 @@ A statistic is declared here, as the settings that determine it, and measured by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from stages.errors import InputError
 from stages.registry import register
+
+MULTIPLICATION = 4.6 / 0.9  # additions that cost as much: picojoules in 45 nm logic (Horowitz 2014)
 
 
 class Statistic:
@@ -79,6 +85,12 @@ class Products(Statistic):
     enters an element-wise product alone."""
 
     name = "products"
+
+
+def widths(size: Mapping[str, Tensor]) -> Tensor:
+    """The width of the product that the values of every site enter, [S], from `Products`; 0 without one."""
+    sums = size["accumulators"]
+    return torch.where(sums > 0, size["macs"] / sums.clamp(min=1e-300), 0.0)
 
 
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")

@@ -18,9 +18,13 @@ from torch.nn.functional import pad
 PER_OCTAVE = 4
 OCTAVES = 22  # cells below the largest magnitude
 GAPS = 20  # powers of two, from 2^-21 of the largest magnitude on
-DENSITIES = (6, 9, 13, 18, 26, 36, 50, 72, 100, 140, 200, 280, 400)  # levels aimed at
+DENSITIES = tuple(round(2 ** (k / 3)) for k in range(4, 28))  # levels aimed at, 3 to 512
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of an octave, by which the step is shifted
-LOSSES = (1e-3, 1e-2, 1e-1)  # of the mean magnitude, by which one-sided values may be off in the mean
+LOSSES = (
+    1e-3,
+    1e-2,
+    1e-1,
+)  # of the mean magnitude, by which one-sided values may be off in the mean
 ONE_SIDED = 0.5
 
 

@@ -12,6 +12,7 @@ from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.neurons.channels import unit
 from stages.neurons.ranges import Bank, DigitSpikes, RangeSpikes
+from stages.neurons.slots import SlotSpikes
 from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
 
 
@@ -118,10 +119,7 @@ class RunningSum:
         if slot == 0:
             self._total = _shifted(self._total, group.shift)
             self._arrived = torch.zeros_like(product)
-        if group.slots == 1:
-            self._total = self._total + _shifted(product, group.gaps[0])
-            return
-        self._arrived = self._arrived + product
+        self._arrived = product if group.slots == 1 else self._arrived + product
         if slot < len(group.gaps):
             self._total = self._total + _shifted(self._arrived, group.gaps[slot])
         if group.floor:
@@ -219,6 +217,8 @@ def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 
 def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
     spikes = coding.encode(x, p)
+    if isinstance(spikes, SlotSpikes):
+        return _windows(spikes), spikes.count
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
     if isinstance(spikes, DigitSpikes):
@@ -258,6 +258,18 @@ def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
             accumulators.append(_accumulator(sign, spikes.train[: len(weights)], weights))
         if floor > 0:
             accumulators.append(_accumulator(sign, spikes.floor[None], [floor]))
+    return Planes(tuple(accumulators))
+
+
+def _windows(spikes: SlotSpikes) -> Planes:
+    """One accumulator a neuron, whose window is one group of running sums."""
+    sign = spikes.sign.to(torch.int8)
+    accumulators, first = [], spikes.timesteps
+    for window in spikes.windows:
+        first -= len(window.gaps)
+        plane = [sign * (spikes.time == first + slot) for slot in range(len(window.gaps))]
+        group = Group(len(window.gaps), window.gaps, floor=window.floor * spikes.unit)
+        accumulators.append(Accumulator.running(plane, [group], spikes.unit))
     return Planes(tuple(accumulators))
 
 

@@ -37,7 +37,8 @@ class SpikingPort:
     def __init__(
         self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
     ) -> None:
-        self.params = dict(params)
+        coding, own = coding.at_site(params)
+        self.params = dict(own)
         self.counter = counter
         self._rows = row_kernel(coding, counter is not None and coding.neuron)
         self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)

@@ -39,6 +39,7 @@ class SteppedPort:
         counter: SiteCounter | None = None,
         steps: int | None = None,
     ) -> None:
+        coding, params = coding.at_site(params)
         self._coding, self._params, self._counter = coding, dict(params), counter
         self._steps = steps
 
