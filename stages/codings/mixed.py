@@ -63,8 +63,8 @@ class Mixed(Coding):
             )
         if type(self.timesteps) is not int or self.timesteps < 1:
             raise InputError(
-                f"coding.timesteps={self.timesteps!r} for {self.name}: give the steps that a site may take, "
-                "1 or more"
+                f"coding.timesteps={self.timesteps!r} for {self.name}: give the steps that a site may "
+                "take, 1 or more"
             )
         if not (0 <= self.mu < torch.inf and 0 <= self.nu < torch.inf):
             raise InputError(
@@ -97,8 +97,8 @@ class Mixed(Coding):
         cost = torch.stack(costs, -1)
         if bool(torch.isinf(cost).all(-1).any()):
             raise InputError(
-                f"coding={self.name}: some site has no choice of at most {self.timesteps} steps: give more "
-                "coding.timesteps, or a choice that needs fewer"
+                f"coding={self.name}: a site has no choice of at most {self.timesteps} steps: give "
+                "more coding.timesteps, or a choice that needs fewer"
             )
         params = {CHOICE: cost.argmin(-1).double()}
         for number, p in enumerate(fits):

@@ -1,4 +1,4 @@
-"""One spike in time with a silent zone: levels where the distribution wants them, as many as they are worth."""
+"""One spike in time with a silent zone: levels where the distribution wants them."""
 
 from __future__ import annotations
 

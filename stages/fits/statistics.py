@@ -88,7 +88,7 @@ class Products(Statistic):
 
 
 def widths(size: Mapping[str, Tensor]) -> Tensor:
-    """The width of the product that the values of every site enter, [S], from `Products`; 0 without one."""
+    """The width of the product that the values of every site enter, [S]: `Products`; 0 without one."""
     sums = size["accumulators"]
     return torch.where(sums > 0, size["macs"] / sums.clamp(min=1e-300), 0.0)
 

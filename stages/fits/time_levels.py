@@ -1,7 +1,7 @@
 """Levels of a time code under prices: where they lie, how many there are, and what is better silent.
 
-A level costs a slot, a spike its price, an error what it costs the model. Where levels lie `gap` apart, the
-values of a cell of width W whose errors weigh M cost M gap^2 / 12 + slot W / gap, so that the best gap is
+A level costs a slot, a spike its price, an error what it costs the model. Where levels lie `gap` apart,
+the values of a cell of width W whose errors weigh M cost M gap^2 / 12 + slot W / gap: the best gap is
 ∝ (M / W)^(-1/3), the optimal density of levels λ* (Bennett 1948; with a price of rate: entropy-constrained
 quantisation, Chou, Lookabaugh & Gray 1989). Gaps are powers of two of one step that do not fall from zero
 outwards; a dynamic programme over cells finds them together with the end of the silent zone.
