@@ -1,7 +1,8 @@
 """Energy of a model from its configuration alone: `python -m pipeline energy model=llama3-8b`.
 
 Takes the overrides of `python -m pipeline`. Nothing is loaded but the model's config: that of the folder
-model.path, of model.hub, or the dimensions in its yaml.
+model.path, of model.hub, or the dimensions in its yaml. With rates=FOLDER of a run it is the energy of a
+spiking model whose sites have the spikes and the decoding that the run has counted at sites of their role.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from stages.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+RATES = "rates="
 COSTS = ("macs_G", "acs_G", "energy_J")
 
 
@@ -23,7 +25,9 @@ def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the tables; returns the exit status, 1 for bad input, which is one line."""
     from pipeline.run.errors import exit_status
 
-    return exit_status(lambda: _report(*_configured(list(overrides), conf)))
+    rates = [each.removeprefix(RATES) for each in overrides if each.startswith(RATES)]
+    rest = [each for each in overrides if not each.startswith(RATES)]
+    return exit_status(lambda: _report(*_configured(rest, conf), rates[-1] if rates else None))
 
 
 def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
@@ -41,9 +45,10 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
     return energy, instantiate(config.transform), instantiate(config.model)
 
 
-def _report(energy: Any, transform: Any, spec: Any) -> None:
-    from stages.analysis.operations import ELEMENTWISE, ROTATION, operations
-    from stages.energy import account, by_kind
+def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
+    from pipeline.results.rates import Rates
+    from stages.analysis.operations import ELEMENTWISE, ROTATION, operations, untransformed
+    from stages.energy import account, by_kind, saving
     from stages.model.limits import check_positions
     from stages.model.loading import meta_model
     from stages.model.sites import find_sites
@@ -52,13 +57,21 @@ def _report(energy: Any, transform: Any, spec: Any) -> None:
     check_positions(config, {"energy.tokens": energy.tokens}, spec.name, spec.positions)
     model = meta_model(config)
     transform.declare(model)
-    print(f"model {spec.name}\n")
-    table = by_kind(account(operations(model, find_sites(model)), energy, energy.tokens))
+    sites = find_sites(model)
+    plan, rates = operations(model, sites), None if place is None else Rates.read(place)
+    counted = () if rates is None else (rates.counters(sites), rates.coding)
+    costs = account(plan, energy, energy.tokens, *counted)
+    saved = saving(costs, account(untransformed(plan), energy, energy.tokens))
+    print(f"model {spec.name}{'' if rates is None else f', rates of {rates.label}'}\n")
+    table = by_kind(costs)
     for (convention, phase), rows in table.groupby(["convention", "phase"], sort=False):
         queries = f"{energy.tokens} tokens" if phase == "prefill" else "1 token"
         context = f"context {energy.tokens}, {energy.profile.name}"
         print(f"{convention} convention, {phase}: {queries}, {context}")
         _print_table(rows.drop(columns=["convention", "phase"]))
+        part = saved[str(convention)][str(phase)]
+        if rates is not None and part is not None:
+            print(f"of the dense model's energy: {1 - part:.4f}\n")
     paper = table[(table["convention"] == "paper") & (table["phase"] == "prefill")]
     if paper.empty:
         return

@@ -39,10 +39,12 @@ def energy(overrides: tuple[str, ...]) -> int:
     """Count a model's operations and energy from its dimensions.
 
     Takes the overrides of `run`, of which model, transform and energy count. Only the model's config is
-    read: of the folder model.path, of model.hub, or the dimensions in its yaml.
+    read: of the folder model.path, of model.hub, or the dimensions in its yaml. rates=FOLDER, that of a
+    run's job, takes the spikes and the decoding that the run has counted, by role.
 
     \b
     python -m pipeline energy model=llama3-8b energy.tokens=512
+    python -m pipeline energy model=llama3-8b energy.tokens=1024 rates=outputs/runs/FOLDER
     """
     from pipeline.commands import energy
 

@@ -24,7 +24,16 @@ Command = Callable[..., Finished]
 REPOSITORY = Path(__file__).parents[3]
 MAIN = ("experiment=quickstart",)  # the default, but where a model is chosen
 SINGLE = ("experiment=null", "coding=gated", "coding.timesteps=6", "coding.grains=2")
-NAMES = ["model", "coding", "grains", "timesteps", "ppl_wikipedia", "nmse", "spikes_per_value"]
+NAMES = [
+    "model",
+    "coding",
+    "grains",
+    "timesteps",
+    "steps",
+    "ppl_wikipedia",
+    "nmse",
+    "spikes_per_value",
+]
 NAMES += ["macs_G", "acs_G", "energy_J", "saving", "conversion_s"]
 OPTIONAL = {"transform", "bits", "trained", "convention", "fitting_s"}  # where a row has one
 OPTIONAL |= {"ratio_wikipedia", "environment"}
@@ -62,7 +71,7 @@ def test_the_main_job_prints_and_writes_one_table_of_all_codings(quickstart):
         for suffix in ("md", "csv", "tex")
     }
     frame = pd.read_csv(quickstart.table)
-    expected = [*NAMES[:5], "acc_piqa", *NAMES[5:], "replicates"]
+    expected = [*NAMES[:6], "acc_piqa", *NAMES[6:], "replicates"]
     expected += [f"ppl_wikipedia{ending}" for ending in ("_se", "_spread")]
     expected += [f"ratio_wikipedia{ending}" for ending in ("_low", "_high")]
     expected += [f"acc_piqa{ending}" for ending in ("_se", "_spread", "_n")]
@@ -133,7 +142,7 @@ def test_one_conversion_leaves_a_result_with_every_number(single, quickstart):
     assert set(result["paper"]) == {"macs_G", "acs_G", "energy_J", "saving"}
     sites = pd.read_parquet(single.runs / "0/per_site.parquet")
     assert len(sites) == 2 * 10 + 1 and sites["nmse"].notna().all()
-    assert re.search(r"^tiny +gated +6 +2 ", single.out, re.MULTILINE)
+    assert re.search(r"^tiny +gated +6 +6 +2 ", single.out, re.MULTILINE)
 
 
 def test_a_hit_shows_the_seconds_of_the_build(single, quickstart):
@@ -327,4 +336,4 @@ def test_a_process_of_its_own_says_the_same_and_nothing_else(tiny_run, tmp_path)
     assert bad.stderr.startswith("error: unknown config key coding.timestep;")
     good = run("coding.timesteps=5")
     assert (good.returncode, good.stderr) == (0, "")
-    assert re.search(r"^tiny +gated +5 +2 ", good.stdout, re.MULTILINE)
+    assert re.search(r"^tiny +gated +5 +5 +2 ", good.stdout, re.MULTILINE)

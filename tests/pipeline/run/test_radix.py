@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from pipeline.commands.energy import main
 from pipeline.run import runner
 
 SPIKES = {"linear", "qk", "pv"}
@@ -50,3 +51,45 @@ def test_the_dense_model_and_bounds_have_no_steps(settings, tmp_path):
     for coding in ("dense", "lloyd_max"):
         result, sites, _ = runner.execute(settings(tmp_path, f"coding={coding}"))
         assert result["steps"] is None and sites["steps"].isna().all()
+
+
+# --- the rates of a run on another model ----------------------------------------------------------
+
+
+def shares(text: str) -> list[float]:
+    lines = [line for line in text.splitlines() if line.startswith("of the dense model's energy: ")]
+    return [float(line.rpartition(" ")[2]) for line in lines]
+
+
+def test_the_rates_of_a_run_on_its_own_model_give_its_energy(done, tiny_run, capsys):
+    """All layers have the same dimensions, so that means over them change nothing."""
+    for job, result in enumerate(done.results):
+        place = done.runs / str(job)
+        options = [f"model.path={tiny_run.model}", "energy.tokens=48", f"rates={place}"]
+        assert main(options) == 0
+        parts = [result["paper"], result["paper_decode"], result, result["decode"]]
+        expected = [1 - part["saving"] for part in parts]
+        assert shares(capsys.readouterr().out) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_rates_of_a_run_on_another_model_carry_its_decoding(done, capsys):
+    """One spike in time: 2 x 63 additions an accumulator, which are cheap beside 4096 inputs."""
+    options = ["model=llama3-8b", "energy.tokens=512", f"rates={done.runs / '2/result.json'}"]
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("model llama3-8b, rates of gated T=6 n=2")
+    rows = [line.split() for line in out.splitlines() if line.startswith("decode_scaling ")]
+    prefill = rows[0]  # of the causal convention: the paper's counts no decoding
+    outputs = 512 * (32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096) + 128256)
+    outputs += 32 * (2 * 32 * 512 * 513 // 2 + 2 * 32 * 128 * 512)
+    assert float(prefill[2]) == pytest.approx(2 * outputs / 1e9, rel=1e-6)
+    assert float(prefill[3]) == pytest.approx(2 * 63 * outputs / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"), [("", "3 results; give the folder of one job"), ("nowhere", "0 results")]
+)
+def test_rates_that_are_not_those_of_one_run_are_refused_in_a_line(done, capsys, place, says):
+    assert main(["energy.tokens=48", f"rates={done.runs / place}"]) == 1
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1

@@ -1,0 +1,73 @@
+"""What a run has counted, by role, as the counters of another model's sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from hydra.utils import instantiate
+
+from pipeline.results.folders import RunFolder
+from stages.codings.base import Coding
+from stages.energy import DECODING
+from stages.errors import InputError
+from stages.model.sites import Site
+
+SUMS = ("values", "spikes", "macs", "acs")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The counts of a run: of every role sums over its sites and means of what decoding costs."""
+
+    label: str
+    coding: Coding
+    roles: pd.DataFrame
+
+    @classmethod
+    def read(cls, place: str) -> Rates:
+        """Those of the folder of a run, or of its result.json.
+
+        Raises InputError where there is no result, or several, or one without spikes.
+        """
+        path = Path(place).expanduser()
+        folder = RunFolder(path.parent if path.is_file() else path)
+        jobs = folder.finished if folder.path.is_dir() else []
+        if len(jobs) != 1:
+            raise InputError(
+                f"rates={place}: {len(jobs)} results; give the folder of one job, which has a result.json"
+            )
+        (job,) = jobs
+        coding = instantiate(job.config.coding)
+        if not (coding.converts and coding.neuron):
+            raise InputError(
+                f"rates={place}: {job.result['label']} has no spikes; give another run"
+            )
+        return cls(job.result["label"], coding, _by_role(job.sites, place))
+
+    def counters(self, sites: Sequence[Site]) -> pd.DataFrame:
+        """A row a site with the counts of its role; InputError for a role that the run does not have."""
+        absent = sorted({site.role for site in sites} - set(self.roles.index))
+        if absent:
+            raise InputError(f"rates: {self.label} has no site of role {', '.join(absent)}")
+        rows = self.roles.loc[[site.role for site in sites]].reset_index(drop=True)
+        rows.insert(0, "site", [site.name for site in sites])
+        return rows
+
+
+def _by_role(sites: pd.DataFrame, place: str) -> pd.DataFrame:
+    lacks = [name for name in (*SUMS, *DECODING) if name not in sites]
+    if lacks:
+        raise InputError(f"rates={place}: its sites lack {', '.join(lacks)}; run it again")
+    part = sites.groupby("role")["spikes"].agg(["count", "size"]).query("0 < count < size")
+    if len(part):
+        raise InputError(
+            f"rates={place}: only some sites of {', '.join(part.index)} are coded; give a run without "
+            "sites.exclude"
+        )
+    costs = sites[[*DECODING]].mul(sites["values"], axis=0)
+    sums = sites.assign(**costs).groupby("role")[[*SUMS, *DECODING]].sum(min_count=1)
+    sums[[*DECODING]] = sums[[*DECODING]].div(sums["values"], axis=0)
+    return sums
