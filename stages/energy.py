@@ -109,7 +109,9 @@ def account(
 
     `counters` are those of the evaluation, one row a site; without them the model is dense. Their
     rates, measured on whole windows, hold for prefill and for decode. The decoded token is the
-    last of a context of `tokens`. Columns: convention phase op kind layer macs acs energy_J. The
+    last of a context of `tokens`. Where values are coded about the means of their channels, the product
+    of these with the weights is a bias; like all biases, one addition an accumulator, it is not counted.
+    Columns: convention phase op kind layer macs acs energy_J. The
     products of a bound, a coding without spikes, are undefined (NaN).
     """
     import pandas as pd

@@ -18,14 +18,15 @@ from stages.codings.base import MAX_TIMESTEPS, Scaled, check_timesteps, error_an
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
+from stages.fits.centring import chosen
 from stages.fits.range_search import (
     SITES_AT_ONCE,
     adjacent_ranges,
     coordinate_search,
     nested_ranges,
 )
-from stages.fits.sensitivity import Sensitivity, loss_weight, predicted_loss
-from stages.fits.statistics import Statistic
+from stages.fits.sensitivity import Sensitivity, about_means, loss_weight, predicted_loss
+from stages.fits.statistics import CENTRED, Statistic
 from stages.fitted import Fit
 from stages.neurons import ranges
 from stages.neurons.spikes import Params
@@ -101,8 +102,14 @@ class Gated(Scaled):
             )
 
     @property
+    def centred_roles(self) -> tuple[str, ...]:
+        return super().centred_roles if self.sensitivity is None else CENTRED
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
-        return super().statistics if self.sensitivity is None else (self.sensitivity,)
+        if self.sensitivity is None:
+            return super().statistics
+        return (*super().statistics, about_means(self.sensitivity, self.centred))
 
     @property
     def decode_macs(self) -> int:
@@ -121,6 +128,21 @@ class Gated(Scaled):
     def steps(self, timesteps: int) -> tuple[int, ...]:
         """T_k of every neuron where T = `timesteps`."""
         return tuple(timesteps + more for more in self.grain_steps or (0,) * self.grains)
+
+    def choose(self, atoms: Atoms) -> Atoms:
+        """Centre the sites whose predicted loss, with the price of their spikes, is lower for it at T."""
+        if self.sensitivity is None or not self.centred:
+            return atoms
+        name = self.sensitivity.name
+
+        def cost(choice: Atoms) -> Tensor:
+            seen = self.seen(choice)
+            params = self.fit_at(seen, self.timesteps)
+            loss = predicted_loss(self.quantise, seen, params, seen.statistics[name])
+            price = self.objective(seen)[1]
+            return loss + price * error_and_spikes(self, seen, params)[1] if self.mu else loss
+
+        return chosen(atoms, name, cost)
 
     def fit(self, atoms: Atoms) -> Fit:
         if self.allocation == "uniform":

@@ -12,6 +12,10 @@ from typing import Any
 from stages.errors import InputError
 from stages.registry import register
 
+# Where coding x - m costs a constant: W m is a bias of linear layers, the means of k shift all scores of
+# a query alike, and those of v are added once, as probabilities sum to one.
+CENTRED = ("attn.in", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.down", "head.in")
+
 
 class Statistic:
     """A measurement on calibration text, a frozen dataclass registered by `@register("statistic/...")`;
@@ -67,6 +71,32 @@ class ChannelScale(Statistic):
     def __post_init__(self) -> None:
         if not 0 < self.quantile <= 1:
             raise InputError(f"channel scale: quantile={self.quantile}: give above 0 up to 1")
+
+
+@register("statistic/channel_mean")
+@dataclass(frozen=True)
+class ChannelMean(Statistic):
+    """The mean m of every channel over calibration, and the distribution of x - m at every site.
+
+    A channel is a feature, in k and v a head's dimension. The mean is zero but at sites of `roles`, of
+    which those that `CENTRED` lacks would cost more than a constant: q, the probabilities and the two
+    factors of a gated product. It is zero in experts, which see few tokens each. With `scale` the
+    distribution is that of (x - m) / s with the scales s of |x - m|, of every site that has channels.
+    Each takes a pass over the windows.
+    """
+
+    roles: tuple[str, ...] = CENTRED
+    scale: ChannelScale | None = None
+
+    name = "channel_mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(self.roles))
+        unknown = [role for role in self.roles if role not in CENTRED]
+        if unknown:
+            raise InputError(
+                f"channel mean: roles={list(self.roles)}: give some of {', '.join(CENTRED)}"
+            )
 
 
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")
