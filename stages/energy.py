@@ -1,4 +1,8 @@
-"""Energy: arithmetic on the operations of a model and the spikes that were counted at its sites."""
+"""Energy: arithmetic on the operations of a model and the spikes that were counted at its sites.
+
+Biases, an addition an accumulator, are not counted; the product of a linear layer's weights with the means
+that its inputs are coded about is one of them.
+"""
 
 from __future__ import annotations
 
@@ -109,9 +113,7 @@ def account(
 
     `counters` are those of the evaluation, one row a site; without them the model is dense. Their
     rates, measured on whole windows, hold for prefill and for decode. The decoded token is the
-    last of a context of `tokens`. Where values are coded about the means of their channels, the product
-    of these with the weights is a bias; like all biases, one addition an accumulator, it is not counted.
-    Columns: convention phase op kind layer macs acs energy_J. The
+    last of a context of `tokens`. Columns: convention phase op kind layer macs acs energy_J. The
     products of a bound, a coding without spikes, are undefined (NaN).
     """
     import pandas as pd

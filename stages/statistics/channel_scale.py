@@ -16,7 +16,7 @@ from stages.model.experts import refuse_experts
 from stages.model.sites import Site
 from stages.neurons.channels import per_channel
 from stages.ports.hooks import stream
-from stages.sketch import Grid
+from stages.sketch import CHUNK, Grid
 from stages.statistics import measure
 from stages.statistics.watch import Watch, padded
 
@@ -50,10 +50,10 @@ def channel_mean(
     atoms of centred sites alone where the statistic has no scale."""
     means = channel_means(model, ids, sites, batch, statistic.roles)
     if statistic.scale is None:
-        scales = {name: torch.ones_like(mean) for name, mean in means.items()}
+        sketches = {name: _Normalised(None, mean) for name, mean in means.items()}
     else:
         scales = _scales(statistic.scale, model, ids, sites, batch, means)
-    sketches = {name: _Normalised(scale, means.get(name)) for name, scale in scales.items()}
+        sketches = {name: _Normalised(scale, means.get(name)) for name, scale in scales.items()}
     stream(model, ids, batch, {n: Watch(s.see) for n, s in sketches.items()}, statistic.name)
     return {"mean": padded([means.get(s.name) for s in sites], 0.0)} | _tensors(sites, sketches)
 
@@ -90,7 +90,7 @@ def _scales(
 
 def _tensors(sites: Sequence[Site], sketches: Mapping[str, _Normalised]) -> dict[str, Tensor]:
     """What a statistic says of all sites, those without a sketch among them."""
-    rows = [sketches[site.name].scale if site.name in sketches else None for site in sites]
+    rows = [sketches[site.name].scales() if site.name in sketches else None for site in sites]
     numbers = [0 if row is None else len(row) for row in rows]
     tensors = {"scale": padded(rows, 1.0), "channels": torch.tensor(numbers).float()}
     place = torch.tensor([row is not None for row in rows])
@@ -157,23 +157,35 @@ class _Normalised:
     """The histogram of (x - m) / s: counts of signed bins, and the sum of s^2 of every magnitude's
     values."""
 
-    def __init__(self, scale: Tensor, mean: Tensor | None) -> None:
-        size = GRID.magnitudes
-        self.scale, self._mean = scale, mean
-        self.count = torch.zeros(2 * size, dtype=torch.int64, device=scale.device)
-        self.gain = torch.zeros(size, dtype=torch.float64, device=scale.device)
-        self.maximum = torch.zeros((), device=scale.device)
+    def __init__(self, scale: Tensor | None, mean: Tensor | None) -> None:
+        """Take scales and means [C], of which one may be None."""
+        given = mean if scale is None else scale
+        assert given is not None
+        self._scale, self._mean, self._ones = scale, mean, torch.ones_like(given)
+        size, device = GRID.magnitudes, given.device
+        self.count = torch.zeros(2 * size, dtype=torch.int64, device=device)
+        self._squares = torch.zeros(size, dtype=torch.float64, device=device)
+        self.maximum = torch.zeros((), device=device)
+
+    def scales(self) -> Tensor:
+        """The scale of every channel, [C]."""
+        return self._ones if self._scale is None else self._scale
+
+    def gain(self) -> Tensor:
+        """The sum of s^2 of the values of every magnitude."""
+        return self.count.view(2, -1).sum(0).double() if self._scale is None else self._squares
 
     def see(self, x: Tensor) -> None:
-        scale = per_channel(self.scale, x, 1.0)
         u = x.float() if self._mean is None else x.float() - per_channel(self._mean, x, 0.0)
-        u = u / scale
-        codes = GRID.codes(u.flatten())
-        self.count += torch.bincount(codes, minlength=len(self.count))
-        squares = scale.square().double().expand(x.shape).flatten()
-        bins = len(self.gain)
-        self.gain += torch.bincount(codes % bins, squares, minlength=bins)
-        self.maximum = torch.maximum(self.maximum, u.abs().amax())
+        scale = None if self._scale is None else per_channel(self._scale, x, 1.0)
+        flat = (u if scale is None else u / scale).flatten()
+        for part in flat.split(CHUNK):
+            self.count += torch.bincount(GRID.codes(part), minlength=len(self.count))
+        if scale is not None:
+            squares = scale.square().double().expand(x.shape).flatten()
+            bins = len(self._squares)
+            self._squares += torch.bincount(GRID.codes(flat) % bins, squares, minlength=bins)
+        self.maximum = torch.maximum(self.maximum, flat.abs().amax())
 
 
 def _atoms(sketches: Sequence[_Normalised]) -> Atoms:
@@ -184,6 +196,6 @@ def _atoms(sketches: Sequence[_Normalised]) -> Atoms:
     middle[0] = width[0] = 0.0  # zero, and what is as good as zero
     total = positive + negative
     maximum = torch.stack([s.maximum for s in sketches]).cpu().double()
-    gain = torch.stack([s.gain for s in sketches]).cpu()
+    gain = torch.stack([s.gain() for s in sketches]).cpu()
     variance = (width**2 / 12).expand_as(total)
     return merge(total, middle.expand_as(total), variance, edges, maximum, ATOMS, negative, gain)
