@@ -21,6 +21,7 @@ class Atoms:
     each weight that is of negative values; extremes [sites, 2]: smallest and largest x; without
     them the distribution is symmetric. gain [sites, K]: what a squared error of one at an atom is in
     units of x squared, where the atoms are values in units of their channels' scales (None: one).
+    square [sites]: mean square of x, where the atoms are values about their channels' means.
     `statistics` are what a coding asked for, by name.
     """
 
@@ -31,6 +32,7 @@ class Atoms:
     negative: Tensor | None = None
     extremes: Tensor | None = None
     gain: Tensor | None = None
+    square: Tensor | None = None
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,8 @@ class Atoms:
 
     def power(self) -> Tensor:
         """Mean square of x at every site, [sites]."""
+        if self.square is not None:
+            return self.square
         return ((self.value**2 + self.spread**2) * self.errors()).sum(-1)
 
 

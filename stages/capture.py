@@ -118,6 +118,9 @@ class SketchPort:
         self._add(flat if real is None else flat[real.view(flat.shape[:-1])])
         return x
 
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None
+
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.

@@ -1,4 +1,8 @@
-"""Energy: arithmetic on the operations of a model and the spikes that were counted at its sites."""
+"""Energy: arithmetic on the operations of a model and the spikes that were counted at its sites.
+
+Biases, an addition an accumulator, are not counted; the product of a linear layer's weights with the means
+that its inputs are coded about is one of them.
+"""
 
 from __future__ import annotations
 

@@ -52,8 +52,9 @@ class Fitting:
         """
         if self.data == "samples" and not coding.shares_levels:
             raise InputError(
-                f"fitting.data=samples for {coding.name}, whose channels have their scales: samples are "
-                "drawn from a site as a whole; give fitting.data=atoms or coding.granularity=site"
+                f"fitting.data=samples for {coding.name}, whose channels have their scales or means: "
+                "samples are drawn from a site as a whole; give fitting.data=atoms, or "
+                "coding.granularity=site coding.centre=none"
             )
         for name, tensors in (statistics or {}).items():
             if any(len(t) != len(densities.sites) for t in tensors.values()):
@@ -64,7 +65,7 @@ class Fitting:
         data = densities.atoms if self.data == "atoms" else self._draw(densities)
         kept = [i for i, role in enumerate(densities.roles) if role not in coding.dense_roles]
         index = torch.tensor(kept)
-        data = replace(data, statistics=dict(statistics or {})).rows(index)
+        data = coding.choose(replace(data, statistics=dict(statistics or {})).rows(index))
         atoms = densities.atoms.rows(index)
         atoms = coding.seen(replace(atoms, statistics=data.statistics))
         fit = coding.fit(coding.seen(data))

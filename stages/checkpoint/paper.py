@@ -90,10 +90,10 @@ class PaperNeurons:
                 f"coding={coding.name} with fitting.neurons, which are neurons of multigrain: give "
                 "coding=multigrain, or fitting.neurons=null"
             )
-        if coding.channels or coding.quantile < 1:
+        if coding.channels or coding.centred or coding.quantile < 1:
             raise InputError(
-                "coding.granularity and coding.quantile do not change neurons that are imported: give "
-                "coding.granularity=site coding.quantile=1"
+                "coding.granularity, coding.quantile and coding.centre do not change neurons that are "
+                "imported: give coding.granularity=site coding.quantile=1 coding.centre=none"
             )
         for name, value in wanted.items():
             if (got := getattr(coding, name)) != value:

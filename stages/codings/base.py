@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
 from stages.errors import InputError
-from stages.fits.statistics import ChannelScale, Statistic
+from stages.fits.centring import SAFE, chosen
+from stages.fits.sensitivity import Sensitivity, about_means
+from stages.fits.statistics import CENTRED, ChannelMean, ChannelScale, Statistic
 from stages.fitted import Fit
-from stages.neurons.channels import CHANNEL, scaled_atoms
+from stages.neurons.channels import CENTRE, CHANNEL, scaled_atoms
 from stages.neurons.decoding import Decoding
 from stages.neurons.spikes import Params, Spikes, SpikeTime
 
@@ -92,6 +95,10 @@ class Coding(ABC):
         """Whether it defines `softmax_spikes`, for execution step by step."""
         return type(self).softmax_spikes is not Coding.softmax_spikes
 
+    def choose(self, atoms: Atoms) -> Atoms:
+        """The same sites, with statistics that say where an option of the coding is on."""
+        return atoms
+
     def seen(self, atoms: Atoms) -> Atoms:
         """The distribution of what the neurons see, of sites with this distribution."""
         return atoms
@@ -134,6 +141,7 @@ class Coding(ABC):
 
 
 GRANULARITIES = ("site", "channel")
+CENTRES = ("none", "channel")
 
 
 @dataclass(frozen=True)
@@ -147,13 +155,25 @@ class Scaled(Coding):
     of W, with one s a row, and costs no more if that is stored; where nothing can store it, in q and k,
     it is one multiplication of a value. Counted is one of every value of a site with channels.
     `granularity` site: the `quantile` of the site's |x| takes the place of its largest.
+
+    `centre` channel: the code works on x - m with m the mean of the channel over calibration, and the
+    means, a constant input current, are left out of its spikes. It is so where that costs nothing a
+    product: W m is a bias of a linear layer, m of k shifts all scores of a query alike, and m of v is
+    added once, as probabilities sum to one. Of those roles (`stages.fits.statistics.CENTRED`) a coding
+    with a sensitivity centres the sites where the predicted loss is lower for it, any other the roles
+    of `stages.fits.centring.SAFE`. With `granularity` channel the code works on (x - m) / s.
     """
 
     granularity: str = field(default="site", kw_only=True)
     quantile: float = field(default=1.0, kw_only=True)
+    centre: str = field(default="none", kw_only=True)
 
     def check_scale(self) -> None:
-        """Raise InputError unless the scale is one that there is."""
+        """Raise InputError unless scale and centre are ones that there are."""
+        if self.centre not in CENTRES:
+            raise InputError(
+                f"coding.centre={self.centre!r} for {self.name}: choose {' or '.join(CENTRES)}"
+            )
         if self.granularity not in GRANULARITIES:
             raise InputError(
                 f"coding.granularity={self.granularity!r} for {self.name}: choose "
@@ -170,8 +190,21 @@ class Scaled(Coding):
         return self.granularity == "channel"
 
     @property
+    def centred(self) -> bool:
+        """Whether values are coded about the means of their channels."""
+        return self.centre == "channel"
+
+    @property
+    def centred_roles(self) -> tuple[str, ...]:
+        """Roles whose means are measured."""
+        return SAFE
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ChannelScale(self.quantile),) if self.channels else ()
+        scale = ChannelScale(self.quantile) if self.channels else None
+        if self.centred:
+            return (ChannelMean(self.centred_roles, scale),)
+        return () if scale is None else (scale,)
 
     @property
     def value_macs(self) -> int:
@@ -179,15 +212,17 @@ class Scaled(Coding):
 
     @property
     def shares_levels(self) -> bool:
-        return not self.channels
+        return not (self.channels or self.centred)
 
     def seen(self, atoms: Atoms) -> Atoms:
-        if not self.channels:
+        if not (self.channels or self.centred):
             return atoms
-        return scaled_atoms(atoms, atoms.statistics[ChannelScale.name])
+        seen = scaled_atoms(atoms, self._measured(atoms))
+        return replace(seen, square=atoms.power()) if self.centred else seen
 
     def scales(self, atoms: Atoms) -> dict[str, Tensor]:
-        return {CHANNEL: atoms.statistics[ChannelScale.name]["scale"]} if self.channels else {}
+        scale = {CHANNEL: self._measured(atoms)["scale"]} if self.channels else {}
+        return scale | ({CENTRE: self._measured(atoms)["mean"]} if self.centred else {})
 
     def largest(self, atoms: Atoms) -> Tensor:
         """Where the range of a site's neuron ends, in units of what it sees, [sites] float64."""
@@ -195,7 +230,51 @@ class Scaled(Coding):
         site = torch.where(site > 0, site, atoms.maximum)  # a site that is zero almost everywhere
         if not self.channels:
             return site
-        return torch.where(atoms.statistics[ChannelScale.name]["channels"] > 0, 1.0, site)
+        return torch.where(self._measured(atoms)["channels"] > 0, 1.0, site)
+
+    def _measured(self, atoms: Atoms) -> Mapping[str, Tensor]:
+        """The statistic that has scales and means."""
+        return atoms.statistics[ChannelMean.name if self.centred else ChannelScale.name]
+
+
+class Sensitive(Scaled):
+    """A coding whose fit, if it has a `sensitivity`, weighs errors by what they cost the model."""
+
+    sensitivity: Sensitivity | None = None
+
+    def check_sensitivity(self, searched: str) -> None:
+        """Raise InputError where scale and sensitivity do not go together; `searched`: what a fit finds."""
+        self.check_scale()
+        if self.quantile < 1 and not self.channels:
+            raise InputError(
+                f"coding.quantile={self.quantile} for {self.name}, whose {searched} are searched: give 1, or "
+                "coding.granularity=channel"
+            )
+        if self.sensitivity is not None and self.channels:
+            raise InputError(
+                f"coding.granularity=channel for {self.name} with a sensitivity, which is measured by "
+                "magnitude: give coding.sensitivity=null, or coding.granularity=site"
+            )
+
+    @abstractmethod
+    def cost(self, seen: Atoms) -> Tensor:
+        """Predicted loss and prices of every site as the neurons see it, [sites]."""
+
+    @property
+    def centred_roles(self) -> tuple[str, ...]:
+        return super().centred_roles if self.sensitivity is None else CENTRED
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        if self.sensitivity is None:
+            return super().statistics
+        return (*super().statistics, about_means(self.sensitivity, self.centred))
+
+    def choose(self, atoms: Atoms) -> Atoms:
+        """Centre the sites whose predicted loss and prices are lower for it."""
+        if self.sensitivity is None or not self.centred:
+            return atoms
+        return chosen(atoms, self.sensitivity.name, lambda choice: self.cost(self.seen(choice)))
 
 
 def check_timesteps(name: str, timesteps: int, least: int = 1, most: int = MAX_TIMESTEPS) -> None:
@@ -214,8 +293,11 @@ def half_step(timesteps: int, v0: str, name: str) -> float:
 
 
 def site_params(params: Params, index: int) -> dict[str, Tensor]:
-    """The parameters of one site."""
-    return {name: value[index] for name, value in params.items()}
+    """The parameters of one site; means that are zero, of a site that is not centred, are none."""
+    row = {name: value[index] for name, value in params.items()}
+    if CENTRE in row and not bool(row[CENTRE].any()):
+        del row[CENTRE]
+    return row
 
 
 def error_and_spikes(coding: Coding, atoms: Atoms, params: Params) -> tuple[Tensor, Tensor]:

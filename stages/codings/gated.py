@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import MAX_TIMESTEPS, Scaled, check_timesteps, error_and_spikes
+from stages.codings.base import MAX_TIMESTEPS, Sensitive, check_timesteps, error_and_spikes
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
@@ -25,7 +25,6 @@ from stages.fits.range_search import (
     nested_ranges,
 )
 from stages.fits.sensitivity import Sensitivity, loss_weight, predicted_loss
-from stages.fits.statistics import Statistic
 from stages.fitted import Fit
 from stages.neurons import ranges
 from stages.neurons.decoding import Decoding
@@ -37,7 +36,7 @@ RADICES = tuple(2**bits for bits in range(1, MAX_TIMESTEPS + 1))
 
 @register("coding/gated", was="stages.codings.gated.Gated")
 @dataclass(frozen=True)
-class Gated(Scaled):
+class Gated(Sensitive):
     """`grains` neurons per activation with scales tau_1 < … < tau_n and v0 = tau_k 2^-(T+1).
 
     Gate: the smallest k with |x| < tau_k (1 - 2^-(T+1)), else n, which saturates. Only that neuron
@@ -73,17 +72,7 @@ class Gated(Scaled):
 
     def __post_init__(self) -> None:
         check_timesteps(self.name, self.timesteps)
-        self.check_scale()
-        if self.quantile < 1 and not self.channels:
-            raise InputError(
-                f"coding.quantile={self.quantile} for {self.name}, whose ranges are searched: give 1, or "
-                "coding.granularity=channel"
-            )
-        if self.sensitivity is not None and self.channels:
-            raise InputError(
-                f"coding.granularity=channel for {self.name} with a sensitivity, which is measured by "
-                "magnitude: give coding.sensitivity=null, or coding.granularity=site"
-            )
+        self.check_sensitivity("ranges")
         if not isinstance(self.grains, int) or not 1 <= self.grains <= 8:
             raise InputError(
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number from 1 to 8"
@@ -114,10 +103,6 @@ class Gated(Scaled):
             )
 
     @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        return super().statistics if self.sensitivity is None else (self.sensitivity,)
-
-    @property
     def gate_comparisons(self) -> int:
         return self.grains - 1
 
@@ -139,6 +124,14 @@ class Gated(Scaled):
     def steps(self, timesteps: int) -> tuple[int, ...]:
         """T_k of every neuron where T = `timesteps`."""
         return tuple(timesteps + more for more in self.grain_steps or (0,) * self.grains)
+
+    def cost(self, seen: Atoms) -> Tensor:
+        """Predicted loss of every site at T, with the price of its spikes, [sites]."""
+        assert self.sensitivity is not None
+        params = self.fit_at(seen, self.timesteps)
+        loss = predicted_loss(self.quantise, seen, params, seen.statistics[self.sensitivity.name])
+        price = self.objective(seen)[1]
+        return loss + price * error_and_spikes(self, seen, params)[1] if self.mu else loss
 
     def fit(self, atoms: Atoms) -> Fit:
         if self.allocation == "uniform":

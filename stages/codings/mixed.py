@@ -151,7 +151,7 @@ class Mixed(Coding):
             sums[:, rows] = torch.stack([part.macs, part.acs, part.comparisons, part.steps])
         return Decoding(*sums)
 
-    def _parts(self, p: Params) -> list[tuple[Coding, Tensor, Params]]:
+    def _parts(self, p: Params) -> list[tuple[Coding, Tensor, dict[str, Tensor]]]:
         """The choices that sites have, with their rows and the parameters there."""
         parts = []
         for number, choice in enumerate(self.choices):

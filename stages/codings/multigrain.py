@@ -56,10 +56,10 @@ class Multigrain(Scaled):
             raise InputError(
                 f"coding.tau={self.tau!r} for {self.name}: choose maximum or running_maximum"
             )
-        if self.tau == "running_maximum" and (self.channels or self.quantile < 1):
+        if self.tau == "running_maximum" and (self.channels or self.centred or self.quantile < 1):
             raise InputError(
                 f"coding.tau=running_maximum for {self.name} is the scale of a site by itself: give "
-                "coding.tau=maximum with coding.granularity=channel or coding.quantile"
+                "coding.tau=maximum with coding.granularity=channel, coding.centre or coding.quantile"
             )
         if self.channels and self.algorithm1.slope_units == "absolute":
             raise InputError(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.atoms import Atoms
-from stages.codings.base import Scaled
+from stages.codings.base import Sensitive
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity, loss_weight
 from stages.fits.statistics import MULTIPLICATION, Products, Statistic, widths
-from stages.fits.time_levels import Points, cheapest_levels, segments
+from stages.fits.time_levels import Levels, Points, cheapest_levels, segments, total_cost
 from stages.fitted import Fit
 from stages.neurons import slots
 from stages.neurons.decoding import Decoding
@@ -26,7 +26,7 @@ MOST_LEVELS = 4096
 
 @register("coding/timed")
 @dataclass(frozen=True)
-class Timed(Scaled):
+class Timed(Sensitive):
     """At most one spike a value, in one of `timesteps` slots of one of at most `grains` neurons, whose
     windows run at the same time; a magnitude in the silent zone sends none.
 
@@ -66,26 +66,23 @@ class Timed(Scaled):
             raise InputError(
                 f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
             )
-        self.check_scale()
-        if self.quantile < 1 and not self.channels:
-            raise InputError(
-                f"coding.quantile={self.quantile} for {self.name}, whose levels are searched: give 1, or "
-                "coding.granularity=channel"
-            )
-        if self.sensitivity is not None and self.channels:
-            raise InputError(
-                f"coding.granularity=channel for {self.name} with a sensitivity, which is measured by "
-                "magnitude: give coding.sensitivity=null, or coding.granularity=site"
-            )
+        self.check_sensitivity("levels")
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        sensitivity = () if self.sensitivity is None else (self.sensitivity,)
-        return (*super().statistics, *sensitivity, Products())
+        return (*super().statistics, Products())
 
     def fit(self, atoms: Atoms) -> Fit:
+        return Fit(segments(self._levels(atoms)[0]))
+
+    def cost(self, seen: Atoms) -> Tensor:
+        """What the levels of every site cost that are fitted to it, [sites]."""
+        return self._levels(seen)[1]
+
+    def _levels(self, atoms: Atoms) -> tuple[Levels, Tensor]:
         points, slot = self.objective(atoms)
-        return Fit(segments(cheapest_levels(points, slot, self.timesteps * self.grains)))
+        levels = cheapest_levels(points, slot, self.timesteps * self.grains)
+        return levels, total_cost(points, slot, levels)
 
     def objective(self, atoms: Atoms) -> tuple[Points, Tensor]:
         """What is coded at every site, with the weights of its errors and the price of its spikes; the
@@ -99,9 +96,10 @@ class Timed(Scaled):
         negative = torch.full_like(atoms.weight, 0.5) if atoms.negative is None else atoms.negative
         order = atoms.value.sort(-1)
         given = (atoms.spread**2, weight, atoms.weight, 1 - 2 * negative)
-        rows = (row.gather(-1, order.indices) for row in given)
+        variance, heavy, mass, sign = (row.gather(-1, order.indices) for row in given)
         total = macs.sum().clamp(min=1e-300)
-        points = Points(order.values, *rows, self.mu * macs / total, weight.sum(-1) * widths(size))
+        spike, coherent = self.mu * macs / total, weight.sum(-1) * widths(size)
+        points = Points(order.values, variance, heavy, mass, sign, spike, coherent)
         # A level is an addition of every accumulator, a window two multiplications.
         additions = 1 + 2 * MULTIPLICATION / self.timesteps
         return points, self.mu * additions * sums / total + self.nu

@@ -51,6 +51,18 @@ class Sensitivity(Statistic):
         return self.windows
 
 
+@register("statistic/centred_sensitivity")
+@dataclass(frozen=True)
+class CentredSensitivity(Sensitivity):
+    """The same by magnitude of x - m, m the mean of the value's channel (`ChannelMean`), and by that of x
+    beside it: for codings that work on x - m where it pays."""
+
+
+def about_means(declared: Sensitivity, centred: bool) -> Sensitivity:
+    """The sensitivity as a coding reads it, by magnitude of what its neurons see."""
+    return CentredSensitivity(**vars(declared)) if centred else declared
+
+
 def curvature(statistic: Mapping[str, Tensor]) -> Tensor:
     """Mean f of a value by cell of its magnitude, [S, CELLS]; a cell of few values leans on the
     mean of its site, as if it held `PRIOR` values more of that mean."""

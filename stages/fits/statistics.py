@@ -17,6 +17,9 @@ from stages.errors import InputError
 from stages.registry import register
 
 MULTIPLICATION = 4.6 / 0.9  # additions that cost as much: picojoules in 45 nm logic (Horowitz 2014)
+# Where coding x - m costs a constant: W m is a bias of linear layers, the means of k shift all scores of
+# a query alike, and those of v are added once, as probabilities sum to one.
+CENTRED = ("attn.in", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.down", "head.in")
 
 
 class Statistic:
@@ -91,6 +94,32 @@ def widths(size: Mapping[str, Tensor]) -> Tensor:
     """The width of the product that the values of every site enter, [S]: `Products`; 0 without one."""
     sums = size["accumulators"]
     return torch.where(sums > 0, size["macs"] / sums.clamp(min=1e-300), 0.0)
+
+
+@register("statistic/channel_mean")
+@dataclass(frozen=True)
+class ChannelMean(Statistic):
+    """The mean m of every channel over calibration, and the distribution of x - m at every site.
+
+    A channel is a feature, in k and v a head's dimension. The mean is zero but at sites of `roles`, of
+    which those that `CENTRED` lacks would cost more than a constant: q, the probabilities and the two
+    factors of a gated product. It is zero in experts, which see few tokens each. With `scale` the
+    distribution is that of (x - m) / s with the scales s of |x - m|, of every site that has channels.
+    Each takes a pass over the windows.
+    """
+
+    roles: tuple[str, ...] = CENTRED
+    scale: ChannelScale | None = None
+
+    name = "channel_mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(self.roles))
+        unknown = [role for role in self.roles if role not in CENTRED]
+        if unknown:
+            raise InputError(
+                f"channel mean: roles={list(self.roles)}: give some of {', '.join(CENTRED)}"
+            )
 
 
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")

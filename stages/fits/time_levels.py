@@ -88,7 +88,8 @@ def cheapest_levels(points: Points, slot: Tensor, most: int) -> Levels:
     return best
 
 
-def _cost(points: Points, slot: Tensor, levels: Levels) -> Tensor:
+def total_cost(points: Points, slot: Tensor, levels: Levels) -> Tensor:
+    """Errors + price of spikes + price of levels, [S]."""
     return levels.error + points.spike * levels.spikes + slot * levels.number
 
 
@@ -109,7 +110,7 @@ def _better(points: Points, slot: Tensor, old: Levels, index: Tensor, new: Level
     """`old` with the sites in `index` from `new`, where they cost less."""
     was = Levels(*(getattr(old, field.name)[index] for field in fields(old)))
     part = points.rows(index)
-    win = _cost(part, slot[index], new) < _cost(part, slot[index], was)
+    win = total_cost(part, slot[index], new) < total_cost(part, slot[index], was)
     return Levels(
         *(
             getattr(old, field.name).index_copy(0, index[win], getattr(new, field.name)[win])

@@ -1,4 +1,5 @@
-"""Scales of channels: the values of a site in units of them, and the distribution of those."""
+"""Means and scales of channels: the values of a site about the ones in units of the others, and the
+distribution of those."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch.nn import functional
 from stages.atoms import Atoms
 from stages.neurons.spikes import Params
 
-CHANNEL = "channel"  # the parameter that holds them, [*S, C]
+CHANNEL = "channel"  # the parameter that holds the scales, [*S, C]
+CENTRE = "centre"  # the parameter that holds the means, [*S, C]
 
 
 def per_channel(values: Tensor, x: Tensor, rest: float) -> Tensor:
@@ -31,14 +33,28 @@ def unit(x: Tensor, p: Params) -> Tensor | None:
     return per_channel(p[CHANNEL], x, 1.0) if CHANNEL in p else None
 
 
+def centre(x: Tensor, p: Params) -> Tensor | None:
+    """The mean of every channel of x [..., C] or [B, H, S, D], in its layout; None without any."""
+    return per_channel(p[CENTRE], x, 0.0) if CENTRE in p else None
+
+
+def left_out(x: Tensor, p: Params) -> Tensor | None:
+    """The means that the code of heads [B, H, S, D] is about and leaves out, [H, 1, D]; None without any.
+
+    Those of k shift all scores of a query alike, which the softmax does not see, and attention adds
+    those of v to what it gives, as probabilities sum to one. The code of features has its means in it.
+    """
+    return centre(x, p) if x.dim() == 4 else None
+
+
 def unscaled(p: Params) -> dict[str, Tensor]:
     """The parameters of a neuron that sees values as they are."""
-    return {name: value for name, value in p.items() if name != CHANNEL}
+    return {name: value for name, value in p.items() if name not in (CHANNEL, CENTRE)}
 
 
 def scaled_atoms(atoms: Atoms, statistic: Mapping[str, Tensor]) -> Atoms:
-    """The distribution of values in units of their channels' scales, from what `ChannelScale` measures;
-    that of the values themselves at sites without channels."""
+    """The distribution of values about the means and in units of the scales of their channels, from what
+    `ChannelMean` or `ChannelScale` measures; that of the values themselves at sites without channels."""
     whole = (statistic["channels"] == 0)[:, None]
     size = max(atoms.value.shape[1], statistic["value"].shape[1])
     negative = torch.full_like(atoms.weight, 0.5) if atoms.negative is None else atoms.negative

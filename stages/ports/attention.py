@@ -28,6 +28,9 @@ class Port(Protocol):
         """Pass x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
         `fanout` is the number of multiplications each value of a row enters."""
 
+    def constant(self, x: Tensor) -> Tensor | None:
+        """Return what heads x [B, H, S, D] lack behind the port, the same of every token, [H, 1, D]."""
+
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         """Compute attention probabilities of scores [B, H, Q, K], zero where `view.mask` forbids."""
 
@@ -134,7 +137,11 @@ def ported_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute scaled dot-product attention over grouped heads, q, k, v and the probabilities ported."""
+    """Compute scaled dot-product attention over grouped heads, q, k, v and the probabilities ported.
+
+    Probabilities sum to one, so what v lacks is added once to what attention gives; what k lacks shifts
+    all scores of a query alike, and is left out.
+    """
     _refuse(attention_mask, dropout, kwargs)
     assert attention_mask is not None
     ports: AttentionPorts = module.__dict__[_PORTS]
@@ -148,6 +155,8 @@ def ported_attention(
     query = ports.q(query, real, reads[:, None])
     key = ports.k(key, fresh, seen.watched[:, None] * groups).transpose(2, 3)
     value = ports.v(value, fresh, seen.watched[:, None] * groups)
+    lacking = ports.v.constant(value)
+    added = None if lacking is None else lacking.repeat_interleave(groups, 0)  # [H, 1, D]
     shape = (batch, key.shape[1], groups, queries, -1)
     output = query.new_empty(batch, queries, heads, width)
     for index, view in enumerate(seen.blocks):
@@ -163,8 +172,9 @@ def ported_attention(
         scores = torch.matmul(queries_of(query), key[..., :keys])
         scores = scores.view(batch, heads, size, keys)
         probs = ports.probs.softmax(scores, scaling, view, width)
-        block = torch.matmul(rows_of(probs), value[:, :, :keys])
-        output[:, start:stop] = block.view(batch, heads, size, width).transpose(1, 2)
+        block = torch.matmul(rows_of(probs), value[:, :, :keys]).view(batch, heads, size, width)
+        block = block if added is None else block + added
+        output[:, start:stop] = block.transpose(1, 2)
     return output, None
 
 

@@ -90,13 +90,20 @@ def _laid_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _linear(x: Coded, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows of the weight are added where there is a spike."""
-    total = _product(x, weight.t(), torch.matmul)
+    """Rows of the weight are added where there is a spike; the product with the means is a bias."""
+    total = _one(x, lambda plane: torch.matmul(plane, weight.t()))
+    if x.planes.centre is not None:
+        total = total + torch.mv(weight, x.planes.centre.to(weight))
     return total if bias is None else total + bias
 
 
 def _product(a: Tensor, b: Tensor, multiply: Multiply) -> Tensor:
     """The product of two operands, in the dtype of the values, of which one or both are coded."""
+    if any(isinstance(each, Coded) and each.planes.centre is not None for each in (a, b)):
+        raise InputError(
+            "runtime.execution=stepped: values about the means of their channels enter linear layers "
+            "alone; use runtime.execution=fast, or coding.centre=none"
+        )
     if isinstance(a, Coded) and isinstance(b, Coded):
         return _both(a, b, multiply)
     if isinstance(a, Coded):

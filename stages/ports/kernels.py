@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.compiler import fused
-from stages.neurons.channels import unit, unscaled
+from stages.neurons.channels import centre, unit, unscaled
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
@@ -35,26 +35,35 @@ def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def row_kernel(coding: Coding, counted: bool) -> RowKernel:
-    """Make (x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor)."""
+    """Make (x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor).
 
-    def kernel(x: Tensor, scale: Tensor | None, p: Params) -> tuple[Tensor, Tensor]:
+    Heads [B, H, S, D] are coded without their means, see `stages.neurons.channels.left_out`.
+    """
+
+    def kernel(
+        x: Tensor, scale: Tensor | None, mean: Tensor | None, p: Params
+    ) -> tuple[Tensor, Tensor]:
+        u = x if mean is None else x.float() - mean
         if scale is None:
-            value, spikes = coding.quantise(x, p)
+            value, spikes = coding.quantise(u, p)
         else:
-            value, spikes = coding.quantise(x.float() / scale, p)
+            value, spikes = coding.quantise(u.float() / scale, p)
             value = value * scale
+        if mean is not None and mean.dim() == 1:
+            value = value + mean
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
     if coding.tokenwise:  # its layout is part of the code, and it is no elementwise expression
-        return lambda x, p: kernel(x, None, p)
+        return lambda x, p: kernel(x, None, None, p)
     fast = fused(kernel)
 
     def call(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        scale = unit(x, p)
-        heads = scale is not None and scale.dim() == 3  # scales of their own, so they stay apart
+        scale, mean = unit(x, p), centre(x, p)
+        # Heads have scales and means of their own, so they stay apart.
+        heads = any(each is not None and each.dim() == 3 for each in (scale, mean))
         flat = x.contiguous() if heads else x.reshape(-1, x.shape[-1])
         made = fast if x.numel() >= EAGER_BELOW else kernel
-        value, spikes = made(flat, scale, unscaled(p))
+        value, spikes = made(flat, scale, mean, unscaled(p))
         return value.view(x.shape), spikes
 
     return call

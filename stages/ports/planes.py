@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.channels import unit
+from stages.neurons.channels import centre, unit
 from stages.neurons.ranges import Bank, DigitSpikes, RangeSpikes
 from stages.neurons.slots import SlotSpikes
 from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
@@ -141,11 +141,12 @@ def _shifted(total: Tensor, bits: int) -> Tensor:
 class Planes:
     """Values [*X] as the sums of `accumulators`, each row times `row` [*X] (constant along the last
     dimension) where a softmax is computed as spikes, each value times `unit` [*X] where channels have
-    scales."""
+    scales, and more by `centre` [C], the last dimension, where features have means."""
 
     accumulators: tuple[Accumulator, ...]
     row: Tensor | None = None
     unit: Tensor | None = None
+    centre: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -161,6 +162,7 @@ class Planes:
             ),
             None if self.row is None else change(self.row),
             None if self.unit is None else change(self.unit),
+            self.centre,
         )
 
     def selecting(self, plane: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,7 +184,8 @@ class Planes:
         total = self.none()
         for step in range(self.steps):
             self.arrive(total, step)
-        return total if self.row is None else total * self.row
+        total = total if self.row is None else total * self.row
+        return total if self.centre is None else total + self.centre
 
     def none(self) -> Tensor:
         """Return the decoded values before the first step: zeros [*X] float32."""
@@ -207,12 +210,14 @@ def check_ternary(coding: Coding) -> None:
 
 
 def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
-    """Code x [*X] as planes; also the spikes of every value [*X]."""
-    scale = unit(x, p)
-    if scale is None:
-        return _planes(coding, x, p)
-    value, count = _planes(coding, x.float() / scale, p)
-    return replace(value, unit=scale.expand(x.shape)), count
+    """Code x [*X] as planes; also the spikes of every value [*X]. Heads [B, H, S, D] are coded without
+    their means, see `stages.neurons.channels.left_out`."""
+    scale, mean = unit(x, p), centre(x, p)
+    u = x if mean is None else x.float() - mean
+    value, count = _planes(coding, u if scale is None else u.float() / scale, p)
+    if scale is not None:
+        value = replace(value, unit=scale.expand(x.shape))
+    return value if mean is None or mean.dim() > 1 else replace(value, centre=mean), count
 
 
 def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.codings.base import Coding
+from stages.neurons.channels import left_out
 from stages.ports.attention import View
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
@@ -23,6 +24,9 @@ class DensePort:
         if self.counter is not None:
             self.counter.add(x.shape, None, real, fanout)
         return x
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         if self.counter is not None:
@@ -50,6 +54,9 @@ class SpikingPort:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
         return value
 
+    def constant(self, x: Tensor) -> Tensor | None:
+        return left_out(x, self._on(x.device))
+
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
         if self.counter is not None:
@@ -69,9 +76,12 @@ class ErrorPort(SpikingPort):
     """Passes the dense value, and adds up what its code would cost: error, power and spikes."""
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        value = super().__call__(x, real, fanout)
-        self._add(x, value, real)
+        value, mean = super().__call__(x, real, fanout), super().constant(x)
+        self._add(x, value if mean is None else value + mean, real)
         return x
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None  # what passes is the dense value
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         value = super().softmax(scores, scaling, view, fanout)

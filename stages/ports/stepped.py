@@ -2,7 +2,7 @@
 
 At every step one operand of every linear, attention and gate product is in {-1, 0, 1}: what spikes
 select is added up (times the scales of channels, where a coding has those), and the sums are multiplied
-by the weights of the phases. What stays real-valued
+by the weights of the phases. Means of channels enter a linear product as a bias. What stays real-valued
 is listed by `stages.analysis.real_valued`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.channels import unscaled
+from stages.neurons.channels import left_out, unscaled
 from stages.neurons.spikes import Params
 from stages.ports.attention import View
 from stages.ports.coded import coded
@@ -48,6 +48,9 @@ class SteppedPort:
         if self._counter is not None:
             self._counter.add(x.shape, spikes.sum(-1).float(), real, fanout)
         return self._passed(coded_x, x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return left_out(x, self._params)
 
     def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
         coding = self._coding

@@ -29,13 +29,12 @@ from stages.fitting import Fitting
 from stages.model.sites import Site, find_sites
 from stages.neurons.channels import per_channel, unscaled
 from stages.ports.counters import Counters
-from stages.ports.hooks import stream
 from stages.ports.kernels import row_kernel
 from stages.ports.patched import patched
 from stages.ports.planes import planes
 from stages.statistics import measuring
-from stages.statistics.watch import Watch
 from tests.codings.reference import atoms_of, definition, heavy_tailed
+from tests.codings.values import seen
 from tests.transforms.held import compare
 
 CHANNEL: dict[str, Any] = {"granularity": "channel"}
@@ -56,19 +55,6 @@ Draws = Callable[..., Tensor]
 @pytest.fixture
 def ids(tokens: Draws) -> Tensor:
     return tokens(4, 16, seed=1)
-
-
-def seen(model: PreTrainedModel, ids: Tensor, sites: list[Site]) -> dict[str, Tensor]:
-    """The values of every site but the probabilities, a channel a column, [tokens, C]."""
-    parts: dict[str, list[Tensor]] = {site.name: [] for site in sites if site.port != "probs"}
-
-    def keep(name: str) -> Watch:
-        return Watch(lambda x: parts[name].append(x.transpose(1, 2) if x.dim() == 4 else x))
-
-    stream(model, ids, 2, {name: keep(name) for name in parts}, "values")
-    return {
-        name: torch.cat([x.reshape(-1, x[0, 0].numel()) for x in p]) for name, p in parts.items()
-    }
 
 
 def densities_of(model: PreTrainedModel, ids: Tensor, sites: list[Site]) -> Densities:

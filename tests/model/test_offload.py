@@ -19,7 +19,7 @@ from stages.codings.gated import Gated
 from stages.errors import InputError
 from stages.evaluation import accuracy, perplexity
 from stages.fits.sensitivity import Sensitivity
-from stages.fits.statistics import ChannelScale, RunningMaximum, Saliency, Smoothing
+from stages.fits.statistics import ChannelMean, ChannelScale, RunningMaximum, Saliency, Smoothing
 from stages.model import forward
 from stages.model.loading import load, load_offloaded
 from stages.model.offload import Offload, Weights, offloaded
@@ -105,7 +105,9 @@ def test_float32_from_a_bfloat16_checkpoint_is_that_of_the_whole_model(saved, to
 
 
 @pytest.mark.parametrize(
-    "statistic", [RunningMaximum(0.9), Saliency(), ChannelScale(0.9)], ids=lambda s: s.name
+    "statistic",
+    [RunningMaximum(0.9), Saliency(), ChannelScale(0.9), ChannelMean()],
+    ids=lambda s: s.name,
 )
 def test_statistics_are_the_same(statistic, saved, tokens):
     found = [measuring(statistic)(m, tokens(5, 12), find_sites(m), 2) for m in both(saved())]

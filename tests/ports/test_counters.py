@@ -37,6 +37,9 @@ class Recorder:
         self.seen.append(x)
         return self.coded(x)
 
+    def constant(self, x):
+        return None
+
     def softmax(self, scores, scaling, view, fanout):
         probs = (scores * scaling).masked_fill(~view.mask, -1e30).softmax(-1)
         self.seen.append(scores * scaling)

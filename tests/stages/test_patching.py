@@ -46,6 +46,9 @@ class Stepped:
         self.pairs.append((x, value, spikes.count))
         return value if self.passes_on else x
 
+    def constant(self, x):
+        return None
+
     def softmax(self, scores, scaling, view, fanout):
         x = (scores * scaling).masked_fill(~view.mask, -1e30).softmax(-1)
         return self(x, None, fanout)
