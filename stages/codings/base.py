@@ -243,12 +243,12 @@ class Sensitive(Scaled):
     sensitivity: Sensitivity | None = None
 
     def check_sensitivity(self, searched: str) -> None:
-        """Raise InputError where scale and sensitivity do not go together; `searched`: what a fit finds."""
+        """Raise InputError where scale and sensitivity do not go together; a fit finds `searched`."""
         self.check_scale()
         if self.quantile < 1 and not self.channels:
             raise InputError(
-                f"coding.quantile={self.quantile} for {self.name}, whose {searched} are searched: give 1, or "
-                "coding.granularity=channel"
+                f"coding.quantile={self.quantile} for {self.name}, whose {searched} are searched: give 1, "
+                "or coding.granularity=channel"
             )
         if self.sensitivity is not None and self.channels:
             raise InputError(

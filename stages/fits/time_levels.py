@@ -69,8 +69,10 @@ class Points:
 @dataclass(frozen=True)
 class Levels:
     """Of every site the levels [S, most] ascending, which repeat the last one, of which `number` [S] are
-    used; the end of the silent zone, the cost of errors and the spikes a value, each [S]."""
+    used, multiples of `unit` [S]; the end of the silent zone, the cost of errors and the spikes a value,
+    each [S]."""
 
+    unit: Tensor
     table: Tensor
     number: Tensor
     end: Tensor
@@ -155,10 +157,11 @@ class _Cells:
         state = _rising(cost)  # [S, C] of 1 + GAPS
         return torch.where(state > 0, gap.gather(-1, (state - 1).clamp(min=0)), 0.0)
 
-    def levels(self, aim: float, fraction: float, most: int) -> tuple[Tensor, Tensor]:
-        """Levels [S, most] ascending, which repeat the last one, and their number [S].
+    def levels(self, aim: float, fraction: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The unit of levels [S], these [S, most] ascending, and their number [S].
 
-        Where there are more than `most`, the last ones are missing. A site that is better silent has one.
+        The last one is repeated. Where there are more than `most`, the last ones are missing. A site
+        that is better silent has one.
         """
         gap, top = self.gaps(aim, fraction), self.edges[:, -1]
         first = (gap > 0).int().argmax(-1, keepdim=True)
@@ -173,7 +176,7 @@ class _Cells:
             place = torch.where((by > 0) & (place + by / 2 <= top), place + by, place)
             rows.append(place)
         table = torch.stack(rows, -1)
-        return table, 1 + (table.diff(dim=-1) > 0).sum(-1)
+        return step, table, 1 + (table.diff(dim=-1) > 0).sum(-1)
 
 
 def _rising(cost: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ def _rising(cost: Tensor) -> Tensor:
     return torch.cat(states[::-1], -1)
 
 
-def silenced(points: Points, table: Tensor, number: Tensor) -> Levels:
+def silenced(points: Points, unit: Tensor, table: Tensor, number: Tensor) -> Levels:
     """The end of the silent zone that costs least with levels [S, L]: below it nothing spikes, above it
     the nearest level is sent."""
     middle = (table[:, 1:] + table[:, :-1]) / 2
@@ -209,7 +212,7 @@ def silenced(points: Points, table: Tensor, number: Tensor) -> Levels:
     ends[:, -1] = 2 * points.x[:, -1] + table[:, -1]
     end = (ends.gather(-1, cut) + ends.gather(-1, cut + 1)) / 2
     at = (t.gather(-1, cut).squeeze(-1) for t in (error, spikes))
-    return Levels(table, number, end.squeeze(-1), *at)
+    return Levels(unit, table, number, end.squeeze(-1), *at)
 
 
 def _cut(above: Tensor, below: Tensor) -> Tensor:
@@ -219,7 +222,8 @@ def _cut(above: Tensor, below: Tensor) -> Tensor:
 
 def segments(levels: Levels) -> dict[str, Tensor]:
     """The parameters of `stages.neurons.slots` for these levels; those inside the silent zone go."""
-    rows = [_segments(*row) for row in zip(levels.table, levels.number, levels.end, strict=True)]
+    given = (levels.unit, levels.table, levels.number, levels.end)
+    rows = [_segments(*row) for row in zip(*given, strict=True)]
     width = max(len(row["start"]) for row in rows)
     filled = {"scale": torch.stack([row.pop("scale") for row in rows])}
     for name in rows[0]:
@@ -227,14 +231,15 @@ def segments(levels: Levels) -> dict[str, Tensor]:
     return filled
 
 
-def _segments(table: Tensor, number: Tensor, end: Tensor) -> dict[str, Tensor]:
+def _segments(unit: Tensor, table: Tensor, number: Tensor, end: Tensor) -> dict[str, Tensor]:
     """Those of one site."""
     level = table[: int(number)]
     middle = (level[1:] + level[:-1]) / 2
     level = level[int((middle <= end).sum()) :]
-    gap = torch.cat([level.diff()[:1] if len(level) > 1 else level, level.diff()])  # below each
-    unit = gap.amin()
-    steps, gap = (level / unit).round(), (gap / unit).round()
+    steps = (level / unit).round()
+    # Below the first level: that of the second, or less where zero is nearer.
+    first = 2.0 ** torch.minimum(steps[:1], steps.diff()[:1].clamp(min=1)).log2().floor()
+    gap = torch.cat([first if len(steps) > 1 else 2.0 ** steps.log2().floor(), steps.diff()])
     new = pad(gap.diff() != 0, (1, 0), value=True)
     last = torch.cat([new[1:], new.new_ones(1)])
     base = steps[new] - gap[new]
