@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,8 @@ from stages.distribution import Distribution
 from stages.errors import InputError
 from stages.fitted import Conversion
 from stages.fitting import Fitting
-from stages.model.prefix import prefix_ids
+from stages.model import limits
+from stages.model.prefix import prefix_ids, prefix_length
 from stages.model.sites import SiteSelection, find_sites, select
 from stages.patching import Patching
 from stages.ports.attachment import Attachment, attachment, refuse_spiking
@@ -51,13 +53,13 @@ def fit(
 
     `text`: token ids [windows, length], ids [N] that are cut into windows, or one or several texts
     for `tokenizer`. Runs `batch` windows at a time. What is not given is what `python -m pipeline` uses.
-    Raises InputError where the text has no whole window, for a spiking model, and for a model whose
-    sites cannot be resolved.
+    Raises InputError where the text has no whole window, or one that the model cannot read, for a
+    spiking model, and for a model whose sites cannot be resolved.
     """
     refuse_spiking(model)
     if not coding.converts:
         raise InputError(f"coding={coding.name} leaves a model as it is: choose another coding")
-    ids = _windows(text, tokenizer, length)
+    ids = _windows(model, text, tokenizer, length)
     model.eval()
     selected = select(find_sites(model), sites or SiteSelection())
     sketches = (capture or Capture()).run(model, ids, selected, batch)
@@ -144,7 +146,7 @@ def measure(
     Columns: those of `stages.patching.Patching.run`. `text` is that of `fit`; the model is dense while
     it is measured, and spiking again afterwards.
     """
-    ids, fitted = _windows(text, tokenizer, length), conversion(model)
+    fitted, ids = conversion(model), _windows(model, text, tokenizer, length)
     spec: Any = model.config.quantization_config
     restore(model)
     try:
@@ -158,12 +160,18 @@ def save(
 ) -> None:
     """Write a spiking model as a folder that `load` and transformers' `from_pretrained` read.
 
-    Raises InputError for a dense model, and where the folder is not empty.
+    Raises InputError for a dense model, and where the folder is not empty or cannot be written.
     """
     _attached(model)
     place = Path(folder).expanduser()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"stages.save: {place} is not an empty folder; give another one")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"stages.save: {place} cannot be made ({error.strerror}); give another folder"
+        ) from error
     model.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
@@ -177,18 +185,35 @@ def _attached(model: PreTrainedModel) -> Attachment:
 
 
 def _windows(
-    text: Tensor | str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None, length: int
+    model: PreTrainedModel,
+    text: Tensor | str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
 ) -> Tensor:
-    """Ids [windows, length] of what a user gave as text."""
-    if isinstance(text, Tensor) and text.dim() == 2 and len(text):
-        return text
+    """Ids [windows, length] of what a user gave as text.
+
+    Raises InputError for what the model cannot read, before it fails with less to say.
+    """
     if isinstance(text, Tensor):
-        ids = text.flatten()
-    elif tokenizer is None:
+        if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+            raise InputError(f"token ids are whole numbers: got a tensor of {text.dtype}")
+        if text.numel() and int(text.min()) < 0:
+            raise InputError(f"token ids are 0 or more: got {int(text.min())}")
+    if isinstance(text, Tensor) and text.dim() == 2 and len(text):
+        ids = text
+    elif not isinstance(text, Tensor) and tokenizer is None:
         raise InputError("a text needs a tokenizer: give tokenizer=…, or token ids as a tensor")
     else:
-        ids = tokenise([text] if isinstance(text, str) else text, JOIN, tokenizer)
-    return corpus.windows(ids, max(1, len(ids) // length), length, name="the text")
+        read = text.flatten() if isinstance(text, Tensor) else _tokenised(text, tokenizer)
+        ids = corpus.windows(read, max(1, len(read) // length), length, name="the text")
+    limits.check_window(model.config, ids.shape[1], type(model).__name__, prefix_length(model))
+    embedding: Any = model.get_input_embeddings()
+    limits.check_tokens(ids, embedding.num_embeddings, "the text", tokenizer)
+    return ids
+
+
+def _tokenised(text: str | Sequence[str], tokenizer: Any) -> Tensor:
+    return tokenise([text] if isinstance(text, str) else text, JOIN, tokenizer)
 
 
 def _statistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,12 @@ from pipeline.store.store import Artifact, Store
 from stages.checkpoint.paper import PaperNeurons
 from stages.errors import InputError
 from stages.model import limits
+from stages.model.loading import meta_model
+from stages.model.sites import Site, find_sites, select
 from stages.ports.stepped import check_steps
 from stages.text import corpus as text
 from stages.text.documents import check_head
+from stages.transforms.prefix import check_lengths
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ def configured(settings: Settings) -> None:
     """Raises InputError for settings of which a later stage would say that they do not go together."""
     settings.check_offloaded()
     positions(settings)
+    sites(settings)
     coding = settings.coding
     if not coding.converts:
         return
@@ -53,8 +58,25 @@ def positions(settings: Settings, prefix: int = 0) -> None:
         lengths["calibration.length"] = settings.calibration.length
     if settings.energy.tokens is not None:
         lengths["energy.tokens"] = settings.energy.tokens
-    model = settings.model
-    limits.check_positions(model.config(), lengths, model.name, model.positions, prefix)
+    model, config = settings.model, settings.model.config()
+    limits.check_positions(config, lengths, model.name, model.positions, prefix)
+    if settings.transform.search is not None:  # whose prefix has a token at least
+        lengths.pop("energy.tokens", None)  # which no pass reads
+        check_lengths(config, max(prefix, 1), lengths)
+
+
+def sites(settings: Settings) -> None:
+    """Raises InputError for a model whose sites cannot be resolved, and for a choice that names none."""
+    config = settings.model.config()
+    kind: Any = type(config)
+    every = _sites(kind, config.to_json_string(use_diff=False))
+    if settings.coding.converts:
+        select(every, settings.sites)
+
+
+@functools.lru_cache(maxsize=8)  # the jobs of a sweep share their model
+def _sites(kind: Any, described: str) -> tuple[Site, ...]:
+    return tuple(find_sites(meta_model(kind.from_dict(json.loads(described)))))
 
 
 def behind_prefix(settings: Settings, prefix: Artifact) -> None:

@@ -149,4 +149,4 @@ def _named(kind: Any, path: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return KINDS[type(value)]
+    return KINDS[type(value)].replace("finite ", "")  # nan is read as one too

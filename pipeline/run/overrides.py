@@ -49,6 +49,8 @@ def settled(arguments: Sequence[str], default: str | None = None, conf: Path = C
     chosen = str(given["experiment"].value()) if "experiment" in given else _value(added)
     name = chosen or shipped.default("experiment", conf)
     _check_groups(given, name, conf)
+    if name == "none" and "row" in given:
+        _check_name(given, default or shipped.default("experiment", conf), conf)
     swept = any(o.is_sweep_override() for o in given.values())
     if name == "none" and swept and "hydra.mode" not in given and not {*FLAGS} & {*arguments}:
         added.append("hydra.mode=MULTIRUN")
@@ -100,6 +102,11 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
             raise InputError(f"{override.input_line}: give one name, out of {known}")
         if key in ("row", "rows", "experiment") and override.is_delete():
             raise InputError(f"{override.input_line}: leave it out instead")
+        if override.is_delete() and (conf / key).is_dir():
+            known = ", ".join(shipped.names(key, conf))
+            raise InputError(
+                f"{override.input_line}: nothing runs without one; give {key}=NAME, out of {known}"
+            )
         if override.is_delete() and "." in key and key.partition(".")[0] not in (*NAMED, "hydra"):
             raise InputError(
                 f"{override.input_line}: a key that is taken out has its default, which no file says; "
@@ -118,6 +125,25 @@ def _check_groups(given: Mapping[str, Override], experiment: str, conf: Path) ->
             raise InputError(
                 f"{given[key].input_line}: experiment={experiment} sets {', '.join(lost)} itself; give "
                 "those keys instead"
+            )
+
+
+def _check_name(given: Mapping[str, Override], experiment: str, conf: Path) -> None:
+    """Raises InputError where a conversion would be called as a row or a coding that it is not."""
+    row = given["row"]
+    swept = row.is_sweep_override()
+    names = row.sweep_string_iterator() if swept else [row.get_value_element_as_str()]
+    asked = {str(o.input_line) for o in given.values()}
+    if "coding" not in given:
+        asked.add(f"coding={shipped.default('coding', conf)}")
+    rows = {each: {"coding": each} for each in shipped.names("coding", conf)}
+    rows |= {name: dict(each) for name, each in shipped.experiment(experiment, conf).rows.items()}
+    for name in (each.strip("'\"") for each in names):
+        meant = axes.overrides(rows.get(name, {}))
+        if not asked.issuperset(meant):
+            raise InputError(
+                f"{row.input_line}: {name} is the name of another conversion: give its options, "
+                f"{' '.join(meant)}, or this one another name"
             )
 
 

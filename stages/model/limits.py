@@ -67,18 +67,39 @@ def check_positions(
             )
 
 
+def check_window(config: PreTrainedConfig, length: int, name: str, prefix: int = 0) -> None:
+    """Raise InputError where a window of `length` tokens behind a prefix has more than a model reads."""
+    most = positions(config)
+    if most is None or length + prefix <= most:
+        return
+    behind = f" behind a prefix of {prefix}" if prefix else ""
+    beyond = (
+        ""
+        if learned(config)
+        else f", or set model.config.max_position_embeddings={length + prefix} to go beyond what it was "
+        "made for"
+    )
+    raise InputError(
+        f"a window of {length} tokens{behind}: {name} has {most} positions; give windows of "
+        f"{most - prefix} tokens at most{beyond}"
+    )
+
+
 def vocabulary(config: PreTrainedConfig) -> int:
     """Return the number of rows of a model's embedding."""
     text: Any = config.get_text_config()
     return int(text.vocab_size)
 
 
-def check_tokens(ids: Any, rows: int, what: str, tokenizer: Any) -> None:
-    """Raise InputError for a token among ids (a tensor or list) that an embedding of `rows` lacks."""
+def check_tokens(ids: Any, rows: int, what: str, tokenizer: Any = None) -> None:
+    """Raise InputError for a token among ids (a tensor or list) that an embedding of `rows` lacks.
+
+    Without a tokenizer it is called by its number alone.
+    """
     highest = max(ids, default=0) if isinstance(ids, list) else int(ids.max()) if ids.numel() else 0
     if highest >= rows:
-        token = tokenizer.convert_ids_to_tokens(highest)
+        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(highest)!r})"
         raise InputError(
-            f"{what} has the token {highest} ({token!r}), and the model's embedding {rows} rows: this "
+            f"{what} has the token {highest}{token}, and the model's embedding {rows} rows: its "
             "tokenizer belongs to another model, or the embedding was not resized to it"
         )

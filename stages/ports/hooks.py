@@ -38,7 +38,7 @@ def attached(
     modules = dict(model.named_modules())
     counted = any(getattr(port, "counter", None) is not None for port in ports.values())
     mixture = any(site.expert is not None for site in sites)
-    state = Pass(model, prefix_length(model), mixture, counted)
+    state = Pass(model, prefix_length(model), mixture, counted, _ported(sites, ports))
     experts = _expert_ports(sites, ports, state)
     with ExitStack() as undo:
         entry = decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)
@@ -79,6 +79,17 @@ def stream(
     """
     with torch.inference_mode(), attached(model, find_sites(model), ports):
         windows(model, ids, batch, name, after=after, through=through, logits=logits)
+
+
+def _ported(sites: Sequence[Site], ports: Mapping[str, Port]) -> list[str]:
+    """The paths of the modules whose operands a port changes or counts."""
+    paths = []
+    for site in sites:
+        port = ports.get(site.name)
+        idle = port is None or (isinstance(port, DensePort) and port.counter is None)
+        if not idle:
+            paths += [site.path, *(site.consumers if site.port == "in" else ())]
+    return list(dict.fromkeys(paths))
 
 
 def _attention_ports(

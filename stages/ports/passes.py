@@ -4,10 +4,10 @@ tokens, and RoPE frequencies that no earlier pass has moved."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
@@ -81,18 +81,39 @@ def _restart(module: Any, prefix: str) -> None:
         setattr(module, longest, module.original_max_seq_len)
 
 
+def held(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[nn.Module, str, nn.Module]]:
+    """Return what must stay for the modules at `paths` to be the model's, by the path of every module on
+    the way: the one that holds it, under which name, and itself."""
+    links: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    for path in paths:
+        above, so_far = model, ""
+        for name in path.split("."):
+            so_far = f"{so_far}.{name}".lstrip(".")
+            links[so_far] = above, name, above.get_submodule(name)
+            above = links[so_far][2]
+    return links
+
+
 class Pass(ForwardState):
     """The state of a pass of `length` new tokens through a model whose ports are attached."""
 
     length = 0
 
-    def __init__(self, model: PreTrainedModel, prefix: int, experts: bool, counted: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefix: int,
+        experts: bool,
+        counted: bool,
+        ported: Iterable[str],
+    ) -> None:
         """Take what determines a pass.
 
         prefix: tokens that stand in the cache of a text's first pass; experts: whether some are
-        ported; counted: whether a port counts.
+        ported; counted: whether a port counts; ported: the paths of the modules that ports are on.
         """
         super().__init__()
+        self._held = held(model, ported)
         self._model, self._prefix, self._counted = model, prefix, counted
         self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
         self._names = argument_names(decoder(model))
@@ -100,6 +121,7 @@ class Pass(ForwardState):
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin the pass; a hook in front of the decoder's forward."""
         self._check_implementations()
+        self._check_modules()
         given = named(self._names, args, kwargs)
         mask, (_, length) = given.get("attention_mask"), new_tokens(given)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -124,6 +146,15 @@ class Pass(ForwardState):
                     f"{part}_implementation={got!r} would leave out neurons of this model: "
                     f"model.set_{part}_implementation({wanted!r}) sets it back, "
                     "stages.restore(model) makes it dense"
+                )
+
+    def _check_modules(self) -> None:
+        for path, (above, name, module) in self._held.items():
+            if above._modules.get(name) is not module:
+                raise InputError(
+                    f"{path} of this model was replaced after its neurons were put on, which would leave "
+                    "them out: put it back, or take the neurons off by stages.restore(model), change the "
+                    "dense model and convert it"
                 )
 
     def _check_uncounted(self) -> None:

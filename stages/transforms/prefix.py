@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,12 @@ class Limit:
     keys: int
     reason: str
 
+    def instead(self, prefix: int) -> str:
+        """Say why a longer text is refused, and what to do."""
+        rotated = "convert with transform=rotate, which has no prefix"
+        most = self.keys - prefix
+        return f"{self.reason}; {f'give at most {most} tokens, or ' if most > 1 else ''}{rotated}"
+
 
 @dataclass(frozen=True, eq=False)
 class PrefixCache:
@@ -188,8 +194,7 @@ class PrefixCache:
             if keys > limit.keys:
                 raise InputError(
                     f"a text of {keys - size} tokens, pads among them, behind a prefix of {size}: "
-                    f"{limit.reason}; give at most {limit.keys - size} tokens, or convert with "
-                    "transform=rotate, which has no prefix"
+                    f"{limit.instead(size)}"
                 )
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -220,6 +225,17 @@ def _limits(config: Any) -> tuple[Limit, ...]:
         trained = rope.get("original_max_position_embeddings") or trained
         limits.append(Limit(trained, f"rope_type {kind!r} turns longer texts otherwise"))
     return tuple(limits)
+
+
+def check_lengths(config: Any, prefix: int, lengths: Mapping[str, int]) -> None:
+    """Raise InputError where a text, by the option that gives its length, is longer than a model of this
+    config reads behind a prefix of at least so many tokens."""
+    for limit in _limits(config):
+        for option, length in lengths.items():
+            if length + prefix > limit.keys:
+                raise InputError(
+                    f"{option}={length} behind a prefix of {prefix}: {limit.instead(prefix)}"
+                )
 
 
 def attach_prefix(model: PreTrainedModel, ids: Sequence[int]) -> None:

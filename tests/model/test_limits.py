@@ -79,3 +79,5 @@ def test_a_token_behind_the_end_of_the_embedding_is_named(tiny_llama, byte_token
     for ids in (torch.tensor([3, 257]), [3, 257]):
         with pytest.raises(InputError, match="a text has the token 257 .'</s>'., and .* 257 rows"):
             check_tokens(ids, 257, "a text", byte_tokenizer)
+    with pytest.raises(InputError, match="a text has the token 257, and the model's embedding"):
+        check_tokens(torch.tensor([3, 257]), 257, "a text")

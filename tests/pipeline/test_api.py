@@ -157,6 +157,11 @@ def _symbols(text: bytes) -> list[str]:
         (lambda m, t: stages.fit(m, "no ids", stages.Gated()), "tokenizer"),
         (lambda m, t: stages.fit(m, t(1, 10)[0], stages.Gated()), "10 tokens"),
         (lambda m, t: stages.Gated(timesteps=99), "99"),
+        (lambda m, t: stages.fit(m, t(2, 16) + 40, stages.Las()), "token 8[0-9], .* 50 rows"),
+        (lambda m, t: stages.fit(m, t(2, 16) - 48, stages.Las()), "0 or more: got -[0-9]"),
+        (lambda m, t: stages.fit(m, t(2, 16) / 3, stages.Las()), "whole numbers: .*float32"),
+        (lambda m, t: stages.fit(m, t(1, 257), stages.Las()), "has 256 positions; .*=257 to go"),
+        (lambda m, t: stages.fit(m, t(1, 600)[0], stages.Las()), "512 tokens: .* 256 positions"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -165,6 +170,26 @@ def test_what_cannot_be_done_is_one_line(
     with pytest.raises(InputError, match=words) as refused:
         call(sdpa, tokens)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_measured_is_what_the_model_can_read(
+    sdpa: PreTrainedModel, tiny: Callable[..., PreTrainedModel], tokens: Draws
+) -> None:
+    stages.convert(sdpa, tokens(4, 16, seed=1), stages.Las())
+    with pytest.raises(InputError, match="has the token 5[0-9]"):
+        stages.measure(sdpa, tokens(2, 16) + 10)
+    sdpa.config.max_position_embeddings = 300  # as the refusal of longer windows says
+    assert len(stages.measure(sdpa, tokens(1, 300))) == 21
+    table = tiny("opt")
+    with pytest.raises(InputError, match=r"256 positions; give windows of 256 tokens at most$"):
+        stages.fit(table, tokens(1, 257), stages.Las())
+
+
+def test_a_token_that_the_embedding_lacks_is_named(
+    sdpa: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(InputError, match="has the token [0-9]+ .'.'., and .* 50 rows"):
+        stages.fit(sdpa, "first spike " * 9, stages.Las(), tokenizer=byte_tokenizer, length=32)
 
 
 def test_a_spiking_model_is_not_converted_twice(sdpa: PreTrainedModel, tokens: Draws) -> None:
@@ -192,6 +217,8 @@ def test_a_folder_with_files_is_not_written_over(
     stages.convert(sdpa, tokens(4, 16, seed=1), stages.Las())
     with pytest.raises(InputError, match="not an empty folder"):
         stages.save(sdpa, tmp_path)
+    with pytest.raises(InputError, match=r"mine/below cannot be made .Not a directory.; give"):
+        stages.save(sdpa, tmp_path / "mine" / "below")
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 

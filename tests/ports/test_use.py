@@ -105,6 +105,40 @@ def test_another_attention_is_refused_inside_a_patch(tiny, tokens, convert):
     assert torch.equal(logits(model, ids), dense)
 
 
+def test_a_module_put_in_the_place_of_one_with_neurons_is_refused(loaded, tokens):
+    ids = tokens(2, 11)
+    before, head = logits(loaded, ids), loaded.lm_head
+    layer = loaded.get_decoder().layers[1]
+    norm, projected = layer.input_layernorm, layer.self_attn.o_proj
+    for above, name, module in (
+        (loaded, "lm_head", head),
+        (layer, "input_layernorm", norm),
+        (layer.self_attn, "o_proj", projected),
+        (layer, "self_attn", layer.self_attn),
+    ):
+        setattr(above, name, nn.Sequential(module))  # computes the same, behind another path
+        words = ("was replaced", "stages.restore(model)", name)
+        refused(lambda: loaded(ids), *words)
+        refused(lambda: loaded.generate(ids, max_new_tokens=2), *words)
+        setattr(above, name, module)
+        assert torch.equal(logits(loaded, ids), before)
+
+
+def test_an_embedding_of_more_tokens_has_a_head_without_neurons(tiny, convert, tmp_path, tokens):
+    """transformers makes a new head, of which the hooks of the old one know nothing."""
+    model, ids = tiny(), tokens(2, 11)
+    save(model, convert(model, GATED), Untouched(), (), tmp_path / "all")
+    loaded = stages.load(tmp_path / "all")
+    loaded.resize_token_embeddings(60)
+    refused(lambda: loaded(ids), "lm_head of this model was replaced")
+    body = convert(model, GATED, ("attn.in", "mlp.down"))
+    save(model, body, Untouched(), (), tmp_path / "body")
+    loaded = stages.load(tmp_path / "body")
+    before = logits(loaded, ids)
+    loaded.resize_token_embeddings(60)  # no neuron is lost
+    torch.testing.assert_close(logits(loaded, ids)[..., :50], before)
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_the_attention_asked_of_from_pretrained_is_that_of_the_dense_model(folders, tokens, name):
     ids = tokens(2, 11)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from pipeline.commands import plan
 from pipeline.run import checks, runner
@@ -29,6 +31,8 @@ def texts(tmp_path_factory, tiny_run: Tiny) -> Path:
     pair = {"sentence": "A _ is red.", "option1": "bag", "option2": "box", "answer": "2"}
     (folder / "winogrande.jsonl").write_text(json.dumps(pair) + "\n")
     (folder / "late.jsonl").write_text('{"text": "x"}\n{"body": "x"}\n')
+    for model_type, more in {"gpt2": {}, "mistral": {"sliding_window": 48}}.items():
+        AutoConfig.for_model(model_type, **more).save_pretrained(folder / model_type)
     for name, change in {
         "columns": {"sol2": None},
         "label": {"label": -1},
@@ -42,6 +46,8 @@ def texts(tmp_path_factory, tiny_run: Tiny) -> Path:
 
 
 WINOGRANDE = ("tasks.winogrande.path={texts}/winogrande.jsonl", "evaluation.tasks=[winogrande]")
+SMALL = "transform.search.outlier=1.2"  # random weights have tokens that are outliers by so much
+PREFIX = ("transform=rotate_prefix", "calibration.length=32")
 LATER = {  # what only the tokens tell
     "evaluation": (["evaluation.windows=500"], "evaluation text wikipedia has .* need 24000"),
     "calibration": (["calibration.windows=500"], "calibration text wikipedia has .* need 24000"),
@@ -64,6 +70,15 @@ AT_ONCE = {
     "metric": (["tasks.winogrande.metric=acc_norm", *WINOGRANDE], "winogrande is scored by acc$"),
     "stepped": (["coding=lloyd_max", "runtime.execution=stepped"], "no steps in"),
     "anytime": (["coding=compander", "evaluation.anytime=true"], "no steps in"),
+    "family": (["model.path={texts}/gpt2"], "no role rules for model_type='gpt2'"),
+    "no such site": (
+        ["sites.exclude=[lm_head:inn]"],
+        "no site lm_head:inn; did you mean lm_head:in",
+    ),
+    "window": (
+        ["model.path={texts}/mistral", *PREFIX, "evaluation.length=48"],
+        "evaluation.length=48 behind a prefix of 1: the model's window of 48 .* at most 47 tokens",
+    ),
     "sensitivity": (["coding=gated_budget", "calibration.windows=1"], "calibration.windows=1"),
 }
 
@@ -89,6 +104,23 @@ def test_a_plan_refuses_it_and_builds_nothing(case, settings, texts, tmp_path):
     with pytest.raises(InputError, match=message):
         checks.planned(chain(made, Store(tmp_path)))
     assert not list(tmp_path.glob("[!.]*"))
+
+
+def test_what_a_prefix_leaves_no_room_for_is_refused_before_the_capture(
+    settings, texts, tmp_path, tiny_run: Tiny
+):
+    """How many tokens it has is known once it is found."""
+    folder = tmp_path / "windowed"
+    shutil.copytree(tiny_run.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 49}))
+    ours = settings(tmp_path / "store", f"model.path={folder}", *PREFIX, SMALL)
+    prefix = r"evaluation.length=48 behind a prefix of [2-9]\d*: rope_type 'dynamic' turns"
+    with pytest.raises(InputError, match=prefix):
+        runner.execute(ours)
+    stages = {path.name for path in (tmp_path / "store").iterdir() if path.is_dir()}
+    assert "prefix" in stages and "capture" not in stages
 
 
 def test_a_plan_of_what_can_run_is_silent(settings, tmp_path):

@@ -164,6 +164,7 @@ LINES = [
     (["runtime.compile=3"], "runtime.compile=3: give true or false"),
     (["store.path=null"], "store.path=null: give text"),
     (["model.path=3"], "is read as a whole number, and text is wanted: type 'model.path=\"3\"'"),
+    (["model.path=nan"], "is read as a number, and text is wanted: type 'model.path=\"nan\"'"),
     (["evaluation.tasks=piqa"], "evaluation.tasks=piqa: give a list, evaluation.tasks=[piqa]"),
     (["evaluation.corpora=wikipedia"], "give a list, evaluation.corpora=[wikipedia]"),
     (["sites.roles=attn.in"], "give a list, sites.roles=[attn.in]"),
