@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,18 +114,19 @@ def least_error(atoms: Atoms, budget: Tensor, bits: Callable[[Tensor], Tensor]) 
     return torch.where(known, torch.minimum(total(high), total(low)), 0.0).amax(-1)
 
 
+@dataclass(frozen=True)
 class _Class:
-    """Values of some magnitudes: their `share` of all, and their differential `entropy` in bits, signs
-    included, each [S, K]."""
+    """Values of some magnitudes: their `share` of all, and what they add to the integral of -p log2(p),
+    signs included, each [S, K]."""
 
-    def __init__(self, share: Tensor, surprise: Tensor) -> None:
-        self.share = share
-        known = share.clamp(min=RAREST)
-        self.entropy = surprise / known + known.log2()
+    share: Tensor
+    surprise: Tensor
 
     def error(self, bits: Tensor) -> Tensor:
         """Their part in the least squared error at so many bits each [S, K]; none of few values."""
-        least = self.share * 2 ** (2 * (self.entropy - bits)) / (2 * math.pi * math.e)
+        known = self.share.clamp(min=RAREST)
+        entropy = self.surprise / known + known.log2()
+        least = self.share * 2 ** (2 * (entropy - bits)) / (2 * math.pi * math.e)
         return torch.where(self.share >= RAREST, least, 0.0)
 
 
