@@ -53,14 +53,15 @@ def distance_db(
 
 
 def slots(coding: Coding, params: Params, sites: int) -> Tensor:
-    """How many spikes a value of every site may have at most, [sites] float64: the timesteps of all
-    neurons that it chooses from, and one for each floor."""
+    """How many spikes a value of every site may have at most, [sites] float64: the steps of the longest
+    for each of the neurons that it chooses from, and one for each floor."""
     neurons = coding.grains if coding.gate_comparisons else 1
     if "steps" in params:
-        places = params["steps"].double().log2().sum(-1)
+        steps = params["steps"].double().log2().amax(-1)
     else:
-        places = torch.full((sites,), float(neurons * coding.timesteps), dtype=torch.float64)
-    return places + (params["floor"] > 0).sum(-1) if "floor" in params else places
+        steps = torch.full((sites,), float(coding.timesteps), dtype=torch.float64)
+    floors = (params["floor"] > 0).sum(-1) if "floor" in params else 0
+    return neurons * steps + floors
 
 
 def train_bits(spikes: Tensor, places: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def test_a_value_has_the_slots_of_all_its_neurons(densities: Densities) -> None:
         Multigrain(timesteps=7, grains=3): 7,  # bases in time of one neuron
         Gated(timesteps=4, grains=3): 12,
         Gated(timesteps=4, grains=3, offset=True): 14,
-        Gated(timesteps=4, grains=2, grain_steps=(2, -1)): 9,
+        Gated(timesteps=4, grains=2, grain_steps=(2, -1)): 12,
     }
     atoms = densities.atoms.rows(torch.tensor([0, 5]))
     for coding, places in given.items():
@@ -273,7 +273,8 @@ def test_the_bound_falls_with_spikes_and_steps(densities: Densities) -> None:
     spikes = torch.linspace(0.05, 9, 30).double()
 
     def above(coding: Coding) -> Tensor:
-        given: Any = (coding, densities.atoms, {}, power * 0.01)
+        params = coding.fit(densities.atoms).params
+        given: Any = (coding, densities.atoms, params, power * 0.01)
         return torch.stack([distance_db(*given, torch.full_like(power, s)) for s in spikes])
 
     few, more, two = (
@@ -282,9 +283,8 @@ def test_the_bound_falls_with_spikes_and_steps(densities: Densities) -> None:
     assert bool((few.diff(dim=0) >= -1e-9).all())
     assert bool((few <= more + 1e-9).all() and (more <= two + 1e-9).all())
     assert bool((few[-1] - few[0] > 10).all())
-    worse = distance_db(
-        Las("las", 3), densities.atoms, {}, power * 0.1, spikes[:1].expand_as(power)
-    )
+    las, least = Las("las", 3), spikes[:1].expand_as(power)
+    worse = distance_db(las, densities.atoms, las.fit(densities.atoms).params, power * 0.1, least)
     torch.testing.assert_close(worse, few[0] + 10)
 
 
@@ -301,21 +301,22 @@ def test_a_gaussian_by_hand(densities: Densities) -> None:
 
 def test_what_has_no_bound_has_no_number(densities: Densities) -> None:
     atoms, ones = densities.atoms, torch.ones(6, dtype=torch.float64)
+    las = Las().fit(atoms).params
     unknown = torch.full_like(ones, torch.nan)
     token = {"steps": torch.ones(6)}
     assert distance_db(Gif(salient_fraction=0), atoms, token, unknown, unknown).isnan().all()
     gain = torch.ones_like(atoms.weight)
     gain[1, 5] = 2  # a channel with a scale
-    found = distance_db(Las(), replace(atoms, gain=gain), {}, ones, ones)
+    found = distance_db(Las(), replace(atoms, gain=gain), las, ones, ones)
     assert found.isnan().tolist() == [False, True, False, False, False, False]
-    found = distance_db(Las(), atoms, {}, ones * torch.tensor([1.0, 0, 1, 1, 1, 1]), ones)
+    found = distance_db(Las(), atoms, las, ones * torch.tensor([1.0, 0, 1, 1, 1, 1]), ones)
     assert found.isnan().tolist() == [False, True, False, False, False, False]
     silent = atoms.weight.clone()
     silent[0] *= 1e-4
     silent[0, 0] = 1 - 1e-4
     value = atoms.value.clone()
     value[0, 0] = 0
-    found = distance_db(Las(), replace(atoms, weight=silent, value=value), {}, ones, ones)
+    found = distance_db(Las(), replace(atoms, weight=silent, value=value), las, ones, ones)
     assert found.isnan().tolist() == [True, False, False, False, False, False]
 
 
