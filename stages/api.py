@@ -18,7 +18,7 @@ from stages.checkpoint.format import describe
 from stages.codings.base import Coding
 from stages.distribution import Distribution
 from stages.errors import InputError
-from stages.fitted import Conversion
+from stages.fitted import ON_ATOMS, Conversion
 from stages.fitting import Fitting
 from stages.model import limits
 from stages.model.prefix import prefix_ids, prefix_length
@@ -119,15 +119,16 @@ def conversion(model: PreTrainedModel) -> Conversion:
 
 
 def table(model: PreTrainedModel) -> pd.DataFrame:
-    """Return one row a site of a spiking model: site, role, layer, nmse, spikes, fitted parameters.
+    """Return one row a site of a spiking model: site, role, layer, nmse, spikes, bound_db, parameters.
 
     nmse = sum (SN(x) - x)^2 / sum x^2 and mean spikes of one value, both over the estimated
-    distribution of calibration; NaN for a model that was read from a folder, and for codings that
-    depend on the whole token. `measure` has them on other text.
+    distribution of calibration, and how many dB that error lies above the least of any code of so
+    many spikes (`stages.analysis.bound`); NaN for a model that was read from a folder, and for codings
+    that depend on the whole token. `measure` has error and spikes on other text.
     """
     neurons = conversion(model).neurons
     columns = {"site": neurons.sites, "role": neurons.roles, "layer": neurons.layers}
-    frame = pd.DataFrame(columns | {"nmse": neurons.nmse, "spikes": neurons.spikes})
+    frame = pd.DataFrame(columns | {name: getattr(neurons, name) for name in ON_ATOMS})
     for name, value in neurons.fit.params.items():
         frame[name] = value.tolist()
     return frame

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+ON_ATOMS = ("nmse", "spikes", "bound_db")
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -24,8 +26,8 @@ class Fit:
 class FittedNeurons:
     """Parameters per site, the loss curve, and the error and spikes they give on the atoms.
 
-    nmse, spikes [sites] float64; the curve [sites, iterations] is the mean squared error in units of
-    the squared scale.
+    nmse, spikes, bound_db [sites] float64, the last what `stages.analysis.bound.distance_db` says of
+    the other two; the curve [sites, iterations] is the mean squared error in units of the squared scale.
     """
 
     sites: tuple[str, ...]
@@ -34,10 +36,11 @@ class FittedNeurons:
     fit: Fit
     nmse: Tensor
     spikes: Tensor
+    bound_db: Tensor
 
     def save(self, folder: Path) -> None:
         tensors = {f"param_{k}": v for k, v in self.fit.params.items()}
-        tensors |= {"nmse": self.nmse, "spikes": self.spikes}
+        tensors |= {name: getattr(self, name).contiguous() for name in ON_ATOMS}
         if self.fit.curve is not None:
             tensors["curve"] = self.fit.curve.contiguous()
         save_file(tensors, folder / "neurons.safetensors")
@@ -51,7 +54,7 @@ class FittedNeurons:
         params = {k[6:]: v for k, v in tensors.items() if k.startswith("param_")}
         sites, roles, layers = (tuple(meta[key]) for key in ("sites", "roles", "layers"))
         fit = Fit(params, tensors.get("curve"))
-        return cls(sites, roles, layers, fit, tensors["nmse"], tensors["spikes"])
+        return cls(sites, roles, layers, fit, *(tensors[name] for name in ON_ATOMS))
 
 
 @dataclass(frozen=True)

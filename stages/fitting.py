@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stages.analysis.bound import distance_db
 from stages.atoms import Atoms
 from stages.checkpoint.paper import PaperNeurons
 from stages.codings.base import Coding, error_and_spikes
@@ -79,6 +80,7 @@ class Fitting:
             Fit(params, fit.curve),
             error / atoms.power(),
             spikes,
+            distance_db(coding, atoms, params, error, spikes),
         )
 
     @staticmethod
@@ -98,6 +100,7 @@ class Fitting:
             Fit(params),
             error / densities.atoms.power(),
             spikes,
+            distance_db(coding, densities.atoms, params, error, spikes),
         )
 
     def _draw(self, densities: Densities) -> Atoms:

@@ -33,8 +33,9 @@ class Patching:
     ) -> pd.DataFrame:
         """Measure error and spikes of every converted site on the dense model's values over ids [W, S].
 
-        One row a site: site, role, layer, values, spikes, nmse, nmse_atoms, where nmse is
-        sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen.
+        One row a site: site, role, layer, values, spikes, nmse, nmse_atoms, bound_db, where nmse is
+        sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen, and the last two are
+        those of the fit.
         """
         sites = find_sites(model)
         converted = parameters(conversion, sites, device_of(model))
@@ -51,6 +52,7 @@ class Patching:
         frame["nmse"] = frame["error"] / frame["power"]
         if not conversion.coding.neuron:
             frame["spikes"] = float("nan")  # a bound quantises but does not spike
-        atoms = dict(zip(conversion.neurons.sites, conversion.neurons.nmse.tolist(), strict=True))
-        frame["nmse_atoms"] = frame["site"].map(atoms)
+        neurons = conversion.neurons
+        for name, value in (("nmse_atoms", neurons.nmse), ("bound_db", neurons.bound_db)):
+            frame[name] = frame["site"].map(dict(zip(neurons.sites, value.tolist(), strict=True)))
         return frame.drop(columns=["macs", "acs", "error", "power"])

@@ -185,7 +185,7 @@ def test_the_lines_of_python_run(
     exec(lines.replace("FOLDER", "model").replace("FILE", "mine.txt"), scope)
     shown = capsys.readouterr().out
     head, *rows = shown.splitlines()[: 1 + 21]  # on no line are columns or rows left out
-    assert head.split() == ["site", "role", "layer", "nmse", "spikes", "scale"]
+    assert head.split() == ["site", "role", "layer", "nmse", "spikes", "bound_db", "scale"]
     assert [row.split()[0] for row in rows] == [str(i) for i in range(21)]
     assert "model.layers.0.mlp.down_proj:in" in shown and "The first spike" in shown
     dense, ids = AutoModelForCausalLM.from_pretrained("model"), torch.arange(40)[None]

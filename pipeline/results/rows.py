@@ -18,7 +18,8 @@ COUNTS = ("grains", "timesteps")
 NAMES = ("model", "coding", "row", "setting", "transform")
 TEXT = (*NAMES, "trained", "convention", "environment")
 # Left out where no row has one.
-OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "convention", "environment")
+OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "bound_db")
+OPTIONAL += ("convention", "environment")
 # Overrides of a job that are seen in other columns, or that no row needs.
 TOLD = {"row", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
 TOLD |= {"model", "model.name", "model.path", "model.hub"}
@@ -31,7 +32,7 @@ ENERGIES = {
 }
 COSTS = ("macs_G", "acs_G", "energy_J", "saving")
 SECONDS = ("fitting_s", "conversion_s")
-LAST = ("nmse", "convention", "spikes_per_value", *COSTS, *SECONDS, "environment")
+LAST = ("nmse", "bound_db", "convention", "spikes_per_value", *COSTS, *SECONDS, "environment")
 RATIO = "ratio_"  # of every corpus and task: the number over the dense model's
 ERRORS = ENDINGS  # of columns of errors and counts
 BESIDE = ("_se", "_low", "_high", "_n")  # of those that others show beside their value

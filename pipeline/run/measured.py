@@ -96,14 +96,16 @@ class Measured(Generic[T]):
 
 
 def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
-    """Counters of the first corpus and the error on held-out values, one row a site."""
+    """Counters of the first corpus, one row a site, with the error on held-out values and, of the
+    calibration text, how far the error lies above the bound."""
     first = next(iter(measured.evaluated.perplexities.values()))[0]
     frame = Perplexity.load(first.path).counters.drop(columns=["error", "power"])
     frame["spikes_per_value"] = frame["spikes"] / frame["values"]
-    frame["nmse"] = np.nan
+    frame[["nmse", "bound_db"]] = np.nan
     if measured.patching is not None:
-        held_out = pd.read_parquet(measured.patching.path / "sites.parquet")
-        frame["nmse"] = frame["site"].map(held_out.set_index("site")["nmse"])
+        converted = pd.read_parquet(measured.patching.path / "sites.parquet").set_index("site")
+        for name in ("nmse", "bound_db"):
+            frame[name] = frame["site"].map(converted[name])
     return frame
 
 
@@ -123,6 +125,7 @@ def numbers(measured: Measured[Artifact], sites: pd.DataFrame) -> dict[str, Any]
     coded = sites.dropna(subset=["acs"])
     fanout = float(coded["macs"].sum())
     row["nmse"] = geometric_mean(sites["nmse"])
+    row["bound_db"] = weighted_mean(sites["bound_db"], sites["macs"])
     row["spikes_per_value"] = float(coded["acs"].sum()) / fanout if fanout else None
     row["steps"] = None if coded.empty else int(coded["steps"].max())
     return row | _energy(measured)["causal"]["prefill"]
@@ -269,3 +272,11 @@ def geometric_mean(values: pd.Series) -> float | None:
     if known.empty:
         return None
     return float(np.exp(np.log(known.clip(lower=1e-30)).mean()))
+
+
+def weighted_mean(values: pd.Series, weights: pd.Series) -> float | None:
+    """Of the values that are known; None without any."""
+    known = values.notna()
+    if not known.any():
+        return None
+    return float(np.average(values[known], weights=weights[known]))

@@ -32,10 +32,15 @@ GRAINS = (
 STEPS = (
     "steps: timesteps until the last spike of a value may have come, at the site that takes most"
 )
+BOUND = (
+    "squared error over the least of any code of as many spikes in as many steps (Shannon's lower "
+    "bound), on the calibration text"
+)
 MEANINGS = {
     "steps": STEPS,
     "bits": "bits: T, and log2 n where the n grains are neurons an activation",
     "nmse": "nmse: geometric mean over the sites, on held-out activations",
+    "bound_db": f"above Shannon: {BOUND}, mean over the sites, weighted by their multiplications",
     "convention": "convention: how the spikes of a value are counted",
     "spikes_per_value": "spikes / value: mean, weighted by the additions that each spike causes",
     "fitting_s": "fitting: all sites, with the statistics that the coding asks for",

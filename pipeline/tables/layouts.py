@@ -184,7 +184,8 @@ def codings(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
 
 
 def per_site(rows: Sequence[Row]) -> Sheet:
-    """The sites of one configuration by role and layer: error, spikes a value, number of values."""
+    """The sites of one configuration by role and layer: error, also against the bound, spikes a value,
+    number of values."""
     if len(rows) != 1:
         raise InputError(
             f"table per_site shows one configuration, got {len(rows)}: narrow the axes of the "
@@ -194,21 +195,23 @@ def per_site(rows: Sequence[Row]) -> Sheet:
     order = {role: place for place, role in enumerate(ROLES)}
     frame = row.sites.assign(place=row.sites["role"].map(order))
     frame = frame.sort_values(["place", "layer"], kind="stable", ignore_index=True)
-    frame = frame[["role", "layer", "nmse", "spikes_per_value", "values", "site"]]
+    frame = frame[["role", "layer", "nmse", "bound_db", "spikes_per_value", "values", "site"]]
     frame = frame.assign(environment=environment(row.result))
     columns = [
         Column("role", "role", words=True),
         Column("layer", "layer", lambda layer: "" if layer < 0 else str(layer)),
         Column("nmse", "nmse", lambda value: scientific(value, 1)),
+        Column("bound_db", "above Shannon [dB]", "{:.1f}".format, spare=1),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
         Column("values", "values", "{:.0f}".format),
     ]
     settings = row.run.settings
     caption = (
         f"Sites of {settings.name}, model {settings.model.name}. nmse: on held-out calibration "
-        f"windows; spikes and values: on {captions.windows(row, settings.evaluation.corpora[:1])}."
+        f"windows; above Shannon: {captions.BOUND}; spikes and values: on "
+        f"{captions.windows(row, settings.evaluation.corpora[:1])}."
     )
-    return Sheet(frame, columns, caption, list(frame["role"]))
+    return Sheet(frame, _filled(columns, frame), caption, list(frame["role"]))
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:

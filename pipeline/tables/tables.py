@@ -47,6 +47,7 @@ COLUMNS = {
         Column("steps", "steps", spare=1),
         Column("grains", "n"),
         Column("nmse", "nmse", lambda value: scientific(value, 1)),
+        Column("bound_db", "above Shannon [dB]", "{:.1f}".format),
         Column("spikes_per_value", "spikes / value", "{:.3f}".format),
         Column("macs_G", "MACs [G]", lambda value: small(value, 4)),
         Column("acs_G", "ACs [G]", lambda value: small(value, 4)),

@@ -107,6 +107,7 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
         Fit({}),
         unknown,
         unknown,
+        unknown,
     )
     _attach(model, _held(model, Conversion(coding, fitted)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.atoms import Atoms
+from stages.atoms import Atoms, cells
 from stages.codings.lloyd_max import LloydMax
 from stages.errors import InputError
 from stages.fits.quantiser import running
@@ -48,25 +48,6 @@ class Compander(LloydMax):
         )
         inside = (want - low) / (high - low).clamp(min=1e-300)
         return Fit(level_params(start + inside.clamp(0, 1) * (stop - start)))
-
-
-def cells(atoms: Atoms) -> tuple[Tensor, Tensor]:
-    """The cells over which atoms of positive magnitude spread evenly: edges [sites, K + 1] and their
-    weights [sites, K], which miss the weight at exactly zero.
-
-    An atom's cell ends halfway to its neighbours, the last one's at the maximum, and the first one's
-    is as wide below it as above, down to zero at most. Places without a positive atom come last, with
-    weight and width 0. Valid for atoms that each stand for many values (those of a distribution):
-    gaps between single drawn values are random, and their λ is noise.
-    """
-    positive = (atoms.weight > 0) & (atoms.value > 0)
-    order = (~positive).int().argsort(dim=-1, stable=True)
-    weight = torch.where(positive, atoms.weight, 0.0).gather(-1, order)
-    maximum = atoms.maximum[:, None].double()
-    value = torch.where(positive, atoms.value, maximum).gather(-1, order)
-    between = torch.where(weight[:, 1:] > 0, (value[:, 1:] + value[:, :-1]) / 2, maximum)
-    below = (2 * value[:, :1] - between[:, :1]).clamp(min=0)
-    return torch.cat([below, between, maximum], -1), weight
 
 
 def panter_dite(atoms: Atoms, levels: int) -> Tensor:

@@ -124,7 +124,7 @@ def test_the_table_has_a_row_a_site(sdpa: PreTrainedModel, tokens: Draws) -> Non
     table = stages.table(sdpa)
     neurons = stages.conversion(sdpa).neurons
     assert list(table["site"]) == list(neurons.sites)
-    assert list(table.columns[:5]) == ["site", "role", "layer", "nmse", "spikes"]
+    assert list(table.columns[:6]) == ["site", "role", "layer", "nmse", "spikes", "bound_db"]
     assert table["nmse"].between(0, 1).all() and table["spikes"].between(0, 5).all()
 
 

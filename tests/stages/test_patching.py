@@ -257,11 +257,12 @@ def test_the_frame_of_live_errors(model, tokens, convert):
     conversion, ids = convert(model, ROUNDED, ("attn.q", "mlp.down")), tokens(4, 8, seed=9)
     frame = Patching().run(model, ids, conversion, batch=1)
     assert list(frame.columns) == [
-        *("site", "role", "layer", "values", "spikes", "nmse", "nmse_atoms")
+        *("site", "role", "layer", "values", "spikes", "nmse", "nmse_atoms", "bound_db")
     ]
     assert list(frame["role"]) == ["attn.q", "mlp.down"] * 2
     assert list(frame["layer"]) == [0, 0, 1, 1]
     assert list(frame["nmse_atoms"]) == conversion.neurons.nmse.tolist()
+    assert list(frame["bound_db"]) == conversion.neurons.bound_db.tolist()
     together = Patching().run(model, ids, conversion, batch=4)
     assert frame["values"].equals(together["values"])
     np.testing.assert_allclose(frame["nmse"], together["nmse"], rtol=1e-3)

@@ -24,16 +24,8 @@ Command = Callable[..., Finished]
 REPOSITORY = Path(__file__).parents[3]
 MAIN = ("experiment=quickstart",)  # the default, but where a model is chosen
 SINGLE = ("experiment=null", "coding=gated", "coding.timesteps=6", "coding.grains=2")
-NAMES = [
-    "model",
-    "coding",
-    "grains",
-    "timesteps",
-    "steps",
-    "ppl_wikipedia",
-    "nmse",
-    "spikes_per_value",
-]
+NAMES = ["model", "coding", "grains", "timesteps", "steps", "ppl_wikipedia", "nmse", "bound_db"]
+NAMES += ["spikes_per_value"]
 NAMES += ["macs_G", "acs_G", "energy_J", "saving", "conversion_s"]
 OPTIONAL = {"transform", "bits", "trained", "convention", "fitting_s"}  # where a row has one
 OPTIONAL |= {"ratio_wikipedia", "environment"}
@@ -141,7 +133,7 @@ def test_one_conversion_leaves_a_result_with_every_number(single, quickstart):
     assert all(seconds >= 0 for seconds in result["seconds"].values())
     assert set(result["paper"]) == {"macs_G", "acs_G", "energy_J", "saving"}
     sites = pd.read_parquet(single.runs / "0/per_site.parquet")
-    assert len(sites) == 2 * 10 + 1 and sites["nmse"].notna().all()
+    assert len(sites) == 2 * 10 + 1 and sites[["nmse", "bound_db"]].notna().all(axis=None)
     assert re.search(r"^tiny +gated +6 +6 +2 ", single.out, re.MULTILINE)
 
 

@@ -227,6 +227,8 @@ def test_the_numbers_of_a_row_are_those_of_its_artifacts(settings, built):
     for nmse in sites["nmse"]:
         product *= nmse ** (1 / len(sites))
     assert result["nmse"] == pytest.approx(product)
+    above = sum(db * macs for db, macs in zip(sites["bound_db"], sites["macs"], strict=True))
+    assert result["bound_db"] == pytest.approx(above / sites["macs"].sum())
     assert result["saving"] == pytest.approx(
         1 - result["energy_J"] / runner.execute(settings(built, "coding=dense"))[0]["energy_J"]
     )

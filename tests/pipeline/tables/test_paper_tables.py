@@ -176,6 +176,10 @@ def test_per_site_has_every_site_once_and_the_mean_of_the_row(swept):
     logs = frame["nmse"].map(math.log)
     measured = by_name(swept.results)["gated3", 5]
     assert math.exp(logs.mean()) == pytest.approx(measured["nmse"], rel=1e-6)
+    assert frame["bound_db"].between(0, 100).all() and "above Shannon [dB]" in swept.read(
+        "per_site", "md"
+    )
+    assert "calibration text; spikes and values:" in swept.read("per_site", "md")
     assert len(frame) == frame["site"].nunique() == 21
     assert frame["role"].drop_duplicates().tolist() == frame["role"].unique().tolist()
     assert (frame.groupby("role", sort=False).ngroup().diff().dropna() >= 0).all()

@@ -122,14 +122,18 @@ def shown_sheet(made: sheet.Sheet) -> list[dict[str, str]]:
 
 
 def test_columns_are_chosen_by_the_names_of_the_csv():
-    made = tables.run_sheet(SWEEP, ["coding", "row", "n", "acc", "conversion_s", "bits"])
+    names = ["coding", "row", "n", "acc", "conversion_s", "bits", "bound_db"]
+    above = [row | {"bound_db": 21.04} for row in SWEEP[1:]]
+    made = tables.run_sheet([SWEEP[0], *above], names)
     assert [column.head for column in made.columns] == [
-        *("coding", "row", "n", "piqa [%]", "arc_challenge [%]", "conversion [s]", "bits")
+        *("coding", "row", "n", "piqa [%]", "arc_challenge [%]", "conversion [s]", "bits"),
+        "above Shannon [dB]",
     ]
     last = shown_sheet(made)[-1]
     told = (last["coding"], last["row"], last["n"])
     assert told == ("gated base_lr=1e-3", "gated2_offset", "2")
     assert last["conversion [s]"] == "12.3" and last["bits"] == "–"  # what no row has is undefined
+    assert last["above Shannon [dB]"] == "21.0" and "Above Shannon: squared error" in made.caption
     assert "Conversion: capture to patching" in made.caption and "Perplexity" not in made.caption
     with pytest.raises(InputError, match=r"table.columns: got savings; did you mean saving "):
         tables.run_sheet(SWEEP, ["coding", "savings"])

@@ -99,14 +99,17 @@ def test_columns_are_in_the_promised_order(frame):
 
 def test_what_rows_may_leave_out_has_its_place_where_one_has_it(tmp_path):
     told = {"transform": "rotate", "bits": 7.585, "trained": True, "convention": "bit_plane"}
+    told |= {"bound_db": 12.345}
     frame = rows.result_frame([DENSE, LAS | told])
     assert list(frame.columns)[:7] == [
         *("model", "coding", "transform", "grains", "timesteps", "bits", "trained")
     ]
-    assert list(frame.columns).index("convention") + 1 == list(frame).index("spikes_per_value")
+    place = list(frame).index("nmse")
+    assert list(frame)[place + 1 : place + 4] == ["bound_db", "convention", "spikes_per_value"]
     assert "row" not in frame
     cells = shown(tables.write(frame, tmp_path / "t", "")[0])[1]
     assert (cells["bits"], cells["trained"], cells["convention"]) == ("7.58", "yes", "bit_plane")
+    assert cells["above Shannon [dB]"] == "12.3"
 
 
 def test_the_name_of_a_row_is_shown_where_rows_are_else_alike():
