@@ -114,6 +114,7 @@ class RunningSum:
     def add(self, product: Tensor, weight: float) -> None:
         """Add what the spikes of the next slot have selected."""
         group, slot = next(self._slots)
+        first = self._total is None
         if self._total is None:
             self._total = torch.zeros_like(product)
         if slot == 0:
@@ -121,7 +122,9 @@ class RunningSum:
             self._arrived = torch.zeros_like(product)
         self._arrived = product if group.slots == 1 else self._arrived + product
         if slot < len(group.gaps):
-            self._total = self._total + _shifted(self._arrived, group.gaps[slot])
+            term = _shifted(self._arrived, group.gaps[slot])
+            alone = first and group.slots == 1  # there is nothing yet to add it to
+            self._total = term if alone else self._total + term
         if group.floor:
             self._floor = self._arrived, group.floor
 
