@@ -33,6 +33,7 @@ from stages.fits.algorithm1 import Algorithm1
 from stages.fitted import Conversion
 from stages.fitting import Fitting
 from stages.model.sites import ROLES, SiteSelection, find_sites, select
+from stages.statistics import measuring
 
 TINY = {
     "vocab_size": 50,
@@ -182,12 +183,14 @@ def convert(tokens: Callable[..., Tensor]) -> Callable[..., Conversion]:
 
     def fit(model: PreTrainedModel, coding: Coding, roles: tuple[str, ...] = ROLES) -> Conversion:
         sites = select(find_sites(model), SiteSelection(roles))
-        sketches = Capture().run(model, tokens(4, 16, seed=1), sites, batch=4)
+        ids = tokens(4, 16, seed=1)
+        sketches = Capture().run(model, ids, sites, batch=4)
         quick: Any = coding
         if coding.trained:
             few = Algorithm1(rounds=1, neuron_steps=3, base_steps=3)
             quick = replace(quick, algorithm1=few)
         densities = Distribution(atoms=64).run(sketches)
-        return Conversion(quick, Fitting("atoms", 1, 0).run(densities, quick))
+        statistics = {s.name: measuring(s)(model, ids, sites, 4) for s in quick.statistics}
+        return Conversion(quick, Fitting("atoms", 1, 0).run(densities, quick, statistics))
 
     return fit

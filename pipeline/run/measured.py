@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
@@ -255,12 +254,11 @@ def _minor(version: str | None) -> str | None:
 
 
 def _kind(coding: Coding) -> dict[str, Any]:
-    """T + log2 of the neurons an activation chooses from, how spikes are counted, whether trained."""
+    """Bits of a code, how spikes are counted, whether trained."""
     if not coding.converts:
         return {"bits": None, "convention": None, "trained": None}
-    choice = math.log2(coding.grains) if coding.gate_comparisons else 0.0
     return {
-        "bits": coding.timesteps + choice,
+        "bits": coding.bits,
         "convention": coding.convention,
         "trained": coding.trained,
     }

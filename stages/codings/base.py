@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,13 @@ class Coding(ABC):
     def shares_levels(self) -> bool:
         """Whether all values of a site have the same levels, not those of their token or channel."""
         return not self.tokenwise
+
+    @property
+    def bits(self) -> float | None:
+        """T + log2 of the neurons that an activation chooses from; of one spike in time log2 of the most
+        codes that a site may have; None where sites have different codes."""
+        choice = math.log2(self.grains) if self.gate_comparisons else 0.0
+        return self.timesteps + choice
 
     @property
     def longest(self) -> int:

@@ -77,6 +77,10 @@ class Mixed(Coding):
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
+    def bits(self) -> None:
+        return None
+
+    @property
     def grains(self) -> int:  # type: ignore[override]
         return max(each.grains for each in self.choices)
 

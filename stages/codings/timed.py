@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,19 @@ from torch.nn.functional import pad
 from stages.atoms import Atoms
 from stages.codings.base import Sensitive
 from stages.errors import InputError
+from stages.fits.free_levels import free_levels, freed
 from stages.fits.sensitivity import Sensitivity, loss_weight
 from stages.fits.statistics import MULTIPLICATION, Products, Statistic, widths
 from stages.fits.time_levels import Levels, Points, cheapest_levels, segments, total_cost
 from stages.fitted import Fit
-from stages.neurons import slots
+from stages.neurons import free_slots, slots
 from stages.neurons.decoding import Decoding
 from stages.neurons.spikes import Params
 from stages.registry import register
 
 LONGEST_WINDOW = 1024
 MOST_LEVELS = 4096
+LEVELS = ("shifts", "free")
 
 
 @register("coding/timed")
@@ -30,13 +33,15 @@ class Timed(Sensitive):
     """At most one spike a value, in one of `timesteps` slots of one of at most `grains` neurons, whose
     windows run at the same time; a magnitude in the silent zone sends none.
 
-    Levels lie at gaps that are powers of two of one step, so that additions alone decode a window
-    (`stages.neurons.slots`): nearly the optimal density λ* ∝ p^(1/3). A site has as many of them, up to
-    grains · timesteps, and as wide a silent zone, as lets squared errors + prices be least: E(SN(x) -
-    x)^2 / E x^2, or with `sensitivity` the predicted loss in nats a token; `mu` for a spike a value,
-    weighted by the site's part in all multiplications, and as much for what costs the same energy in
-    decoding; `nu` for a level. A mean error, which is what the silence of small
-    probabilities leaves, counts as often as the product is wide.
+    `levels` shifts: they lie at gaps that are powers of two of one step, so that additions alone decode
+    a window (`stages.neurons.slots`): nearly the optimal density λ* ∝ p^(1/3). free: as many, wherever
+    errors are least, for a multiplication a slot (`stages.neurons.free_slots`).
+
+    A site has as many levels, up to grains · timesteps, and as wide a silent zone, as lets squared
+    errors + prices be least: E(SN(x) - x)^2 / E x^2, or with `sensitivity` the predicted loss in nats a
+    token; `mu` for a spike a value, weighted by the site's part in all multiplications, and as much for
+    what costs the same energy in decoding; `nu` for a level. A mean error, which is what the silence of
+    small probabilities leaves, counts as often as the product is wide.
     Source of the quantiser: Chou, Lookabaugh & Gray 1989 (entropy-constrained); of decoding by running
     sums: time to first spike, e.g. Stöckl & Maass 2021 and Rueckauer & Liu 2018.
     """
@@ -47,6 +52,7 @@ class Timed(Sensitive):
     mu: float = 0.0
     nu: float = 0.0
     sensitivity: Sensitivity | None = None
+    levels: str = "shifts"
 
     convention = "one_spike"
 
@@ -66,14 +72,28 @@ class Timed(Sensitive):
             raise InputError(
                 f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
             )
+        if self.levels not in LEVELS:
+            raise InputError(
+                f"coding.levels={self.levels!r} for {self.name}: choose {' or '.join(LEVELS)}"
+            )
         self.check_sensitivity("levels")
+
+    @property
+    def free(self) -> bool:
+        """Whether levels lie anywhere."""
+        return self.levels == "free"
+
+    @property
+    def bits(self) -> float:
+        return math.log2(1 + self.grains * self.timesteps)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return (*super().statistics, Products())
 
     def fit(self, atoms: Atoms) -> Fit:
-        return Fit(segments(self._levels(atoms)[0]))
+        levels = self._levels(atoms)[0]
+        return Fit(free_levels(levels) if self.free else segments(levels))
 
     def cost(self, seen: Atoms) -> Tensor:
         """What the levels of every site cost that are fitted to it, [sites]."""
@@ -82,6 +102,7 @@ class Timed(Sensitive):
     def _levels(self, atoms: Atoms) -> tuple[Levels, Tensor]:
         points, slot = self.objective(atoms)
         levels = cheapest_levels(points, slot, self.timesteps * self.grains)
+        levels = freed(points, slot, levels) if self.free else levels
         return levels, total_cost(points, slot, levels)
 
     def objective(self, atoms: Atoms) -> tuple[Points, Tensor]:
@@ -100,20 +121,23 @@ class Timed(Sensitive):
         total = macs.sum().clamp(min=1e-300)
         spike, coherent = self.mu * macs / total, weight.sum(-1) * widths(size)
         points = Points(order.values, variance, heavy, mass, sign, spike, coherent)
-        # A level is an addition of every accumulator, a window two multiplications.
-        additions = 1 + 2 * MULTIPLICATION / self.timesteps
+        # A level is an addition of every accumulator, a window two multiplications; a free one one.
+        shifts = 1 + 2 * MULTIPLICATION / self.timesteps
+        additions = MULTIPLICATION if self.free else shifts
         return points, self.mu * additions * sums / total + self.nu
 
     def encode(self, x: Tensor, p: Params) -> slots.SlotSpikes:
-        return slots.encode(x, p, self.timesteps)
+        return (free_slots if self.free else slots).encode(x, p, self.timesteps)
 
     def table(self, p: Params) -> Tensor:
-        """Magnitude of silence and of every level, [*S, 1 + grains * timesteps], the last one repeated."""
+        """Magnitude of silence and of every level, [*S, 1 + most levels], the last one repeated."""
+        if self.free:
+            return p["levels"]
         levels = slots.levels(p, self.timesteps * self.grains) * p["scale"][..., None]
         return pad(levels, (1, 0))
 
     def quantise(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        return slots.quantise(x, p)
+        return (free_slots if self.free else slots).quantise(x, p)
 
     def decoding(self, p: Params) -> Decoding:
-        return slots.decoding(p, self.timesteps)
+        return (free_slots if self.free else slots).decoding(p, self.timesteps)

@@ -85,7 +85,7 @@ class Products(Statistic):
     macs, accumulators [S] float64, in windows of the length of the calibration text's, of which a query
     sees what stands before it. Their ratio is the width of the product: the inputs of a linear layer, the
     dimension of a head for q and k, the mean number of keys for probabilities and v; zeros where a value
-    enters an element-wise product alone."""
+    enters an element-wise product alone. Experts share what a token meets of them equally."""
 
     name = "products"
 

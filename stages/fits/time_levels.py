@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PER_OCTAVE = 4
+PER_OCTAVE = 8
 OCTAVES = 22  # cells below the largest magnitude
 GAPS = 20  # powers of two, from 2^-21 of the largest magnitude on
 DENSITIES = tuple(round(2 ** (k / 3)) for k in range(4, 28))  # levels aimed at, 3 to 512
+NEARER = tuple(2 ** (k / 12) for k in (-3, -2, -1, 1, 2, 3))  # then, times the best one of a site
+REACH = 4  # densities aimed at, times the most levels: silence takes some
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of an octave, by which the step is shifted
 LOSSES = (
     1e-3,
@@ -68,14 +70,15 @@ class Points:
 
 @dataclass(frozen=True)
 class Levels:
-    """Of every site the levels [S, most] ascending, which repeat the last one, of which `number` [S] are
-    used, multiples of `unit` [S]; the end of the silent zone, the cost of errors and the spikes a value,
-    each [S]."""
+    """Of every site the first `number` [S] of the levels [S, most] ascending, whose last one is repeated,
+    multiples of `unit` [S]; the end of the silent zone, how many levels lie above it, the cost of errors
+    and the spikes a value, each [S]."""
 
     unit: Tensor
     table: Tensor
     number: Tensor
     end: Tensor
+    used: Tensor
     error: Tensor
     spikes: Tensor
 
@@ -86,29 +89,42 @@ def cheapest_levels(points: Points, slot: Tensor, most: int) -> Levels:
     one = points.one_sided
     part = points.rows(one)
     for loss in LOSSES if len(one) else ():
-        best = _better(points, slot, best, one, _searched(part, slot[one], most, loss))
+        best = better(points, slot, best, one, _searched(part, slot[one], most, loss))
     return best
 
 
 def total_cost(points: Points, slot: Tensor, levels: Levels) -> Tensor:
     """Errors + price of spikes + price of levels, [S]."""
-    return levels.error + points.spike * levels.spikes + slot * levels.number
+    return levels.error + points.spike * levels.spikes + slot * levels.used
 
 
 def _searched(points: Points, slot: Tensor, most: int, loss: float) -> Levels:
-    """The best of all densities and fractions, where a mean error of `loss` is expected."""
-    best: Levels | None = None
-    every = torch.arange(len(slot))
+    """The best of all densities and fractions, where a mean error of `loss` is expected; then of
+    densities near the best one of every site."""
     cells = _Cells.of(points, loss)
-    for aim in DENSITIES:
+    every = torch.arange(len(slot))
+    near = torch.full_like(slot, DENSITIES[0])
+    best = silenced(points, *cells.levels(near, FRACTIONS[0], most))
+
+    def tried(aim: Tensor) -> Tensor:
+        """Whether levels of this density [S] are better somewhere, [S]."""
+        nonlocal best
+        before = total_cost(points, slot, best)
         for fraction in FRACTIONS:
             found = silenced(points, *cells.levels(aim, fraction, most))
-            best = found if best is None else _better(points, slot, best, every, found)
-    assert best is not None
+            best = better(points, slot, best, every, found)
+        return total_cost(points, slot, best) < before
+
+    for density in DENSITIES:
+        if density <= REACH * most or density == DENSITIES[0]:
+            aim = torch.full_like(slot, density)
+            near = torch.where(tried(aim), aim, near)
+    for factor in NEARER:
+        tried(near * factor)
     return best
 
 
-def _better(points: Points, slot: Tensor, old: Levels, index: Tensor, new: Levels) -> Levels:
+def better(points: Points, slot: Tensor, old: Levels, index: Tensor, new: Levels) -> Levels:
     """`old` with the sites in `index` from `new`, where they cost less."""
     was = Levels(*(getattr(old, field.name)[index] for field in fields(old)))
     part = points.rows(index)
@@ -134,6 +150,7 @@ class _Cells:
     @classmethod
     def of(cls, points: Points, loss: float) -> _Cells:
         top = points.x.amax(-1, keepdim=True)
+        top = torch.where(top > 0, top, 1.0)  # a site without a value but zero
         places = 2.0 ** (torch.arange(-OCTAVES * PER_OCTAVE, 1, dtype=torch.float64) / PER_OCTAVE)
         edges = pad(places, (1, 0)) * top
         cell = (torch.searchsorted(edges, points.x) - 1).clamp(0, len(places) - 1)
@@ -144,8 +161,8 @@ class _Cells:
         empty = torch.zeros(len(top), len(places), dtype=torch.float64)
         return cls(edges, *(empty.scatter_add(1, cell, row) for row in rows))
 
-    def gaps(self, aim: float, fraction: float) -> Tensor:
-        """The gap in every cell [S, C], 0 where it is silent, for about `aim` levels."""
+    def gaps(self, aim: Tensor, fraction: float) -> Tensor:
+        """The gap in every cell [S, C], 0 where it is silent, for about `aim` [S] levels."""
         width = self.edges.diff()
         # Without silence and rounding, L levels lose I^3 / (12 L^2), so one more saves I^3 / (6 L^3).
         slot = (self.weight * width**2).pow(1 / 3).sum(-1) ** 3 / (6 * aim**3)
@@ -157,7 +174,7 @@ class _Cells:
         state = _rising(cost)  # [S, C] of 1 + GAPS
         return torch.where(state > 0, gap.gather(-1, (state - 1).clamp(min=0)), 0.0)
 
-    def levels(self, aim: float, fraction: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    def levels(self, aim: Tensor, fraction: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """The unit of levels [S], these [S, most] ascending, and their number [S].
 
         The last one is repeated. Where there are more than `most`, the last ones are missing. A site
@@ -206,13 +223,17 @@ def silenced(points: Points, unit: Tensor, table: Tensor, number: Tensor) -> Lev
     spikes = _cut(points.spikes, torch.zeros_like(points.x))
     mean = _cut(size * (value - points.x), -size * points.x)
     error = _cut(spiking, points.silent()) + points.coherent[:, None] * mean**2
-    cut = (error + points.spike[:, None] * spikes).argmin(-1, keepdim=True)
+    cost = error + points.spike[:, None] * spikes
+    never = pad(points.x, (0, 1), value=torch.inf) == 0  # zero does not spike
+    cut = torch.where(never, torch.inf, cost).argmin(-1, keepdim=True)
     # Halfway between the last silent value and the first that spikes.
     ends = pad(points.x, (1, 1))
     ends[:, -1] = 2 * points.x[:, -1] + table[:, -1]
     end = (ends.gather(-1, cut) + ends.gather(-1, cut + 1)) / 2
+    index = torch.arange(middle.shape[1])
+    inside = ((middle <= end) & (index < number[:, None] - 1)).sum(-1)
     at = (t.gather(-1, cut).squeeze(-1) for t in (error, spikes))
-    return Levels(unit, table, number, end.squeeze(-1), *at)
+    return Levels(unit, table, number, end.squeeze(-1), number - inside, *at)
 
 
 def _cut(above: Tensor, below: Tensor) -> Tensor:

@@ -33,13 +33,28 @@ class Window:
     gaps: tuple[int, ...]
     floor: float
 
+    @property
+    def slots(self) -> int:
+        return len(self.gaps)
+
+
+@dataclass(frozen=True)
+class FreeWindow:
+    """The slots of a neuron by what a spike of each is worth, from its highest level down."""
+
+    levels: tuple[float, ...]
+
+    @property
+    def slots(self) -> int:
+        return len(self.levels)
+
 
 @dataclass(frozen=True)
 class SlotSpikes(SpikeTime):
     """At most one spike a value, time [*X] counted from the highest level of all; the windows of the
-    neurons, the one of the lowest levels first, in units of `unit`."""
+    neurons, the one of the lowest levels first, in units of `unit` where they have gaps."""
 
-    windows: tuple[Window, ...] = ()
+    windows: tuple[Window, ...] | tuple[FreeWindow, ...] = ()
     unit: float = 1.0
 
     @property
@@ -62,7 +77,8 @@ def quantise(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
     whole = torch.floor(place)
     nearest = whole + (place - whole >= 0.5).to(place.dtype)
     level = torch.minimum(base + nearest.clamp(min=1) * gap, end) * p["scale"][..., None]
-    return torch.where(fires, torch.sign(x).float() * level, 0.0), fires.to(level.dtype)
+    level = torch.where(u < p["start"][..., 0, None], 0.0, level)  # what is not a number stays so
+    return torch.sign(x).float() * level, fires.to(level.dtype)
 
 
 def encode(x: Tensor, p: Params, slots: int) -> SlotSpikes:
@@ -70,12 +86,23 @@ def encode(x: Tensor, p: Params, slots: int) -> SlotSpikes:
     magnitude reaches is the slot of the one spike."""
     u = x.float().abs() / p["scale"]
     threshold = thresholds(p)
-    number = len(threshold)
+    return SlotSpikes(
+        x.sign().to(torch.int8),
+        falling(u, threshold),
+        len(threshold),
+        windows=tuple(windows(p, slots)),
+        unit=float(p["scale"]),
+    )
+
+
+def falling(u: Tensor, thresholds: Tensor) -> Tensor:
+    """The time of the one spike of every magnitude [*X]: the first of the thresholds [K], from the
+    highest on, that it reaches, else K."""
+    number = len(thresholds)
     time = torch.full_like(u, number, dtype=torch.long)
-    for t, theta in enumerate(threshold.flip(-1)):
+    for t, theta in enumerate(thresholds.flip(-1)):
         time = torch.where((time == number) & (u >= theta), t, time)
-    sign = x.sign().to(torch.int8)
-    return SlotSpikes(sign, time, number, windows=tuple(windows(p, slots)), unit=float(p["scale"]))
+    return time
 
 
 def levels(p: Params, most: int) -> Tensor:

@@ -12,7 +12,7 @@ from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.neurons.channels import centre, unit
 from stages.neurons.ranges import Bank, DigitSpikes, RangeSpikes
-from stages.neurons.slots import SlotSpikes
+from stages.neurons.slots import FreeWindow, SlotSpikes
 from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
 
 
@@ -114,6 +114,7 @@ class RunningSum:
     def add(self, product: Tensor, weight: float) -> None:
         """Add what the spikes of the next slot have selected."""
         group, slot = next(self._slots)
+        first = self._total is None
         if self._total is None:
             self._total = torch.zeros_like(product)
         if slot == 0:
@@ -121,7 +122,9 @@ class RunningSum:
             self._arrived = torch.zeros_like(product)
         self._arrived = product if group.slots == 1 else self._arrived + product
         if slot < len(group.gaps):
-            self._total = self._total + _shifted(self._arrived, group.gaps[slot])
+            term = _shifted(self._arrived, group.gaps[slot])
+            alone = first and group.slots == 1  # there is nothing yet to add it to
+            self._total = term if alone else self._total + term
         if group.floor:
             self._floor = self._arrived, group.floor
 
@@ -267,14 +270,18 @@ def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
 
 
 def _windows(spikes: SlotSpikes) -> Planes:
-    """One accumulator a neuron, whose window is one group of running sums."""
+    """One accumulator a neuron, whose window is one group of running sums, or of free levels."""
     sign = spikes.sign.to(torch.int8)
     accumulators, first = [], spikes.timesteps
     for window in spikes.windows:
-        first -= len(window.gaps)
-        plane = [sign * (spikes.time == first + slot) for slot in range(len(window.gaps))]
-        group = Group(len(window.gaps), window.gaps, floor=window.floor * spikes.unit)
-        accumulators.append(Accumulator.running(plane, [group], spikes.unit))
+        first -= window.slots
+        plane = tuple(sign * (spikes.time == first + slot) for slot in range(window.slots))
+        if isinstance(window, FreeWindow):
+            step = tuple(range(window.slots))
+            accumulators.append(Accumulator(plane, window.levels, step))
+        else:
+            group = Group(window.slots, window.gaps, floor=window.floor * spikes.unit)
+            accumulators.append(Accumulator.running(plane, [group], spikes.unit))
     return Planes(tuple(accumulators))
 
 

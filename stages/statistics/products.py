@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -18,18 +19,19 @@ from stages.statistics import measure
 def products(
     statistic: Products, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
 ) -> dict[str, Tensor]:
-    """macs, accumulators [S] float64 a token of windows ids [W, S]; nothing runs."""
-    tokens = ids.shape[1]
-    names = {site.operand: index for index, site in enumerate(sites)}
-    sums = torch.zeros(2, len(sites), dtype=torch.float64)
-    for operation in operations(model, find_sites(model)):
+    """macs, accumulators [S] float64 a token of windows ids [W, S]; nothing runs. A token meets some of
+    the experts of a layer, of which each has an equal share."""
+    tokens, every = ids.shape[1], find_sites(model)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    for operation in operations(model, every):
         if operation.kind not in PRODUCTS:
             continue
         seen = range(operation.prefix + 1, operation.prefix + tokens + 1)
         pairs = sum(min(keys, operation.window or keys) for keys in seen)
+        amounts = operation.work.at(tokens, pairs), operation.outputs.at(tokens, pairs)
         for operand in operation.operands:
-            if operand in names:
-                sums[0, names[operand]] += operation.work.at(tokens, pairs) / tokens
-                sums[1, names[operand]] += operation.outputs.at(tokens, pairs) / tokens
-    macs, accumulators = sums
-    return {"macs": macs, "accumulators": accumulators}
+            sums[operand] += torch.tensor(amounts, dtype=torch.float64) / tokens
+    sharing = Counter(site.operand for site in every)
+    rows = torch.stack([sums[site.operand] / sharing[site.operand] for site in sites])
+    macs, accumulators = rows.unbind(-1)
+    return {"macs": macs.contiguous(), "accumulators": accumulators.contiguous()}

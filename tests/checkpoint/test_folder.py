@@ -30,6 +30,7 @@ from stages.codings.las import Las
 from stages.codings.multigrain import Multigrain
 from stages.codings.one_spike import OneSpike
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.distribution import Distribution
 from stages.errors import InputError
@@ -43,6 +44,7 @@ from stages.ports.attachment import attachment
 from stages.ports.patched import patched
 from stages.transforms.prefix import PrefixSearch, attach_prefix
 from stages.transforms.transform import Rotate, RotatePrefix, Untouched
+from tests.codings.test_mixed import mixed
 from tests.conftest import FAMILIES
 
 GATED = Gated("gated", 4, 2)
@@ -55,6 +57,9 @@ CODINGS = [
     SignedDigit("signed_digit", 5, 2),
     Gated("digits", 5, 2, offset=True, radix=4),
     Ttfs("ttfs", 64, None, False),
+    Timed("timed", 8, 2),
+    Timed("timed_free", 8, levels="free"),
+    mixed(Timed("timed", 6), GATED),
     Gif("gif", 3, 16, 0.0, "unary", None),
 ]
 Draws = Callable[..., Tensor]

@@ -27,13 +27,16 @@ from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
 from stages.fits.algorithm1 import Algorithm1
+from stages.fits.statistics import Products
 from stages.neurons.spikes import decode
 from tests.codings import scalar
 from tests.codings.digits import nonzero_digits
+from tests.codings.slots import slotted
 
 CONF = Path(__file__).parents[2] / "conf" / "coding"
 ONE = np.float32(1)
@@ -182,6 +185,7 @@ REFERENCES: dict[type, Callable[..., Neuron]] = {
     TwoSpike: lambda c, p: steps(p, c.max_spikes),
     Oat: lambda c, p: bank(p["scale"], c.timesteps, START[c.v0] / 2**c.timesteps),
     OneSpike: lambda c, p: falling_threshold(p["levels"], p["thresholds"]),
+    Timed: lambda c, p: slotted(c, p, falling_threshold),
     Ttfs: lambda c, p: latency(p, c.timesteps, c.silent_zero),
 }
 SIGNED = (Ttfs,)  # not sign and magnitude: one interval holds both signs
@@ -255,10 +259,13 @@ def heavy_tailed(sites: int, size: int, seed: int = 0) -> Tensor:
 
 
 def atoms_of(x: Tensor, maximum: Tensor | None = None) -> Atoms:
-    """Every value [sites, K] as an atom of its own magnitude."""
+    """Every value [sites, K] as an atom of its own magnitude, which enters products 100 wide."""
     value = x.abs().double().sort(-1).values
     maximum = value[:, -1] if maximum is None else maximum
-    return Atoms(value, torch.zeros_like(value), torch.full_like(value, 1 / x.shape[1]), maximum)
+    macs = torch.full((len(x),), 1000.0).double()
+    size = {Products.name: {"macs": macs, "accumulators": macs / 100}}
+    weight = torch.full_like(value, 1 / x.shape[1])
+    return Atoms(value, torch.zeros_like(value), weight, maximum, statistics=size)
 
 
 def learning(coding: Any, algorithm: Algorithm1) -> Coding:

@@ -16,9 +16,11 @@ from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from tests.codings.digits import digits_of
+from tests.codings.slots import slotted
 
 ONE = np.float32(1)
 
@@ -162,5 +164,6 @@ DEFINITIONS: dict[type, Callable[..., Neuron]] = {
         p["scale"], c.timesteps, {"zero": 0.0, "half_step": half(c.timesteps)}[c.v0]
     ),
     OneSpike: lambda c, p: falling_threshold(p["levels"], p["thresholds"]),
+    Timed: lambda c, p: slotted(c, p, falling_threshold),
     Ttfs: lambda c, p: latency(p, c.timesteps, c.silent_zero),
 }

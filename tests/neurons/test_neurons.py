@@ -19,8 +19,9 @@ from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
 from stages.codings.phase import Phase
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
-from stages.neurons import bank, digits, ranges, spikes, step
+from stages.neurons import bank, digits, free_slots, ranges, slots, spikes, step
 from stages.neurons.spikes import popcount
 from tests.codings.reference import (
     SIGNED,
@@ -42,6 +43,10 @@ SEVERAL = [  # options that only together make a neuron of their own
     Gated("gated", 5, 2, True, radix=2**16),
     SignedDigit("signed_digit", 6, 3, True, (0, 1, -1), radix=4),
     SignedDigit("signed_digit", 7, 2, True, radix=8),
+    Timed("timed", 8, 3, mu=0.05),
+    Timed("timed", 16, 1, mu=0.01, nu=1e-4),
+    Timed("free", 16, 2, levels="free"),
+    Timed("free", 8, 3, mu=0.05, levels="free"),
 ]
 CODINGS = [variant for coding in shipped().values() for variant in variants(coding)] + SEVERAL
 every_coding = pytest.mark.parametrize("coding", CODINGS, ids=label)
@@ -59,8 +64,8 @@ def site(coding: Coding) -> dict[str, Tensor]:
 
 def test_the_shipped_neurons_are_found() -> None:
     assert {"las", "las_rounded", "phase", "multigrain", "gated"} <= set(shipped())
-    assert {"ttfs", "one_spike"} <= set(shipped())
-    assert {c.timesteps for c in CODINGS} == {*range(1, 11)} - {3, 9} | {32, 128}
+    assert {"ttfs", "one_spike", "timed"} <= set(shipped())
+    assert {c.timesteps for c in CODINGS} == {*range(1, 11)} - {3, 9} | {16, 32, 128}
     assert {c.grains for c in CODINGS if isinstance(c, Gated)} == {1, 2, 3}
 
 
@@ -162,10 +167,13 @@ LAS, ROUNDED = Las("las", 6, "zero"), Las("las", 6, "half_step")
 GATED, OFFSET = Gated("gated", 4, 3), Gated("gated", 4, 3, offset=True)
 LONGER, SIGNED = Gated("gated", 4, 2, grain_steps=(-1, 1)), SignedDigit("signed_digit", 5, 2)
 DIGITS, SIGNED_DIGITS = SEVERAL[0], SEVERAL[3]
+TIMED, FREE = SEVERAL[4], SEVERAL[7]
 OUTLIERS = Oat("oat_rounded", 4, "half_step", 90.0)
 GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
 TWO = Phase("phase", 6, 1, "half_step", True, 2)
 
+MODULES = (spikes, step, bank, digits, ranges)
+OF_TIME = {TIMED: (spikes, slots), FREE: (spikes, free_slots)}
 BREAKS = [
     (LAS, "bank_encode", "v >= 2.0**-t", "v > 2.0**-t"),
     (LAS, "bank_encode", "range(1, timesteps + 1)", "range(timesteps, 0, -1)"),
@@ -240,6 +248,27 @@ BREAKS = [
     (GRAINS, "step_quantise", "count + spike", "count + 1"),
     (GRAINS, "step_table", "bits[:, t]", "bits[:, -1 - t]"),
     (GRAINS, "code_bits", "torch.arange(timesteps - 1, -1, -1)", "torch.arange(timesteps)"),
+    (TIMED, "falling", "u >= theta", "u > theta"),
+    (TIMED, "falling", "thresholds.flip(-1)", "thresholds"),
+    (TIMED, "SlotSpikes", "self.timesteps - self.time", "self.time"),
+    (TIMED, "encode", "abs() / p", "abs() / 2 / p"),
+    (TIMED, "quantise", "fires = u >=", "fires = u >"),
+    (TIMED, "quantise", "inside = u >=", "inside = u >"),
+    (TIMED, "quantise", ">= 0.5", "> 0.5"),
+    (TIMED, "quantise", "gap, end) *", "gap, end + gap) *"),
+    (TIMED, "quantise", "torch.where(u <", "torch.where(2 * u <"),
+    (TIMED, "thresholds", "/ 2", "/ 2.001"),
+    (TIMED, "levels", "index - before + 1", "index - before"),
+    (TIMED, "levels", "right=True", "right=False"),
+    (TIMED, "_counts", 'torch.isfinite(p["start"])', 'p["start"] >= 0'),
+    (FREE, "quantise", "index > 0", "index >= 0"),
+    (
+        FREE,
+        "quantise",
+        'p["thresholds"], right=True)\n        level',
+        'p["thresholds"])\n        level',
+    ),
+    (FREE, "number_of_levels", "sum(-1)", "sum(-1) - 1"),
     (TWO, "step_encode", "fired < max_spikes", "fired <= max_spikes"),
     (TWO, "step_quantise", "count < max_spikes", "count <= max_spikes"),
 ]
@@ -263,10 +292,10 @@ def test_the_comparison_fails_on_a_broken_neuron(
     coding: Coding, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p = site(coding)
-    beyond = 2 * p["scale"].max() * torch.tensor([1.0, -1.0])
+    beyond = 2 * coding.table(p).max() * torch.tensor([1.0, -1.0])
     x = torch.cat([breakpoints(coding, p), heavy_tailed(2, 300)[1], beyond])
     check_equal(coding, p, x)
-    module = next(each for each in (spikes, step, bank, digits, ranges) if _defines(each, name))
+    module = next(each for each in OF_TIME.get(coding, MODULES) if _defines(each, name))
     whole, part = vars(module)[name], broken(module, name, old, new)
     for user in [m for n, m in sys.modules.items() if n.startswith(("stages.", "tests."))]:
         if vars(user).get(name) is whole:

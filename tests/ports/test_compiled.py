@@ -15,6 +15,7 @@ from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.compiler import compiled, use_compiler
 from stages.ports.kernels import EAGER_BELOW, masked_softmax, row_kernel, softmax_kernel
@@ -69,6 +70,8 @@ def bits(x: Tensor) -> Tensor:
         (Oat("oat", 6, "zero", 99.0), True, torch.float32),
         (Ttfs("ttfs", 128, None, True), True, torch.float32),
         (OneSpike("one_spike", 40, 1.15), True, torch.float32),
+        (Timed("timed", 64, 2), True, torch.float32),
+        (Timed("timed", 64, 2, levels="free"), True, torch.bfloat16),
     ],
     ids=[
         "ranges-counted-float32",
@@ -81,6 +84,8 @@ def bits(x: Tensor) -> Tensor:
         "bank-counted-float32",
         "latency-counted-float32",
         "one_spike-counted-float32",
+        "timed-counted-float32",
+        "timed_free-counted-bfloat16",
     ],
 )
 def test_a_compiled_row_kernel_gives_the_eager_bits(

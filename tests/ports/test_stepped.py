@@ -19,6 +19,7 @@ from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.codings.two_spike import TwoSpike
 from stages.errors import InputError
@@ -28,6 +29,7 @@ from stages.ports.coded import coded
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
 from stages.ports.planes import planes
+from tests.codings.test_mixed import mixed
 from tests.conftest import FAMILIES
 from tests.ports.products import real_products, watched
 from tests.transforms.held import compare
@@ -49,7 +51,13 @@ CODINGS = [
     TwoSpike("two_spike", 6, "zero", 2),
     OneSpike("one_spike", 8, None),
     Ttfs("ttfs", 16, None, False),
+    Timed("timed", 16),
+    Timed("timed", 5, 3),
+    Timed("timed", 1, 4),
+    Timed("timed_free", 12, 2, mu=0.1, levels="free"),
 ]
+MIXED = mixed(Timed("timed", 6, 2), Gated("gated", 4, 2, radix=4), mu=0.2)
+ANY = pytest.mark.parametrize("coding", [*CODINGS, MIXED], ids=lambda coding: ids_of(coding))
 Draws = Callable[..., Tensor]
 Converts = Callable[..., Conversion]
 
@@ -88,7 +96,7 @@ def test_planes_give_the_values_of_the_fast_path(
         assert torch.allclose(own * own, value * value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("coding", CODINGS, ids=ids_of)
+@ANY
 def test_the_stepped_model_is_the_fast_one_with_the_same_spikes(
     model: PreTrainedModel, tokens: Draws, convert: Converts, coding: Any
 ) -> None:
@@ -110,7 +118,7 @@ def test_every_architecture_can_be_stepped(tiny, tokens, convert, kind: str) -> 
     assert not real_products(seen)
 
 
-@pytest.mark.parametrize("coding", CODINGS, ids=ids_of)
+@ANY
 def test_every_product_has_a_ternary_operand(
     model: PreTrainedModel, tokens: Draws, convert: Converts, coding: Any
 ) -> None:

@@ -19,6 +19,7 @@ from stages.codings.multigrain import Multigrain
 from stages.codings.oat import Oat
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
+from stages.codings.timed import Timed
 from stages.energy import Energy, HardwareProfile, account
 from stages.fitted import Conversion
 from stages.model.sites import find_sites
@@ -26,6 +27,7 @@ from stages.ports import attention
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
 from stages.transforms.rotation import fuse
+from tests.codings.test_mixed import mixed
 from tests.ports.products import watched
 
 CODINGS = [
@@ -41,6 +43,11 @@ CODINGS = [
     Oat("oat", 5, "half_step", 99.0),
     Multigrain("multigrain", 5, 2, "half_step", False),
     Rate("rate", 5, "zero"),
+    Timed("timed", 16),
+    Timed("timed_windows", 5, 3),
+    Timed("timed_slots", 1, 4),  # neurons of one slot each, which sum nothing up
+    Timed("timed_priced", 12, 2, mu=0.5, levels="free"),
+    mixed(Timed("timed", 6, 2), Gated("gated", 4, 2, radix=4), mu=0.2),
 ]
 LENGTH, HEAD = 7, 10  # tokens and width of a head: what a product's inner dimension tells apart
 Draws = Callable[..., Tensor]
