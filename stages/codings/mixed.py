@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import Coding, error_and_spikes
+from stages.codings.base import Coding, Sensitive, error_and_spikes
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity, mean_error_loss, predicted_loss
 from stages.fits.statistics import MULTIPLICATION, Products, Statistic, widths
 from stages.fitted import Fit
+from stages.neurons.channels import CENTRE
 from stages.neurons.decoding import Decoding
 from stages.neurons.spikes import Params, Spikes, SpikeTime
 from stages.registry import register
@@ -22,14 +23,15 @@ CHOICE = "choice"  # the parameter that says which of the codes a site has
 
 @register("coding/mixed")
 @dataclass(frozen=True)
-class Mixed(Coding):
+class Mixed(Sensitive):
     """Of `choices` each site has the one of least predicted loss + prices, among those that take at most
     `timesteps` steps there.
 
     `mu` is the price of a spike a value, weighted by the site's part in all multiplications, and of as
     many additions and multiplications of decoding as cost as much, with the site's width; `nu` that of
     a step. Every choice is fitted with prices of its own, which are best the same. Parameters are those
-    of all choices, each name with the number of its choice, and `choice` [S].
+    of all choices, each name with the number of its choice, and `choice` [S]. With `centre` all choices
+    code values about their means at the sites where the first of them costs less for it.
     """
 
     name: str = "mixed"
@@ -49,18 +51,21 @@ class Mixed(Coding):
                 or each.tokenwise
                 or each.replaces_softmax
                 or each.dense_roles
-                or not each.shares_levels
+                or getattr(each, "channels", False)
+                or getattr(each, "centred", False)
                 or isinstance(each, Mixed)
             ):
                 raise InputError(
                     f"coding.choices of {self.name} has {each.name}: give codings of single values at all "
-                    "sites, with the same levels for all channels"
+                    "sites, with the same levels for all channels; coding.centre is an option of "
+                    f"{self.name} itself"
                 )
         if self.sensitivity is None:
             raise InputError(
                 f"coding={self.name} weighs sites by their measured sensitivity: give coding.sensitivity "
                 "(conf/coding/mixed.yaml has one)"
             )
+        self.check_sensitivity("levels")
         if type(self.timesteps) is not int or self.timesteps < 1:
             raise InputError(
                 f"coding.timesteps={self.timesteps!r} for {self.name}: give the steps that a site may "
@@ -90,10 +95,13 @@ class Mixed(Coding):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        assert self.sensitivity is not None
-        every = [self.sensitivity, Products()]
-        every += [statistic for each in self.choices for statistic in each.statistics]
-        return tuple({each.name: each for each in reversed(every)}.values())
+        every = [s for choice in self.choices for s in choice.statistics]
+        own = (*super().statistics, Products())  # about means, where the choices are not
+        return tuple({each.name: each for each in (*every, *own)}.values())
+
+    def cost(self, seen: Atoms) -> Tensor:
+        """What the first choice costs at every site, [sites]."""
+        return self._cost(self.choices[0], seen, self.choices[0].fit(seen).params)
 
     def fit(self, atoms: Atoms) -> Fit:
         fits = [each.fit(atoms).params for each in self.choices]
@@ -128,7 +136,8 @@ class Mixed(Coding):
         number = int(p[CHOICE])
         ending = f"_{number}"
         own = {n.removesuffix(ending): t for n, t in p.items() if n.endswith(ending)}
-        return self.choices[number], own
+        means = {CENTRE: p[CENTRE]} if CENTRE in p else {}
+        return self.choices[number], own | means
 
     def encode(self, x: Tensor, p: Params) -> Spikes | SpikeTime:
         choice, own = self.at_site(p)
