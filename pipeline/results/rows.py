@@ -18,8 +18,7 @@ COUNTS = ("grains", "timesteps")
 NAMES = ("model", "coding", "row", "setting", "transform")
 TEXT = (*NAMES, "trained", "convention", "environment")
 # Left out where no row has one.
-OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "bound_db")
-OPTIONAL += ("convention", "environment")
+OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "bound_db", *TEXT[-2:])
 # Overrides of a job that are seen in other columns, or that no row needs.
 TOLD = {"row", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
 TOLD |= {"model", "model.name", "model.path", "model.hub"}

@@ -246,15 +246,16 @@ def _digit_count(
 
 
 def decoding(p: Params, timesteps: int, signed: bool, bits: int = 1) -> Decoding:
-    """What decoding the neurons of every site costs, [*S]: a multiplication a neuron, with digits of
-    more than one bit one more for its floor, and the additions of running sums."""
+    """What decoding the neurons of every site costs, [*S]: a multiplication a neuron and one more for
+    its floor, and the additions of running sums."""
     bank = Bank.of(p, timesteps)
     own = torch.as_tensor(_bits(p, bits, 1), device=bank.steps.device).expand_as(bank.steps)
-    merged = (bank.floor > 0) & (own > 1)
+    floor = bank.floor > 0
+    merged = floor & (own > 1)
     slots, additions = decode_costs(bank.steps, own, signed, merged)
     neurons = bank.steps.shape[-1]
     return Decoding(
-        macs=(neurons + merged.sum(-1)).double(),
+        macs=(neurons + floor.sum(-1)).double(),
         acs=additions.sum(-1).double(),
         comparisons=torch.full_like(slots[..., 0], neurons - 1, dtype=torch.float64),
         steps=slots.amax(-1).double(),

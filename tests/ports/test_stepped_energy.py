@@ -35,6 +35,7 @@ CODINGS = [
     SignedDigit("signed_digit", 5, 2),
     Gated("digits", 5, 2, radix=4),
     Gated("one_time", 4, 2, radix=16),
+    Gated("planes_offset", 5, 3, offset=True, grain_steps=(0, 1, -1)),
     Gated("digits_offset", 4, 3, offset=True, grain_steps=(0, 1, 2), radix=4),
     Gated("one_time_offset", 4, 2, offset=True, radix=2**16),
     SignedDigit("signed_digits", 5, 2, radix=4),
