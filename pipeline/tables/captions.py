@@ -34,7 +34,7 @@ STEPS = (
 )
 MEANINGS = {
     "steps": STEPS,
-    "bits": "bits: T, and log2 n where the n grains are neurons an activation",
+    "bits": "bits: T, and log2 n where the n grains are neurons an activation; of timed log2 of the codes",
     "nmse": "nmse: geometric mean over the sites, on held-out activations",
     "convention": "convention: how the spikes of a value are counted",
     "spikes_per_value": "spikes / value: mean, weighted by the additions that each spike causes",
