@@ -28,6 +28,7 @@ from stages.ports.patched import patched
 from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
 
+MOST_PASSES = 256  # of a model after each step of its neurons
 COUNTERS, WINDOWS = "counters.parquet", "windows.parquet"
 # What the names of columns end with: a text or task whose name does would be taken for one.
 ENDINGS = ("_se", "_spread", "_low", "_high", "_n")
@@ -180,8 +181,17 @@ def anytime(
     model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
 ) -> pd.DataFrame:
     """Measure ids [windows, length] after the first t steps of every neuron, t = 1 … those of the longest;
-    the last is that of the fast path. A row for every step `t` and window, as in `Perplexity.windows`."""
+    the last is that of the fast path. A row for every step `t` and window, as in `Perplexity.windows`.
+
+    Raises InputError where they take more than `MOST_PASSES` steps.
+    """
     last = int(decoding(conversion)["steps"].max())
+    if last > MOST_PASSES:
+        raise InputError(
+            f"evaluation.anytime=true runs the model once a step, and coding={conversion.coding.name} "
+            f"takes {last} of them, more than {MOST_PASSES}: give fewer coding.timesteps, a smaller "
+            "coding.radix where it has one, or evaluation.anytime=false"
+        )
     parts = []
     for t in range(1, last + 1):
         steps = None if t == last else t

@@ -57,7 +57,6 @@ CODINGS = [
     SignedDigit("signed_digit", 5, 2),
     Gated("digits", 5, 2, offset=True, radix=4),
     Ttfs("ttfs", 64, None, False),
-    Timed("timed", 8, 2),
     Timed("timed_free", 8, levels="free"),
     mixed(Timed("timed", 6), GATED),
     Gif("gif", 3, 16, 0.0, "unary", None),

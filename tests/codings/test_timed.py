@@ -1,11 +1,13 @@
 """One spike in time, worked out by hand: slots, windows, silence, decoding, and what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import stages
 from stages.codings.base import error_and_spikes
 from stages.codings.timed import Timed
 from stages.errors import InputError
@@ -171,3 +173,49 @@ def test_what_it_cannot_be_is_refused_in_a_line(given: dict, says: str) -> None:
 
 def test_a_code_of_so_many_levels_has_the_bits_of_their_logarithm() -> None:
     assert Timed(timesteps=127).bits == 7 and Timed(timesteps=5, grains=3).bits == 4
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", ["shifts", "free"])
+def test_it_works_in_bfloat16(tiny: Any, tokens: Any, levels: str) -> None:
+    """The same code as of the values in float32, on values that are bfloat16."""
+    model = tiny().to(torch.bfloat16)
+    ids = tokens(4, 16, seed=1)
+    stages.convert(model, ids, Timed(timesteps=64, levels=levels))
+    with torch.no_grad():
+        spiking = model(tokens(2, 13)).logits
+        stages.restore(model)
+        dense = model(tokens(2, 13)).logits
+    assert spiking.dtype == torch.bfloat16 and spiking.isfinite().all()
+    far = float((spiking - dense).float().norm() / dense.float().norm())
+    assert 0 < far < 0.2
+
+
+@pytest.mark.parametrize("levels", ["shifts", "free"])
+@pytest.mark.parametrize("sensitivity", [None, Sensitivity(windows=4)])
+def test_about_the_means_of_channels(
+    tiny: Any, tokens: Any, levels: str, sensitivity: Sensitivity | None
+) -> None:
+    """On and off by what it predicts; a fine code about means is as near to the dense model."""
+    model, ids, other = tiny(), tokens(4, 16, seed=1), tokens(2, 13)
+    with torch.no_grad():
+        dense = model(other).logits
+    far = {}
+    for centre in ("none", "channel"):
+        coding = Timed(timesteps=48, levels=levels, centre=centre, sensitivity=sensitivity)
+        fitted = stages.fit(model, ids, coding)
+        with stages.patched(model, fitted), torch.no_grad():
+            far[centre] = float((model(other).logits - dense).norm() / dense.norm())
+    if sensitivity is None:  # else where it pays
+        assert bool(fitted.neurons.fit.params["centre"].any())
+    assert far["channel"] < 1.5 * far["none"]
+
+
+def test_channels_may_have_scales(tiny: Any, tokens: Any) -> None:
+    model = tiny()
+    coding = Timed(timesteps=64, granularity="channel")
+    stages.convert(model, tokens(4, 16, seed=1), coding)
+    table = stages.table(model)
+    assert float(table["nmse"].max()) < 0.01 and float(table["spikes"].max()) <= 1

@@ -195,7 +195,7 @@ LINES = [
     (
         ["coding=las", "coding.grains=2"],
         "unknown config key coding.grains; las has no grains, free_steps, gated, gated_budget, "
-        "multigrain, phase, signed_digit, signed_price have",
+        "multigrain, phase, signed_digit, signed_price, timed",
     ),
 ]
 
