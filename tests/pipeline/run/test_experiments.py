@@ -30,6 +30,8 @@ gated_budget,signed_digit2"
 CUT = {
     "codings": {"rows": "dense,ttfs,oat_rounded,gated2,gated2_offset"},
     "frontier": {"timesteps": "4", "evaluation.corpora": "[wikipedia]"},
+    "spikes": {"evaluation.corpora": "[wikipedia]", "rows": "dense,spikes_a,spikes_c"},
+    "time_price": {"evaluation.corpora": "[wikipedia]", "rows": "timed_128"},
     "spike_price": {"evaluation.corpora": "[wikipedia]"},
     "compander": {"timesteps": "4"},
     "algorithm1": {"rows": "algorithm1,n1_5,slope_5,slope_80,samples_1000"},
