@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
 from stages.codings.base import Coding, Sensitive, error_and_spikes
+from stages.codings.gated import Gated
+from stages.codings.timed import Timed
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity, mean_error_loss, predicted_loss
 from stages.fits.statistics import MULTIPLICATION, Products, Statistic, widths
@@ -25,7 +28,7 @@ CHOICE = "choice"  # the parameter that says which of the codes a site has
 @dataclass(frozen=True)
 class Mixed(Sensitive):
     """Of `choices` each site has the one of least predicted loss + prices, among those that take at most
-    `timesteps` steps there.
+    `timesteps` steps there. Without choices they are one spike in time and digits in base 16.
 
     `mu` is the price of a spike a value, weighted by the site's part in all multiplications, and of as
     many additions and multiplications of decoding as cost as much, with the site's width; `nu` that of
@@ -37,29 +40,12 @@ class Mixed(Sensitive):
     name: str = "mixed"
     timesteps: int = 128
     choices: tuple[Coding, ...] = ()
-    sensitivity: Sensitivity | None = None
-    mu: float = 0.0
+    sensitivity: Sensitivity | None = Sensitivity()
+    mu: float = 0.05
     nu: float = 0.0
+    centre: str = field(default="channel", kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choices", tuple(self.choices))
-        if not self.choices:
-            raise InputError(f"coding.choices is empty for {self.name}: give one coding at least")
-        for each in self.choices:
-            if (
-                not (each.converts and each.neuron)
-                or each.tokenwise
-                or each.replaces_softmax
-                or each.dense_roles
-                or getattr(each, "channels", False)
-                or getattr(each, "centred", False)
-                or isinstance(each, Mixed)
-            ):
-                raise InputError(
-                    f"coding.choices of {self.name} has {each.name}: give codings of single values at all "
-                    "sites, with the same levels for all channels; coding.centre is an option of "
-                    f"{self.name} itself"
-                )
         if self.sensitivity is None:
             raise InputError(
                 f"coding={self.name} weighs sites by their measured sensitivity: give coding.sensitivity "
@@ -75,6 +61,28 @@ class Mixed(Sensitive):
             raise InputError(
                 f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
             )
+        object.__setattr__(self, "choices", tuple(self.choices) or self._usual())
+        for each in self.choices:
+            if (
+                not (each.converts and each.neuron)
+                or each.tokenwise
+                or each.replaces_softmax
+                or each.dense_roles
+                or getattr(each, "channels", False)
+                or getattr(each, "centred", False)
+                or isinstance(each, Mixed)
+            ):
+                raise InputError(
+                    f"coding.choices of {self.name} has {each.name}: give codings of single values at all "
+                    "sites, with the same levels for all channels; coding.centre is an option of "
+                    f"{self.name} itself"
+                )
+
+    def _usual(self) -> tuple[Coding, ...]:
+        """One spike in time, and digits in base 16 for narrow products."""
+        prices: dict[str, Any] = {"mu": self.mu, "sensitivity": self.sensitivity}
+        timed = Timed(timesteps=self.timesteps, grains=2, nu=self.nu, **prices)
+        return timed, Gated(grains=1, radix=16, allocation="price", **prices)
 
     @property
     def convention(self) -> str:  # type: ignore[override]

@@ -161,7 +161,10 @@ def test_what_it_is_called_by() -> None:
     assert mixed(PLANES, Gated("other", 3)).convention == "bit_plane"
     assert mixed(Timed(grains=3), PLANES).grains == 3
     assert mixed(TIME, PLANES).bits is None and not mixed(TIME, PLANES).trained
-    assert [each.name for each in mixed(TIME, PLANES).statistics] == ["products", "sensitivity"]
+    about = mixed(TIME, PLANES)
+    assert {each.name for each in about.statistics} == {"products", "channel_mean", "sensitivity"}
+    plain = replace(about, centre="none")
+    assert {each.name for each in plain.statistics} == {"products", "sensitivity"}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,6 @@ def test_what_is_no_choice_is_refused_in_a_line(choice: Coding) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"choices": ()}, "coding.choices is empty for mixed: give one coding at least"),
         ({"sensitivity": None}, "give coding.sensitivity (conf/coding/mixed.yaml has one)"),
         ({"timesteps": 0}, "coding.timesteps=0 for mixed: give the steps that a site may take"),
         ({"timesteps": 8.0}, "coding.timesteps=8.0"),

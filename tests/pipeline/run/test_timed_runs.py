@@ -59,6 +59,7 @@ def test_decoding_by_site_is_in_the_energy(settings, tmp_path):
 
 def test_codes_by_site(command, tmp_path):
     options = ("coding=mixed", *SENSITIVE, "coding.timesteps=16", "coding.mu=0.3")
+    options = (*options, "coding.centre=none")  # else channels have levels of their own
     done = command(tmp_path, *options, "runtime.figures=true", "evaluation.anytime=true")
     assert done.code == 0, done.err
     (result,) = done.results

@@ -96,6 +96,7 @@ def test_ties_are_all_bold_what_is_not_told_apart_and_what_diverged_never_is(row
             values |= {f"ppl_{name}": value, f"ppl_{name}_se": 0.1, f"ratio_{name}": value / 19}
             width = 0.02 if row.result["timesteps"] == 4 else 1e-6
             values |= {f"ratio_{name}_{e}": value / 19 + s * width for e, s in ENDS.items()}
+            values |= {f"ppl_{name}_spread": None}
         changed.append(replace(row, result=row.result | values))
     made = layout("main")(changed)
     names = zip(made.frame["row"], made.frame["timesteps"], strict=True)
