@@ -22,11 +22,8 @@ DENSITIES = tuple(round(2 ** (k / 3)) for k in range(4, 28))  # levels aimed at,
 NEARER = tuple(2 ** (k / 12) for k in (-3, -2, -1, 1, 2, 3))  # then, times the best one of a site
 REACH = 4  # densities aimed at, times the most levels: silence takes some
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of an octave, by which the step is shifted
-LOSSES = (
-    1e-3,
-    1e-2,
-    1e-1,
-)  # of the mean magnitude, by which one-sided values may be off in the mean
+# Parts of the mean magnitude by which one-sided values may be off in the mean.
+LOSSES = (1e-3, 1e-2, 1e-1)
 ONE_SIDED = 0.5
 
 
