@@ -293,6 +293,16 @@ def check_timesteps(name: str, timesteps: int, least: int = 1, most: int = MAX_T
         )
 
 
+def check_prices(name: str, **prices: float) -> None:
+    """Raise InputError unless every price is a finite number, 0 or more."""
+    for option, price in prices.items():
+        number = isinstance(price, int | float) and not isinstance(price, bool)
+        if not number or not 0 <= price < math.inf:
+            raise InputError(
+                f"coding.{option}={price!r} for {name}: give a finite number, 0 or more"
+            )
+
+
 def half_step(timesteps: int, v0: str, name: str) -> float:
     """The initial potential of a base-2 neuron: 0, or half of its last step, 2^-(T+1)."""
     if v0 not in ("zero", "half_step"):

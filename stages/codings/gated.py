@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import MAX_TIMESTEPS, Sensitive, check_timesteps, error_and_spikes
+from stages.codings.base import (
+    MAX_TIMESTEPS,
+    Sensitive,
+    check_prices,
+    check_timesteps,
+    error_and_spikes,
+)
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.fits.allocation import ALLOCATIONS, BUDGETS, REACH, cheapest, picked
@@ -89,8 +95,7 @@ class Gated(Sensitive):
             raise InputError(
                 f"coding.radix={self.radix!r} for {self.name}: give a power of two from 2 to {RADICES[-1]}"
             )
-        if self.mu < 0:
-            raise InputError(f"coding.mu={self.mu} for {self.name}: give 0 or more")
+        check_prices(self.name, mu=self.mu)
         if self.allocation not in ALLOCATIONS or self.budget not in BUDGETS:
             raise InputError(
                 f"coding.allocation={self.allocation!r}, coding.budget={self.budget!r} for "

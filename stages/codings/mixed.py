@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.atoms import Atoms
-from stages.codings.base import Coding, Sensitive, error_and_spikes
+from stages.codings.base import Coding, Sensitive, check_prices, error_and_spikes
 from stages.codings.gated import Gated
 from stages.codings.timed import Timed
 from stages.errors import InputError
@@ -57,11 +57,11 @@ class Mixed(Sensitive):
                 f"coding.timesteps={self.timesteps!r} for {self.name}: give the steps that a site may "
                 "take, 1 or more"
             )
-        if not (0 <= self.mu < torch.inf and 0 <= self.nu < torch.inf):
-            raise InputError(
-                f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
-            )
-        object.__setattr__(self, "choices", tuple(self.choices) or self._usual())
+        check_prices(self.name, mu=self.mu, nu=self.nu)
+        given = self.choices or ()
+        if not isinstance(given, list | tuple) or any(not isinstance(c, Coding) for c in given):
+            raise InputError(f"coding.choices={given!r} for {self.name}: give a list of codings")
+        object.__setattr__(self, "choices", tuple(given) or self._usual())
         for each in self.choices:
             if (
                 not (each.converts and each.neuron)

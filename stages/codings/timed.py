@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.atoms import Atoms
-from stages.codings.base import Sensitive
+from stages.codings.base import Sensitive, check_prices
 from stages.errors import InputError
 from stages.fits.free_levels import free_levels, freed
 from stages.fits.sensitivity import Sensitivity, loss_weight
@@ -68,10 +68,7 @@ class Timed(Sensitive):
                 f"coding.grains={self.grains!r} for {self.name}: give a whole number of neurons from 1 to "
                 f"{most}, with coding.timesteps={self.timesteps}"
             )
-        if not (0 <= self.mu < torch.inf and 0 <= self.nu < torch.inf):
-            raise InputError(
-                f"coding.mu={self.mu}, coding.nu={self.nu} for {self.name}: give prices of 0 or more"
-            )
+        check_prices(self.name, mu=self.mu, nu=self.nu)
         if self.levels not in LEVELS:
             raise InputError(
                 f"coding.levels={self.levels!r} for {self.name}: choose {' or '.join(LEVELS)}"

@@ -226,3 +226,11 @@ def test_a_price_on_spikes_draws_the_frontier(offset: bool) -> None:
 def test_what_gated_cannot_be_is_refused(options: dict) -> None:
     with pytest.raises(InputError):
         Gated("gated", 4, 2, **options)
+
+
+@pytest.mark.parametrize("mu", [-1.0, float("nan"), float("inf"), None, True, "foo"])
+def test_a_price_is_a_finite_number(mu: object) -> None:
+    with pytest.raises(
+        InputError, match=r"coding\.mu=.* for gated: give a finite number, 0 or more"
+    ):
+        Gated(mu=mu)  # type: ignore[arg-type]

@@ -192,7 +192,9 @@ def test_what_is_no_choice_is_refused_in_a_line(choice: Coding) -> None:
         ({"sensitivity": None}, "give coding.sensitivity (conf/coding/mixed.yaml has one)"),
         ({"timesteps": 0}, "coding.timesteps=0 for mixed: give the steps that a site may take"),
         ({"timesteps": 8.0}, "coding.timesteps=8.0"),
-        ({"mu": -0.1}, "coding.mu=-0.1, coding.nu=0.0 for mixed: give prices of 0 or more"),
+        ({"mu": -0.1}, "coding.mu=-0.1 for mixed: give a finite number, 0 or more"),
+        ({"choices": ("foo",)}, "coding.choices=('foo',) for mixed: give a list of codings"),
+        ({"choices": TIME}, "coding.choices=Timed"),
         ({"nu": float("nan")}, "coding.nu=nan"),
     ],
 )
