@@ -6,13 +6,12 @@ that its inputs are coded about is one of them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.analysis.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation
+from stages.analysis.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation, pairs_met
 from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.model.sites import pooled
@@ -148,7 +147,7 @@ def _rows(
 ) -> Iterator[tuple[str, str, int, float, float]]:
     """The costs (op, kind, layer, macs, acs) of one operation, and of the code of its operands."""
     name, kind, layer = operation.name, operation.kind, operation.layer
-    pairs = _pairs(queries, context, convention.attention, operation.window, operation.prefix)
+    pairs = pairs_met(queries, context, convention.attention, operation.window, operation.prefix)
     work = operation.work.at(queries, pairs)
     coded = [rate for site in operation.operands if rates and (rate := rates[site]) is not None]
     if kind in WEIGHED:
@@ -257,12 +256,3 @@ def _pooled(counters: pd.DataFrame) -> pd.DataFrame:
     table["site"] = counters["site"].map(pooled)
     summed = ["values", "spikes", "macs", "acs", "coded", *DECODING]
     return table.groupby("site", sort=False)[summed].sum(min_count=1)
-
-
-@functools.cache
-def _pairs(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
-    """Pairs of the last `queries` positions of a context and the keys they meet."""
-    if attention == "full":
-        return queries * (prefix + context)
-    seen = range(prefix + context - queries + 1, prefix + context + 1)
-    return sum(min(keys, window or keys) for keys in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -248,3 +249,12 @@ def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0
     return Operation(
         site.operand, "gate", site.layer, values, operands, window=window, prefix=prefix
     )
+
+
+@functools.cache
+def pairs_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
+    """Pairs of the last `queries` positions of a context and the keys they meet."""
+    if attention == "full":
+        return queries * (prefix + context)
+    seen = range(prefix + context - queries + 1, prefix + context + 1)
+    return sum(min(keys, window or keys) for keys in seen)

@@ -52,16 +52,11 @@ class Counts(Spikes):
 @dataclass(frozen=True)
 class SpikeTime:
     """A train of at most one spike in a window too long for bits: sign [*X] in {-1, 0, 1} and time
-    [*X], counted from 0; the time `timesteps` is silence.
-
-    `gaps`: where the levels of two consecutive times, the last and silence, which is zero, among them,
-    lie 2^gap times one step apart, the whole numbers of that, so that running sums decode them.
-    """
+    [*X], counted from 0; the time `timesteps` is silence."""
 
     sign: Tensor
     time: Tensor
     timesteps: int
-    gaps: tuple[int, ...] | None = None
 
     @property
     def code(self) -> Tensor:

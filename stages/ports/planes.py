@@ -239,19 +239,14 @@ def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
     """Return one plane a step; silence, where it has a weight, is a spike of the last step.
 
-    weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1]. Where
-    the gaps between the weights are powers of two, they are summed as one group of running sums.
+    weight [T] or [T + 1], the last one that of silence; row [*X without its last dimension, 1].
     """
     silent = len(weight) > spikes.timesteps and bool(weight[-1] != 0)
     number = spikes.timesteps + silent
     sign = spikes.sign.to(torch.int8)
     plane = tuple(sign * (spikes.time == t) for t in range(number))
     step = tuple(min(t, spikes.timesteps - 1) for t in range(number))
-    if spikes.gaps is None:
-        accumulator = Accumulator(plane, tuple(weight[:number].tolist()), step)
-    else:
-        unit = float(weight[spikes.timesteps - 1]) * 2.0 ** -spikes.gaps[-1]
-        accumulator = Accumulator.running(plane, [Group(number, spikes.gaps)], unit)
+    accumulator = Accumulator(plane, tuple(weight[:number].tolist()), step)
     return Planes((accumulator,), None if row is None else row.expand(sign.shape).contiguous())
 
 

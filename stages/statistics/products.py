@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.analysis.operations import PRODUCTS, operations
+from stages.analysis.operations import PRODUCTS, operations, pairs_met
 from stages.fits.statistics import Products
 from stages.model.sites import Site, find_sites
 from stages.statistics import measure
@@ -26,8 +26,7 @@ def products(
     for operation in operations(model, every):
         if operation.kind not in PRODUCTS:
             continue
-        seen = range(operation.prefix + 1, operation.prefix + tokens + 1)
-        pairs = sum(min(keys, operation.window or keys) for keys in seen)
+        pairs = pairs_met(tokens, tokens, "causal", operation.window, operation.prefix)
         amounts = operation.work.at(tokens, pairs), operation.outputs.at(tokens, pairs)
         for operand in operation.operands:
             sums[operand] += torch.tensor(amounts, dtype=torch.float64) / tokens
