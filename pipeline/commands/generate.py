@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.run.shipped import CONF
 from stages.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -201,14 +200,12 @@ def _check_prompt(
 
 def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> list[float | None]:
     """What one more token costs, dense and spiking with the spikes of this text; None of a bound."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
+    from pipeline.run import hardware
     from stages.analysis.operations import operations, untransformed
     from stages.energy import account, summary
     from stages.model.sites import find_sites
 
-    energy = instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
+    energy = hardware.energy(["45nm"])
     plan = operations(model, find_sites(model))
     context = passed + 1
     dense = summary(account(untransformed(plan), energy, context))

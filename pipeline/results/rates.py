@@ -11,16 +11,17 @@ from hydra.utils import instantiate
 
 from pipeline.results.folders import RunFolder
 from stages.codings.base import Coding
-from stages.energy import DECODING
 from stages.errors import InputError
 from stages.model.sites import Site
+from stages.ports.counters import DECODING
 
 SUMS = ("values", "spikes", "macs", "acs")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The counts of a run: of every role sums over its sites and means of what decoding costs."""
+    """The counts of a run: of every role sums over its sites, means of what decoding costs, the most
+    steps."""
 
     label: str
     coding: Coding
@@ -67,7 +68,8 @@ def _by_role(sites: pd.DataFrame, place: str) -> pd.DataFrame:
             f"rates={place}: only some sites of {', '.join(part.index)} are coded; give a run without "
             "sites.exclude"
         )
-    costs = sites[[*DECODING]].mul(sites["values"], axis=0)
-    sums = sites.assign(**costs).groupby("role")[[*SUMS, *DECODING]].sum(min_count=1)
-    sums[[*DECODING]] = sums[[*DECODING]].div(sums["values"], axis=0)
-    return sums
+    means = [name for name in DECODING if name != "steps"]
+    roles = sites.assign(**sites[means].mul(sites["values"], axis=0)).groupby("role")
+    sums = roles[[*SUMS, *means]].sum(min_count=1)
+    sums[means] = sums[means].div(sums["values"], axis=0)
+    return sums.assign(steps=roles["steps"].max())

@@ -44,8 +44,14 @@ def experiment(name: str, conf: Path = CONF) -> Experiment:
 
 def default(group: str, conf: Path = CONF) -> str:
     """The choice that conf/config.yaml makes of a group."""
+    return choices(group, conf)[0]
+
+
+def choices(group: str, conf: Path = CONF) -> list[str]:
+    """Those of a group of which conf/config.yaml may choose several, in their order."""
     parts = _yaml(conf / "config.yaml")["defaults"]
-    return str(next(part[group] for part in parts if isinstance(part, dict) and group in part))
+    chosen = next(part[group] for part in parts if isinstance(part, dict) and group in part)
+    return [*map(str, chosen if isinstance(chosen, list) else [chosen])]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from stages.analysis.real_valued import real_valued
 from stages.codings.base import Coding
 from stages.compiler import compiled
 from stages.distribution import Densities
-from stages.energy import account, saving, summary
+from stages.energy import account, by_part, compared, spent
 from stages.fits.statistics import Statistic
 from stages.fitted import Conversion, FittedNeurons
 from stages.model.perturbation import Perturbation
@@ -280,7 +280,7 @@ class Energy(Stage):
     """Cost of every operation, and sums by convention and phase, on a corpus' counters."""
 
     name = "energy"
-    code = ("stages.energy", "stages.analysis.operations")
+    code = ("stages.energy", "stages.analysis.operations", "stages.analysis.rates")
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, perplexity: Perplexity) -> Self:
@@ -299,8 +299,8 @@ class Energy(Stage):
             counters = evaluation.Perplexity.load(inputs["evaluation"].path).counters
             spiking = account(plan, energy, energy.tokens, counters, coding)
         spiking.to_parquet(out / "operations.parquet")
-        totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
-        (out / "summary.json").write_text(json.dumps(totals, indent=1))
+        by_part(spent(spiking, energy)).to_parquet(out / "parts.parquet")
+        (out / "summary.json").write_text(json.dumps(compared(spiking, dense, energy), indent=1))
 
 
 class Exported(Stage):
@@ -311,7 +311,7 @@ class Exported(Stage):
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, fitting: Stage, measured: Measured[Stage]) -> Self:
-        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.profile.name
+        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.main.name
         spec: dict[str, Any] = {"coding": s.coding, "sites": s.sites, "axes": s.axes}
         measures = s.evaluation.corpora, s.evaluation.tasks, s.evaluation.replicates
         spec |= {"label": s.name, "evaluated": measures}

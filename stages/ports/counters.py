@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.fitted import Conversion
 from stages.model.sites import Site
 
-DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")
+DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")  # columns of what the code costs
 FIELDS = ("values", "spikes", "macs", "acs", "error", "power")
 
 

@@ -105,7 +105,7 @@ def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
         ("patching.windows=1", {"capture", "distribution", "fitting", "evaluation", "energy"}),
         ("evaluation.windows=2", {"capture", "distribution", "fitting", "patching"}),
         (
-            "energy.profile.ac_pj=0.5",
+            "energy.profile.nm45.ac=0.5",
             {"capture", "distribution", "fitting", "patching", "evaluation"},
         ),
     ],
