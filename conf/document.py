@@ -39,7 +39,8 @@ def document() -> str:
         )
         page += [f"\n## `{group}=`\n", "| choice | what it is |", "|---|---|"]
         page += [f"| `{file.stem}` | {parts(file)[0]} |" for file in files]
-        page += options(files, f"{package(files[0]) or group}.") if group != "experiment" else []
+        place = package(files[0]) or group.replace("/", ".")
+        page += options(files, f"{place}.") if group != "experiment" else []
     return "\n".join(page) + "\n"
 
 

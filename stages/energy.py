@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.analysis.operations import (
     ELEMENTWISE,
@@ -21,16 +21,20 @@ from stages.analysis.operations import (
     ROTATION,
     Operation,
     keys_met,
+    operations,
     pairs_met,
+    untransformed,
 )
-from stages.analysis.rates import Rate, rates
+from stages.analysis.rates import Rate, of_role, rates
 from stages.codings.base import Coding
 from stages.errors import InputError
+from stages.model.sites import find_sites
 from stages.profiles.base import Counts, Profile
 from stages.profiles.break_even import against
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
 ATTENTION = ("full", "causal")
 OPERANDS = ("one", "both")
@@ -76,12 +80,15 @@ class Convention:
 class Energy:
     """The energy stage: length of the prompt (None: the caller's choice), hardware, conventions.
 
-    The first hardware profile is that of the joules that no name of a profile stands beside.
+    `models` are names of further models whose dimensions are known: what one of them would cost with the
+    rates that were counted at sites of the same role. The first hardware profile is that of the joules
+    that no name of a profile stands beside.
     """
 
     tokens: int | None
     profile: Mapping[str, Profile]
     conventions: Mapping[str, Convention]
+    models: Sequence[str] = ()
 
     @property
     def main(self) -> Profile:
@@ -300,6 +307,25 @@ def compared(
             found = against(ours, theirs, energy.profiles)
             costs |= {name: _known(value) for name, value in found.items()}
     return result
+
+
+def of_model(
+    model: PreTrainedModel, energy: Energy, counters: pd.DataFrame | None, coding: Coding
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The account of a model, and its comparison with the dense model before its transform.
+
+    `counters` are by site or, of another model, `by_role`; None for the dense model.
+    """
+    assert energy.tokens is not None
+    sites = find_sites(model)
+    plan = operations(model, sites)
+    dense = account(untransformed(plan), energy, energy.tokens)
+    if counters is None:
+        frame = account(plan, energy, energy.tokens)
+    else:
+        rows = counters if "site" in counters else of_role(counters, sites, "the counted model")
+        frame = account(plan, energy, energy.tokens, rows, coding)
+    return frame, dict(compared(frame, dense, energy))
 
 
 def _known(value: float | None) -> float | None:

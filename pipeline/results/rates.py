@@ -10,12 +10,11 @@ import pandas as pd
 from hydra.utils import instantiate
 
 from pipeline.results.folders import RunFolder
+from stages.analysis.rates import SUMS, by_role, of_role
 from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.model.sites import Site
 from stages.ports.counters import DECODING
-
-SUMS = ("values", "spikes", "macs", "acs")
 
 
 @dataclass(frozen=True)
@@ -42,34 +41,21 @@ class Rates:
             )
         (job,) = jobs
         coding = instantiate(job.config.coding)
-        if not (coding.converts and coding.neuron):
+        if not (coding.converts and (coding.neuron or coding.operand_bits)):
             raise InputError(
-                f"rates={place}: {job.result['label']} has no spikes; give another run"
+                f"rates={place}: {job.result['label']} has no spikes and no integers; give another run"
             )
-        return cls(job.result["label"], coding, _by_role(job.sites, place))
+        return cls(
+            job.result["label"], coding, by_role(_checked(job.sites, place), f"rates={place}")
+        )
 
     def counters(self, sites: Sequence[Site]) -> pd.DataFrame:
         """A row a site with the counts of its role; InputError for a role that the run does not have."""
-        absent = sorted({site.role for site in sites} - set(self.roles.index))
-        if absent:
-            raise InputError(f"rates: {self.label} has no site of role {', '.join(absent)}")
-        rows = self.roles.loc[[site.role for site in sites]].reset_index(drop=True)
-        rows.insert(0, "site", [site.name for site in sites])
-        return rows
+        return of_role(self.roles, sites, f"rates: {self.label}")
 
 
-def _by_role(sites: pd.DataFrame, place: str) -> pd.DataFrame:
+def _checked(sites: pd.DataFrame, place: str) -> pd.DataFrame:
     lacks = [name for name in (*SUMS, *DECODING) if name not in sites]
     if lacks:
         raise InputError(f"rates={place}: its sites lack {', '.join(lacks)}; run it again")
-    part = sites.groupby("role")["spikes"].agg(["count", "size"]).query("0 < count < size")
-    if len(part):
-        raise InputError(
-            f"rates={place}: only some sites of {', '.join(part.index)} are coded; give a run without "
-            "sites.exclude"
-        )
-    means = [name for name in DECODING if name != "steps"]
-    roles = sites.assign(**sites[means].mul(sites["values"], axis=0)).groupby("role")
-    sums = roles[[*SUMS, *means]].sum(min_count=1)
-    sums[means] = sums[means].div(sums["values"], axis=0)
-    return sums.assign(steps=roles["steps"].max())
+    return sites

@@ -207,6 +207,7 @@ def row(
         "paper": energy["paper"]["prefill"],
         "decode": energy["causal"]["decode"],
         "paper_decode": energy["paper"]["decode"],
+        "models": energy["models"],
         "replicates": settings.evaluation.replicates,
         "bootstrap": asdict(BOOTSTRAP),
         "evaluation": {

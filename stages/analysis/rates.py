@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.codings.base import Coding
-from stages.model.sites import pooled
+from stages.errors import InputError
+from stages.model.sites import Site, pooled
 from stages.ports.counters import DECODING
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SUMS = ("values", "spikes", "macs", "acs")
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,29 @@ def _pooled(counters: pd.DataFrame, integer: bool) -> pd.DataFrame:
     groups = table.groupby("site", sort=False)
     names = ["values", "spikes", "macs", "acs", "coded", *summed]
     return groups[names].sum(min_count=1).assign(steps=groups["steps"].max())
+
+
+def by_role(counters: pd.DataFrame, whose: str) -> pd.DataFrame:
+    """The counters of a model summed over the sites of a role: sums of counts, means of what decoding
+    costs by values, the most steps. InputError where only some sites of a role are coded."""
+    part = counters.groupby("role")["decode_macs"].agg(["count", "size"]).query("0 < count < size")
+    if len(part):
+        raise InputError(
+            f"{whose}: only some sites of {', '.join(part.index)} are coded; give a run without "
+            "sites.exclude"
+        )
+    means = [name for name in DECODING if name != "steps"]
+    roles = counters.assign(**counters[means].mul(counters["values"], axis=0)).groupby("role")
+    sums = roles[[*SUMS, *means]].sum(min_count=1)
+    sums[means] = sums[means].div(sums["values"], axis=0)
+    return sums.assign(steps=roles["steps"].max())
+
+
+def of_role(roles: pd.DataFrame, sites: Sequence[Site], whose: str) -> pd.DataFrame:
+    """Counters of another model's sites, each as its role of `by_role`; InputError for one without any."""
+    absent = sorted({site.role for site in sites} - set(roles.index))
+    if absent:
+        raise InputError(f"{whose} has no site of role {', '.join(absent)}")
+    rows = roles.loc[[site.role for site in sites]].reset_index(drop=True)
+    rows.insert(0, "site", [site.name for site in sites])
+    return rows

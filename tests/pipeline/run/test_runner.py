@@ -121,7 +121,7 @@ def test_a_field_changes_its_stage_and_what_is_made_of_it(change, kept, settings
 def test_another_release_of_lm_eval_asks_other_questions(settings, built, monkeypatch):
     made = settings(built, "evaluation.tasks=[piqa]")
     before = runner.stored(made)[0].chain
-    monkeypatch.setattr("pipeline.run.stages.version", lambda package: f"{package} of tomorrow")
+    monkeypatch.setattr("pipeline.run.measuring.version", lambda package: f"{package} of tomorrow")
     after = runner.stored(made)[0].chain
     changed = {
         label for label in before.steps if before.steps[label].key() != after.steps[label].key()
