@@ -83,6 +83,11 @@ class RunFolder:
         return pd.read_parquet(self.path / SITES)
 
     @cached_property
+    def parts(self) -> pd.DataFrame:
+        """Joules of a job by model, convention, phase, profile, operation and part."""
+        return pd.read_csv(self.path / PARTS)
+
+    @cached_property
     def config(self) -> DictConfig:
         """The configuration of a job, which nothing changes any more."""
         file = (self.path / ".hydra/config.yaml").absolute()
