@@ -118,7 +118,8 @@ def account(
     `counters` are those of the evaluation, one row a site, with the columns DECODING; without them the
     model is dense. Their rates, measured on whole windows, hold for prefill and for decode. The
     decoded token is the last of a context of `tokens`. Columns: convention phase op kind layer macs
-    acs energy_J. The products of a bound, a coding without spikes, are undefined (NaN).
+    acs energy_J. Products of integers stay MACs; those of a bound, a coding without spikes, are
+    undefined (NaN).
     """
     import pandas as pd
 
@@ -226,13 +227,16 @@ def _check_tokens(tokens: int) -> None:
 
 
 def _rates(counters: pd.DataFrame | None, coding: Coding | None) -> dict[str, Rate | None]:
-    """The rate of every site; None where the site is dense, NaN where it has no spikes to count."""
+    """The rate of every site; None where the site is dense, NaN where it has no spikes to count;
+    none at all where products multiply numbers, those of the dense model or integers."""
     if counters is None:
         return {}
     table = _pooled(counters)
     if coding is None:
         if table["spikes"].notna().any():
             raise ValueError("spikes were counted, but no coding is given")
+        return {}
+    if coding.operand_bits is not None:
         return {}
     if not coding.neuron:
         return {str(site): Rate(math.nan, math.nan) for site in table.index}

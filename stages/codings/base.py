@@ -45,6 +45,9 @@ class Coding(ABC):
     # [B, S, C] or [B, H, S, D], and there is no error and no spike count of a single value.
     tokenwise: bool = False
     dense_roles: tuple[str, ...] = ()  # roles whose sites stay dense, as the authors leave them
+    # Bits of the integers that products multiply; None: floats, or sums of what spikes select.
+    operand_bits: int | None = None
+    weight_bits: int | None = None
 
     @property
     def decode_macs(self) -> int:

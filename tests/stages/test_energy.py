@@ -42,6 +42,7 @@ class Costs:
 
     value_macs: int = 0
     neuron: bool = True
+    operand_bits: int | None = None
 
 
 def tiny(model_type: str = "llama", **changes: object) -> PreTrainedModel:
