@@ -129,8 +129,8 @@ def account(
     `counters` are those of the evaluation, one row a site, with the columns DECODING; without them the
     model is dense. Their rates, measured on whole windows, hold for prefill and for decode. The
     decoded token is the last of a context of `tokens`. Columns: convention phase op kind layer, those of
-    `Counts`, energy_J of the first profile. The products of a bound, a coding without spikes, are
-    undefined (NaN).
+    `Counts`, energy_J of the first profile. Products of integers stay MACs; those of a bound, a coding
+    without spikes, are undefined (NaN).
     """
     import pandas as pd
 

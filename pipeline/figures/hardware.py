@@ -30,7 +30,7 @@ COLOURS = (
     "#AA4499",
     "#777777",
 )  # of the parts
-LEAST = -1.5  # a saving below this says only that far more is spent
+LEAST = -2.0  # a saving below this says only that far more is spent
 BARS = 12  # rows that one page has room for
 FILLED = {"prefill": "full", "decode": "none"}
 EVEN: dict[str, Any] = {"color": "0.5", "linestyle": "--", "linewidth": 0.8, "marker": ""}
@@ -96,12 +96,11 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
                     fillstyle=FILLED[str(phase)],
                     linestyle="",
                 )
-        even = own[own["phase"] == "prefill"]["breakeven"].median()
-        if even == even:
-            axes.axvline(even, **EVEN)
-            axes.annotate(
-                f" {even:.2f}", (even, 0.02), xycoords=("data", "axes fraction"), fontsize=7
-            )
+        even = own[own["phase"] == "prefill"]["breakeven"].dropna()
+        for rate in sorted({even.min(), even.max()} if len(even) else ()):
+            axes.axvline(rate, **EVEN)
+            at = (rate, 0.02)
+            axes.annotate(f" {rate:.2f}", at, xycoords=("data", "axes fraction"), fontsize=6)
         integers = known[known["spikes"].isna() & ~known["dense"] & (known["profile"] == name)]
         for run in integers[integers["phase"] == "prefill"].itertuples():
             axes.axhline(run.saving, **INTEGERS)
@@ -111,7 +110,7 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
     handles += [entry("others", color=OTHER["color"], marker=".", linestyle="")] * (
         len(series) > len(LOOKS)
     )
-    handles += [entry("break-even of a prefill", **EVEN)]
+    handles += [entry("break-even of prefills: least, most", **EVEN)]
     if (known["spikes"].isna() & ~known["dense"]).any():
         handles += [entry("integers, prefill", **INTEGERS)]
     legend_above(figure, handles)
@@ -130,14 +129,18 @@ def part_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     `share` is of what the dense run costs; NaN where there is none.
     """
     frames = []
-    for series, job in zip(series_names([*jobs.values()]), jobs, strict=True):
+    names = series_names([*jobs.values()])
+    steps = [result.get("timesteps") for result in jobs.values()]
+    several = len({t for t in steps if t is not None}) > 1
+    for name, t, job in zip(names, steps, jobs, strict=True):
+        series = f"{name} T={t}" if several and t is not None else name
         parts = job.parts
         own = parts[(parts["convention"] == "causal") & (parts["model"].fillna("") == "")]
-        sums = own.groupby(["phase", "profile", "part"], sort=False)["J"].sum(min_count=1)
+        sums = own.groupby(["phase", "profile", "part"], sort=False)["J"].sum(skipna=False)
         dense = jobs[job]["coding"] == "dense"
         frames.append(sums.reset_index().assign(series=series, dense=dense))
     frame = pd.concat(frames, ignore_index=True)
-    whole = frame[frame["dense"]].groupby(["phase", "profile"])["J"].sum(min_count=1)
+    whole = frame[frame["dense"]].groupby(["phase", "profile"])["J"].sum(skipna=False)
     base = frame.set_index(["phase", "profile"]).index.map(whole)
     return frame.assign(share=frame["J"] / pd.Series(base, frame.index, dtype="float64"))
 

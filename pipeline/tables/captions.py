@@ -38,7 +38,8 @@ BOUND = (
 )
 MEANINGS = {
     "steps": STEPS,
-    "bits": "bits: T, and log2 n where the n grains are neurons an activation; of timed log2 of the codes",
+    "bits": "bits: T, and log2 n where the n grains are neurons an activation; of timed log2 of the "
+    "codes, of integer its own",
     "nmse": "nmse: geometric mean over the sites, on held-out activations",
     "bound_db": f"above Shannon: {BOUND}, mean over the sites, weighted by their multiplications",
     "convention": "convention: how the spikes of a value are counted",

@@ -37,12 +37,14 @@ class Counters:
         """Return the frame of a model with these neurons and what decoding them costs, see `Decoding`:
         columns decode_macs, decode_acs, comparisons, steps.
 
-        A bound quantises but does not spike; it and the dense model have no coded sites.
+        A bound quantises but does not spike; it and the dense model have no coded sites. Integers have
+        no spikes either, but something to decode.
         """
-        if conversion is None or not conversion.coding.neuron:
+        if conversion is None or not (conversion.coding.neuron or conversion.coding.operand_bits):
             return self.frame(set()).assign(**dict.fromkeys(DECODING, float("nan")))
         costs = decoding(conversion)
-        frame = self.frame(set(conversion.neurons.sites))
+        spiking = conversion.neurons.sites if conversion.coding.neuron else ()
+        frame = self.frame(set(spiking))
         return frame.join(costs, on="site")
 
 
