@@ -21,7 +21,9 @@ GAPS = 20  # powers of two, from 2^-21 of the largest magnitude on
 DENSITIES = tuple(round(2 ** (k / 3)) for k in range(4, 28))  # levels aimed at, 3 to 512
 NEARER = tuple(2 ** (k / 12) for k in (-3, -2, -1, 1, 2, 3))  # then, times the best one of a site
 REACH = 4  # densities aimed at, times the most levels: silence takes some
-FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of an octave, by which the step is shifted
+# The finest gap in units of the largest magnitude, shifted by fractions of an octave.
+FINEST = tuple(2.0 ** (fraction + 1 - OCTAVES) for fraction in (0.0, 0.25, 0.5, 0.75))
+AT_ONCE = 2**19  # numbers that levels tried together may hold in one tensor
 # Parts of the mean magnitude by which one-sided values may be off in the mean.
 LOSSES = (1e-3, 1e-2, 1e-1)
 ONE_SIDED = 0.5
@@ -79,6 +81,10 @@ class Levels:
     error: Tensor
     spikes: Tensor
 
+    def rows(self, index: Tensor) -> Levels:
+        """Those of the sites in `index`."""
+        return Levels(*(getattr(self, field.name)[index] for field in fields(self)))
+
 
 def cheapest_levels(points: Points, slot: Tensor, most: int) -> Levels:
     """Levels of least error + price of spikes + `slot` [S] times their number, at most `most` a site."""
@@ -96,36 +102,42 @@ def total_cost(points: Points, slot: Tensor, levels: Levels) -> Tensor:
 
 
 def _searched(points: Points, slot: Tensor, most: int, loss: float) -> Levels:
-    """The best of all densities and fractions, where a mean error of `loss` is expected; then of
-    densities near the best one of every site."""
+    """The best of all densities, where a mean error of `loss` is expected; then of densities near the
+    best one of every site."""
     cells = _Cells.of(points, loss)
-    every = torch.arange(len(slot))
-    near = torch.full_like(slot, DENSITIES[0])
-    best = silenced(points, *cells.levels(near, FRACTIONS[0], most))
+    aims = [d for d in DENSITIES if d <= REACH * most or d == DENSITIES[0]]
+    best, aim = _best(points, slot, cells, [torch.full_like(slot, d) for d in aims], most)
+    near, _ = _best(points, slot, cells, [aim * factor for factor in NEARER], most)
+    return better(points, slot, best, torch.arange(len(slot)), near)
 
-    def tried(aim: Tensor) -> Tensor:
-        """Whether levels of this density [S] are better somewhere, [S]."""
-        nonlocal best
-        before = total_cost(points, slot, best)
-        for fraction in FRACTIONS:
-            found = silenced(points, *cells.levels(aim, fraction, most))
-            best = better(points, slot, best, every, found)
-        return total_cost(points, slot, best) < before
 
-    for density in DENSITIES:
-        if density <= REACH * most or density == DENSITIES[0]:
-            aim = torch.full_like(slot, density)
-            near = torch.where(tried(aim), aim, near)
-    for factor in NEARER:
-        tried(near * factor)
-    return best
+def _best(
+    points: Points, slot: Tensor, cells: _Cells, aims: list[Tensor], most: int
+) -> tuple[Levels, Tensor]:
+    """Of levels of all densities in `aims`, [S] each, at every finest gap the first ones that cost least
+    at a site, and the density aimed at, [S]."""
+    sites = torch.arange(len(slot))
+    every = torch.stack(aims).repeat_interleave(len(FINEST), 0)  # [tries, S]
+    finest = torch.tensor(FINEST * len(aims), dtype=torch.float64)
+    widest = max(cells.weight.shape[1] * (1 + GAPS), points.x.shape[1], most)
+    at_once = max(1, AT_ONCE // (len(sites) * widest))
+    best, costs = None, []
+    for aim, gap in zip(every.split(at_once), finest.split(at_once), strict=True):
+        index = sites.repeat(len(aim))
+        part, price = points.rows(index), slot[index]
+        made = cells.rows(index).levels(aim.flatten(), gap.repeat_interleave(len(sites)), most)
+        levels = silenced(part, *made)
+        costs.append(total_cost(part, price, levels).view(-1, len(sites)))
+        least = levels.rows(costs[-1].argmin(0) * len(sites) + sites)
+        best = least if best is None else better(points, slot, best, sites, least)
+    assert best is not None
+    return best, every.gather(0, torch.cat(costs).argmin(0)[None])[0]
 
 
 def better(points: Points, slot: Tensor, old: Levels, index: Tensor, new: Levels) -> Levels:
     """`old` with the sites in `index` from `new`, where they cost less."""
-    was = Levels(*(getattr(old, field.name)[index] for field in fields(old)))
-    part = points.rows(index)
-    win = total_cost(part, slot[index], new) < total_cost(part, slot[index], was)
+    part, price = points.rows(index), slot[index]
+    win = total_cost(part, price, new) < total_cost(part, price, old.rows(index))
     return Levels(
         *(
             getattr(old, field.name).index_copy(0, index[win], getattr(new, field.name)[win])
@@ -158,12 +170,19 @@ class _Cells:
         empty = torch.zeros(len(top), len(places), dtype=torch.float64)
         return cls(edges, *(empty.scatter_add(1, cell, row) for row in rows))
 
-    def gaps(self, aim: Tensor, fraction: float) -> Tensor:
-        """The gap in every cell [S, C], 0 where it is silent, for about `aim` [S] levels."""
+    def rows(self, index: Tensor) -> _Cells:
+        """Those of the sites in `index`."""
+        return _Cells(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def gaps(self, aim: Tensor, finest: Tensor) -> Tensor:
+        """The gap in every cell [S, C], 0 where it is silent, for about `aim` [S] levels.
+
+        The least one is `finest` [S] in units of the largest magnitude.
+        """
         width = self.edges.diff()
         # Without silence and rounding, L levels lose I^3 / (12 L^2), so one more saves I^3 / (6 L^3).
         slot = (self.weight * width**2).pow(1 / 3).sum(-1) ** 3 / (6 * aim**3)
-        least = self.edges[:, -1:] * 2.0 ** (fraction + 1 - OCTAVES)
+        least = self.edges[:, -1:] * finest[:, None]
         gap = least * 2.0 ** torch.arange(GAPS, dtype=torch.float64)
         error = self.weight[..., None] * gap[:, None] ** 2 / 12
         levels = slot[:, None, None] * width[..., None] / gap[:, None]
@@ -171,13 +190,13 @@ class _Cells:
         state = _rising(cost)  # [S, C] of 1 + GAPS
         return torch.where(state > 0, gap.gather(-1, (state - 1).clamp(min=0)), 0.0)
 
-    def levels(self, aim: Tensor, fraction: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    def levels(self, aim: Tensor, finest: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """The unit of levels [S], these [S, most] ascending, and their number [S].
 
         The last one is repeated. Where there are more than `most`, the last ones are missing. A site
         that is better silent has one.
         """
-        gap, top = self.gaps(aim, fraction), self.edges[:, -1]
+        gap, top = self.gaps(aim, finest), self.edges[:, -1]
         first = (gap > 0).int().argmax(-1, keepdim=True)
         step = gap.gather(-1, first).squeeze(-1)
         step = torch.where(step > 0, step, top)

@@ -117,6 +117,18 @@ def test_the_cost_is_that_of_the_neuron() -> None:
         assert coding.cost(atoms).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+def test_levels_tried_together_are_those_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, slot = Timed(timesteps=16, mu=0.05).objective(atoms_of(heavy_tailed(3, 64)))
+    signs = torch.tensor([[0.0], [0.7], [1.0]]).double()  # two of them are searched for mean errors
+    points = replace(points, sign=signs.expand_as(points.x))
+    together = cheapest_levels(points, slot, 16)
+    monkeypatch.setattr(time_levels, "AT_ONCE", 1)
+    for one, other in zip(
+        vars(together).values(), vars(cheapest_levels(points, slot, 16)).values(), strict=True
+    ):
+        assert one.tolist() == other.tolist()
+
+
 @functools.cache
 def best(density: Any, number: int, levels: str) -> tuple[float, Tensor]:
     """Squared error of at most so many levels of a smooth density, and these, zero among them."""
