@@ -132,7 +132,7 @@ def _refused(chip: str) -> Iterator[None]:
             yield
         except InputError:
             raise
-        except (RuntimeError, ValueError, IndexError, yaml.YAMLError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             why = " ".join(str(error).split())
             raise InputError(
                 f"chip={chip}: SANA-FE {version('sanafe')} refuses it: {why}; compare it with the "
@@ -154,7 +154,11 @@ def _most_neurons(file: Path) -> int:
             if isinstance(each, dict | list):
                 look(each)
 
-    described = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        described = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"chip={file} cannot be read as yaml: {why}") from error
     if not isinstance(described, dict) or "architecture" not in described:
         raise InputError(f"chip={file}: it has no architecture: that describes tiles and cores")
     look(described)
