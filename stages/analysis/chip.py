@@ -30,7 +30,7 @@ from stages.errors import InputError
 PACKAGE = "sanafe==2.2.9"
 LOIHI = "loihi"
 MOST_NEURONS = 1024  # that a core holds where its description does not say, and its units at most
-POTENTIAL_LIMIT = 2**25  # a potential is cut to an integer of 32 bits in units of 1/64
+POTENTIAL_LIMIT = 2**25  # a potential becomes an integer of 32 bits in units of 1/64 at every step
 BYTES, BYTES_PER_SYNAPSE = 1.8e9, 700.0  # measured on Loihi, peak
 DOUBLING, OUT_OF_REACH = 2.0, 1e30
 
@@ -60,7 +60,8 @@ def check_range(layer: SpikingLayer) -> None:
     if largest >= POTENTIAL_LIMIT:
         raise InputError(
             f"a potential of this layer reaches {largest}, and SANA-FE cuts potentials at "
-            f"{POTENTIAL_LIMIT}: take fewer timesteps or a layer with fewer inputs"
+            f"{POTENTIAL_LIMIT} (32 bits in units of 1/64): take fewer timesteps, or a layer with fewer "
+            "inputs"
         )
 
 
