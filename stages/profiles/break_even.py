@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import newton
+from scipy.optimize import brentq
 
 from stages.profiles.base import Profile
 
 if TYPE_CHECKING:
     import pandas as pd
+
+MOST = 1000  # times the rate: no code has more
 
 
 def against(
@@ -37,7 +39,7 @@ def _joules(profile: Profile, part: pd.DataFrame) -> float:
 def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | None:
     """Spikes a value at which the energy is `dense` joules, with all rates changed by one factor.
 
-    0 where silence costs no less; None without spikes, or where they cost nothing.
+    0 where silence costs no less; None without spikes, or where no rate costs as much.
     """
     spikes, entered = part["acs"].where(part["entered"] > 0, 0.0).sum(), part["entered"].sum()
     if not (spikes > 0 and dense > 0):
@@ -53,5 +55,9 @@ def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | No
         return None
     if silent >= 0:
         return 0.0
-    factor = newton(excess, 0.0, x1=1.0, tol=1e-10)  # the secant method: exact where it is linear
-    return float(factor * spikes / entered)
+    most = 1.0
+    while excess(most) < 0:
+        if most > MOST:
+            return None
+        most *= 2
+    return float(brentq(excess, 0.0, most, xtol=1e-12) * spikes / entered)
