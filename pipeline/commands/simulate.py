@@ -3,7 +3,7 @@
 FOLDER is an exported model (export.enabled=true). It runs step by step on the first tokens of a text;
 the spike trains at the site and the layer's weights, rounded to integers, are run once more by SANA-FE.
 Printed are what the chip spends, part by part and step by step, beside the four counts of
-`stages.analysis.loihi`, and whether the potentials are the integer sums.
+`stages.profiles.loihi`, and whether the potentials are the integer sums.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.analysis.chip import Simulated
-    from stages.analysis.loihi import LoihiCounts
     from stages.analysis.spiking_layer import SpikingLayer
+    from stages.profiles.loihi import LoihiCounts
 
 PLACES = ("model_path",)
 TEXT = "Neurons exchange spikes, and a spike costs energy wherever it arrives."
@@ -83,7 +83,7 @@ def _report(request: Request) -> bool:
     """Print what the chip says; whether all potentials are the integer sums."""
     from pipeline.run import hardware
     from stages.analysis.chip import chip_file, simulate
-    from stages.analysis.loihi import loihi_counts, loihi_energy
+    from stages.profiles.loihi import loihi_counts, loihi_energy
 
     chip_file(request.chip)  # refused before a model is loaded
     layer, head = _layer(request)
@@ -169,7 +169,7 @@ def by_part(chip: Simulated, counts: LoihiCounts, costs: Any) -> pd.DataFrame:
     counts have none), the total last."""
     import pandas as pd
 
-    from stages.analysis.loihi import loihi_energy
+    from stages.profiles.loihi import loihi_energy
 
     ours = loihi_energy(counts, costs)
     events = {

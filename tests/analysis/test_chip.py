@@ -11,11 +11,11 @@ import torch
 
 from pipeline.run import hardware
 from stages.analysis.chip import check_memory, check_range, chip_file, simulate
-from stages.analysis.loihi import loihi_counts, loihi_energy
 from stages.analysis.placement import Room, place
 from stages.analysis.spiking_layer import SpikingLayer
 from stages.errors import InputError
 from stages.profiles.base import Counts
+from stages.profiles.loihi import loihi_counts, loihi_energy
 from tests.analysis.simulator import install, random_layer
 
 # SANA-FE 2.2.9 on `random_layer(inputs, outputs)`, its loihi.yaml: spikes, microjoules.

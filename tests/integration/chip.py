@@ -23,9 +23,9 @@ import stages
 from pipeline.commands import simulate as verb
 from pipeline.run import hardware
 from stages.analysis.chip import PACKAGE, POTENTIAL_LIMIT, Simulated, chip_file, simulate
-from stages.analysis.loihi import loihi_counts, loihi_energy
 from stages.analysis.spiking_layer import SpikingLayer
 from stages.errors import InputError
+from stages.profiles.loihi import loihi_counts, loihi_energy
 from tests.analysis.simulator import random_layer
 from tests.analysis.test_chip import RECORDED
 
