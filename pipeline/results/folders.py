@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its folder
 RESULT, FAILED = "result.json", "failed.json"
-SITES, KINDS = "per_site.parquet", "energy_by_kind.csv"
+SITES, KINDS, NEUROBENCH = "per_site.parquet", "energy_by_kind.csv", "neurobench.json"
 MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
 TRACKED, PARENT, ENDED = "tracked.json", "parent.json", "ended.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
@@ -40,10 +40,18 @@ class RunFolder:
 
     path: Path
 
-    def leave(self, result: Mapping[str, Any], sites: pd.DataFrame, kinds: pd.DataFrame) -> None:
-        """Write what a job has measured: its result, its per-site table, its energy by kind."""
+    def leave(
+        self,
+        result: Mapping[str, Any],
+        sites: pd.DataFrame,
+        kinds: pd.DataFrame,
+        neurobench: Mapping[str, Any],
+    ) -> None:
+        """Write what a job has measured: its result, its per-site table, its energy by kind, NeuroBench's
+        metrics."""
         sites.to_parquet(self.path / SITES)
         kinds.to_csv(self.path / KINDS, index=False)
+        self.write(NEUROBENCH, neurobench)
         # last: a folder with a result is one that is whole
         (self.path / RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
 
@@ -206,7 +214,7 @@ def enter() -> RunFolder:
     """The folder of the job that Hydra runs now, listed in its sweep, without files of an earlier job."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    for name in (RESULT, FAILED, SITES, KINDS):
+    for name in (RESULT, FAILED, SITES, KINDS, NEUROBENCH):
         (folder / name).unlink(missing_ok=True)
     if str(hydra.mode).endswith("MULTIRUN"):
         sweep = Path(hydra.sweep.dir)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.run import neurobench
 from pipeline.run.measured import ANYTIME, Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.neurons import NeuronFolder
@@ -277,16 +278,18 @@ class Accuracy(Stage):
 
 
 class Energy(Stage):
-    """Cost of every operation, and sums by convention and phase, on a corpus' counters."""
+    """Cost of every operation, and sums by convention and phase, on a corpus' counters; NeuroBench's
+    metrics on the same."""
 
     name = "energy"
-    code = ("stages.energy", "stages.analysis.operations")
+    code = ("stages.energy", "stages.analysis.operations", "stages.analysis.neurobench")
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, perplexity: Perplexity) -> Self:
         energy = replace(s.energy, tokens=s.energy.tokens or s.evaluation.length)
         spec = {"energy": energy, "coding": s.coding}
-        return cls(spec, {"model": model, "evaluation": perplexity})
+        fitted = {name: perplexity.inputs[name] for name in perplexity.inputs if name == "fitting"}
+        return cls(spec, {"model": model, "evaluation": perplexity, **fitted})
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
@@ -301,6 +304,7 @@ class Energy(Stage):
         spiking.to_parquet(out / "operations.parquet")
         totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
+        neurobench.write(out, model, inputs["evaluation"], conversion(spec, inputs))
 
 
 class Exported(Stage):
