@@ -18,7 +18,7 @@ they are called with. A spiking language model is read as the network that its s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from stages.codings.base import site_params
 from stages.fitted import Conversion
 from stages.model.offload import offloaded
-from stages.model.rules import architecture
+from stages.model.rules import FUSED, architecture
 from stages.model.sites import Site, find_sites, fused
 from stages.ports.planes import planes
 
@@ -54,12 +54,14 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights by which a consumer multiplies a site: how many, how many of them zero, and the inputs
-    of a row."""
+    """The weights by which a consumer multiplies a site: how many, how many of them zero, the most zeros
+    that one input meets, the inputs of a row, and whether a row meets a part of them, some experts."""
 
     weights: int
     zeros: int
+    column: int
     inputs: int
+    routed: bool
 
 
 def metrics(
@@ -79,8 +81,9 @@ def metrics(
       Dense, all products of inputs and weights in all calls; biases are in none of them.
     - `planes`: the least and the most calls of a linear layer for one row.
 
-    Operations and updates are those of one sample. Which inputs of a zero weight had a spike is not
-    counted: with `zero_weights`, effective counts are too high by `overcount` at most. A code without
+    Operations and updates are those of one sample. Which of the inputs of a layer had a spike is not
+    counted: where some of its weights are zero, effective counts are the most there can be, too high by
+    `overcount` at most, which is 0 without `zero_weights` and where no input was zero. A code without
     planes in {-1, 0, 1}, a bound or one of increments, has None for what follows from spikes.
     """
     sites = find_sites(model)
@@ -130,36 +133,46 @@ def planes_of(conversion: Conversion) -> dict[str, int]:
 def _linear(
     table: pd.DataFrame, matrices: Mapping[str, Sequence[Matrix]], calls: Mapping[str, int]
 ) -> pd.DataFrame:
-    """The sites that linear layers multiply, how often these are called for a row, and the multiplications
-    of the values that are not zero; `at_zero`: products with zero weights in all calls."""
+    """The sites that linear layers multiply: whether `coded`, `calls` of a layer for a row, `macs` in one
+    of these, `products` with inputs that are not zero in all of them, and how many of those have a zero
+    weight, `least` and `most`."""
     table = table[table.index.isin(matrices)]
+    coded = table.index.isin(calls)
     number = table.index.map(lambda site: calls.get(site, 1))
-    at_zero = table.index.map(lambda site: sum(m.zeros / m.inputs for m in matrices[site]))
-    part = (table["nonzero"] / table["values"]).where(table["values"] > 0, 0.0)
-    return table.assign(
+    given = table["values"] * number
+    entered = table["spikes"].where(coded, table["nonzero"])
+    fanout = (table["macs"] / table["values"]).where(table["values"] > 0, 0.0)
+
+    def per_site(count: Callable[[Matrix, float], float]) -> pd.Series:
+        sums = {site: sum(count(m, given[site]) for m in matrices[site]) for site in table.index}
+        return given.index.to_series().map(sums)
+
+    products = entered * fanout
+    column = per_site(lambda matrix, _: matrix.column)
+    met = per_site(lambda matrix, inputs: matrix.zeros * (inputs / matrix.inputs))
+    surely = per_site(lambda m, inputs: 0 if m.routed else m.zeros * (inputs / m.inputs))
+    return table[["macs"]].assign(
+        coded=coded,
         calls=number,
-        coded=table.index.isin(calls),
-        multiplied=table["macs"] * part,
-        at_zero=at_zero * table["values"] * number,
+        products=products,
+        least=(surely - (given - entered) * column).clip(lower=0),
+        most=met.clip(upper=entered * column).clip(upper=products),
     )
 
 
 def _synops(linear: pd.DataFrame) -> dict[str, float]:
-    coded = linear["coded"]
+    effective, coded = linear["products"] - linear["least"], linear["coded"]
     return {
-        "Effective_MACs": linear.loc[~coded, "multiplied"].sum(),
-        "Effective_ACs": linear.loc[coded, "acs"].sum(),
+        "Effective_MACs": effective[~coded].sum(),
+        "Effective_ACs": effective[coded].sum(),
         "Dense": (linear["macs"] * linear["calls"]).sum(),
     }
 
 
 def _overcount(linear: pd.DataFrame) -> dict[str, float]:
-    """The most that zero weights add to each of the effective counts."""
-    real, coded = linear[~linear["coded"]], linear[linear["coded"]]
-    return {
-        "Effective_MACs": real[["at_zero", "multiplied"]].min(axis=1).sum(),
-        "Effective_ACs": coded[["at_zero", "acs"]].min(axis=1).sum(),
-    }
+    """What zero weights may still add to each of the effective counts."""
+    unknown, coded = linear["most"] - linear["least"], linear["coded"]
+    return {"Effective_MACs": unknown[~coded].sum(), "Effective_ACs": unknown[coded].sum()}
 
 
 def _attention(
@@ -237,5 +250,7 @@ def _weights(model: PreTrainedModel, site: Site) -> Iterator[Tensor]:
 
 
 def _matrix(weight: Tensor) -> Matrix:
-    zeros = weight.numel() - int(weight.count_nonzero())
-    return Matrix(weight.numel(), zeros, weight.shape[-1])
+    zeros = (weight == 0).flatten(0, -2).sum(0)
+    return Matrix(
+        weight.numel(), int(zeros.sum()), int(zeros.max()), weight.shape[-1], weight.dim() == FUSED
+    )
