@@ -26,7 +26,7 @@ from pipeline.run.measured import KINDS, PARTS
 
 JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its folder
 RESULT, FAILED = "result.json", "failed.json"
-SITES = "per_site.parquet"
+SITES, NEUROBENCH = "per_site.parquet", "neurobench.json"
 MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
 TRACKED, PARENT, ENDED = "tracked.json", "parent.json", "ended.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
@@ -43,12 +43,18 @@ class RunFolder:
     path: Path
 
     def leave(
-        self, result: Mapping[str, Any], sites: pd.DataFrame, energy: Mapping[str, pd.DataFrame]
+        self,
+        result: Mapping[str, Any],
+        sites: pd.DataFrame,
+        energy: Mapping[str, pd.DataFrame],
+        neurobench: Mapping[str, Any],
     ) -> None:
-        """Write what a job has measured: its result, its per-site table, its tables of energy."""
+        """Write what a job has measured: its result, its per-site table, its tables of energy,
+        NeuroBench's metrics."""
         sites.to_parquet(self.path / SITES)
         for name, table in energy.items():
             table.to_csv(self.path / name, index=False)
+        self.write(NEUROBENCH, neurobench)
         # last: a folder with a result is one that is whole
         (self.path / RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
 
@@ -216,7 +222,7 @@ def enter() -> RunFolder:
     """The folder of the job that Hydra runs now, listed in its sweep, without files of an earlier job."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    for name in (RESULT, FAILED, SITES, KINDS, PARTS):
+    for name in (RESULT, FAILED, SITES, KINDS, PARTS, NEUROBENCH):
         (folder / name).unlink(missing_ok=True)
     if str(hydra.mode).endswith("MULTIRUN"):
         sweep = Path(hydra.sweep.dir)

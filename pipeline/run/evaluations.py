@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
-from pipeline.run import shipped
+from pipeline.run import neurobench, shipped
 from pipeline.run.measured import ANYTIME
 from pipeline.run.models import ModelSource
 from pipeline.run.stage import Source, Stage
@@ -117,10 +117,11 @@ class Accuracy(Stage):
 
 
 class Energy(Stage):
-    """Cost of every operation, and sums by convention and phase, on a corpus' counters."""
+    """Cost of every operation, and sums by convention and phase, on a corpus' counters; NeuroBench's
+    metrics on the same."""
 
     name = "energy"
-    code = ("stages.energy", "stages.analysis.operations", "stages.analysis.rates")
+    code = ("stages.energy", "stages.analysis.neurobench")  # and all that they import
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, perplexity: Perplexity) -> Self:
@@ -129,7 +130,8 @@ class Energy(Stage):
         spec = {"energy": energy, "coding": s.coding, "dims": dims}
         if dims:
             spec["transform"] = s.transform
-        return cls(spec, {"model": model, "evaluation": perplexity})
+        fitted = {name: perplexity.inputs[name] for name in perplexity.inputs if name == "fitting"}
+        return cls(spec, {"model": model, "evaluation": perplexity, **fitted})
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
@@ -150,3 +152,4 @@ class Energy(Stage):
             parts[name] = by_part(spent(frame, energy))
         pd.concat(parts, names=["model"]).reset_index(level=0).to_parquet(out / "parts.parquet")
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
+        neurobench.write(out, model, inputs["evaluation"], conversion(spec, inputs))
