@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m pipeline
 
 test: $(INSTALLED)
-	$(PYTESTS) -m "not real" $(PYTEST)
+	$(PYTESTS) -m "not real and not slow" $(PYTEST)
 
 test-all: $(INSTALLED)
 	$(PYTESTS) $(PYTEST)

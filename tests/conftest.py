@@ -50,12 +50,25 @@ TINY = {
     "pad_token_id": 49,
 }
 SLIDING_WINDOW = 5
-CONF = Path(__file__).parents[1] / "conf"
+TESTS = Path(__file__).parent
+CONF = TESTS.parent / "conf"
+LONGEST = (
+    "test_real.py",
+    "pipeline/run/test_experiments.py",
+    "ports/test_compiled.py",
+    "pipeline/run/test_parallel.py",
+    "pipeline/commands/test_main.py",
+    "pipeline/tracking/test_tracking_server.py",
+    "pipeline/run/test_config.py",
+    "codings/test_mixed.py",
+    "stages/test_patching.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model first: its one file takes longest, and others fill the second worker."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """The longest files first: short ones fill the other worker, and none is left with a long one."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.relative_to(TESTS).as_posix(), len(ranks)))
 
 
 def pytest_collection_finish() -> None:

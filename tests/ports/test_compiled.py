@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
 )
 GATED = Gated("gated", 6, 2)
-OFFSET, SIGNED = Gated("gated", 5, 3, offset=True), SignedDigit("signed_digit", 6, 2)
+OFFSET, SIGNED = Gated("gated", 3, 3, offset=True), SignedDigit("signed_digit", 3, 2)
 GRAINS = Multigrain("multigrain", 6, 2, "half_step", False)
 CHANNELS = 48
 
@@ -46,6 +46,14 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def parameters(coding: Coding, site: int) -> dict[str, Tensor]:
+    """Those of one site, fitted without the compiler, which has its tests elsewhere."""
+    use_compiler(False)
+    p = site_params(fitted(coding), site)
+    use_compiler(True)
+    return p
+
+
 def rows(coding: Coding, p: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Enough rows to be compiled: heavy-tailed values, every breakpoint, zeros, inf. [R, C]"""
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-42, -1e38])
@@ -62,17 +70,26 @@ def bits(x: Tensor) -> Tensor:
     ("coding", "counted", "dtype"),
     [
         (GATED, True, torch.float32),
-        (GRAINS, True, torch.bfloat16),
+        pytest.param(GRAINS, True, torch.bfloat16, marks=pytest.mark.slow),
         (GRAINS, False, torch.float32),
-        (OFFSET, True, torch.float32),
-        (SIGNED, True, torch.float32),
-        (Gated("gated", 5, 3, offset=True, radix=4), True, torch.float32),
-        (SignedDigit("signed_digit", 6, 2, offset=True, radix=8), True, torch.float32),
-        (Oat("oat", 6, "zero", 99.0), True, torch.float32),
+        pytest.param(OFFSET, True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(SIGNED, True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(
+            Gated("gated", 5, 3, offset=True, radix=4), True, torch.float32, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            SignedDigit("signed_digit", 6, 2, offset=True, radix=8),
+            True,
+            torch.float32,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Oat("oat", 6, "zero", 99.0), True, torch.float32, marks=pytest.mark.slow),
         (Ttfs("ttfs", 128, None, True), True, torch.float32),
-        (OneSpike("one_spike", 40, 1.15), True, torch.float32),
-        (Timed("timed", 64, 2), True, torch.float32),
-        (Timed("timed", 64, 2, levels="free"), True, torch.bfloat16),
+        pytest.param(OneSpike("one_spike", 40, 1.15), True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(Timed("timed", 64, 2), True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(
+            Timed("timed", 64, 2, levels="free"), True, torch.bfloat16, marks=pytest.mark.slow
+        ),
     ],
     ids=[
         "ranges-counted-float32",
@@ -92,7 +109,7 @@ def bits(x: Tensor) -> Tensor:
 def test_a_compiled_row_kernel_gives_the_eager_bits(
     coding: Coding, counted: bool, dtype: torch.dtype
 ) -> None:
-    p = site_params(fitted(coding), 1)
+    p = parameters(coding, 1)
     x = rows(coding, p, dtype)
     kernel = row_kernel(coding, counted)
     before = graphs()
@@ -108,14 +125,21 @@ def test_a_compiled_row_kernel_gives_the_eager_bits(
         assert torch.equal(small_spikes, spikes[:2])
     else:
         assert spikes.numel() == 0
-    other = site_params(fitted(coding), 0)
+    other = parameters(coding, 0)
     assert not torch.equal(kernel(x, other)[0].view(x.shape), value.view(x.shape))
 
 
-@pytest.mark.parametrize("coding", [GATED, Rate("rate", 32, levels=16)], ids=["gated", "rate"])
-@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize(
+    ("coding", "heads"),
+    [
+        pytest.param(GATED, 1, id="1-gated", marks=pytest.mark.slow),
+        pytest.param(GATED, 6, id="6-gated"),
+        pytest.param(Rate("rate", 8, levels=4), 1, id="1-rate", marks=pytest.mark.slow),
+        pytest.param(Rate("rate", 8, levels=4), 6, id="6-rate", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, heads: int) -> None:
-    p = site_params(fitted(coding), 1)
+    p = parameters(coding, 1)
     channel = 0.1 + torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0))
     x = rows(coding, p, torch.float32).nan_to_num(posinf=9, neginf=-9)[None]  # [1, R, C]
     expected, count = coding.quantise(x / channel, p)
@@ -170,7 +194,7 @@ def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
 
 
 def test_the_switch_turns_compilation_off() -> None:
-    p = site_params(fitted(GATED), 1)
+    p = parameters(GATED, 1)
     use_compiler(False)
     assert not compiled()
     before = graphs()
@@ -198,9 +222,11 @@ def test_a_failing_compiler_is_logged_and_replaced(
     assert not compiled()  # it failed: asking again changes nothing
 
 
-@pytest.mark.parametrize("coding", [OFFSET, SIGNED], ids=["binary", "signed"])
+@pytest.mark.parametrize(
+    "coding", [OFFSET, pytest.param(SIGNED, marks=pytest.mark.slow)], ids=["binary", "signed"]
+)
 def test_a_radix_given_by_site_is_compiled_as_well(coding: Coding) -> None:
-    p = site_params(fitted(coding), 1)
+    p = parameters(coding, 1)
     x = rows(coding, p, torch.float32)
     for size in (1.0, 2.0, 3.0):
         given = p | {"radix": torch.tensor(size)}

@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 
 from tests.pipeline.conftest import Finished, Tiny, fork_server, half_written
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[3]
 PRELOADED = (
     *(
