@@ -43,6 +43,7 @@ CUT = {
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
     "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
+    "energy_models": {"energy.tokens": "8,16", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }
@@ -243,8 +244,24 @@ def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
         check_v0(frame)
     if experiment == "calibration_ablation":
         check_calibration(done)
+    if experiment == "energy_models":
+        assert {"_saving_spikes.png", "_energy_parts.pdf"} <= written
+        check_models(done, frame)
     if experiment == "algorithm1":
         check_convergence(pd.read_csv(tables / f"{name}_convergence.csv"))
+
+
+def check_models(done: Finished, frame: pd.DataFrame) -> None:
+    """A row a prompt's length; what it would cost on other dimensions, and a table of all of it."""
+    assert list(frame["row"]) == ["dense", "integer8", "gated2"] * 2
+    results = [*sweep_results(done.runs).values()]
+    assert [sorted(result["models"]) for result in results] == [["llama3-8b"]] * 6
+    for result, costs in ((each, each["models"]["llama3-8b"]["causal"]) for each in results):
+        assert costs["prefill"]["macs_G"] > 1e3 * (result["macs_G"] or 0)
+    for name in ("45nm", "lemaire2022", "streamed"):
+        dense, integers, spiking = (frame[f"saving_{name}"][row] for row in range(3))
+        assert dense == 0 and integers > 0 and spiking < 1
+    assert frame["saving_loihi"].isna().all() and frame["energy_J_loihi"].notna().sum() == 2
 
 
 def check_codings(done: Finished, frame: pd.DataFrame) -> None:
