@@ -39,8 +39,15 @@ def document() -> str:
         )
         page += [f"\n## `{group}=`\n", "| choice | what it is |", "|---|---|"]
         page += [f"| `{file.stem}` | {parts(file)[0]} |" for file in files]
-        page += options(files, f"{group}.".replace("/", ".")) if group != "experiment" else []
+        place = package(files[0]) or group.replace("/", ".")
+        page += options(files, f"{place}.") if group != "experiment" else []
     return "\n".join(page) + "\n"
+
+
+def package(file: Path) -> str:
+    """Where a file's options lie in the configuration; empty where that is at the name of its group."""
+    at = re.match(r"# @package ([\w.]+)\n", file.read_text())
+    return at[1] if at and at[1] != "_global_" else ""
 
 
 def options(files: list[Path], prefix: str) -> list[str]:

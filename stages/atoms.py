@@ -21,7 +21,8 @@ class Atoms:
     each weight that is of negative values; extremes [sites, 2]: smallest and largest x; without
     them the distribution is symmetric. gain [sites, K]: what a squared error of one at an atom is in
     units of x squared, where the atoms are values in units of their channels' scales (None: one).
-    square [sites]: mean square of x, where the atoms are values about their channels' means.
+    square [sites]: mean square of x, where the atoms are values about their channels' means. roles:
+    what every site is in its layer, where that is known.
     `statistics` are what a coding asked for, by name.
     """
 
@@ -34,6 +35,7 @@ class Atoms:
     gain: Tensor | None = None
     square: Tensor | None = None
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest signed value of every site, each [sites]."""
@@ -46,7 +48,8 @@ class Atoms:
         """The atoms of the sites in `index`."""
         tensors = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
         statistics = {n: {k: v[index] for k, v in t.items()} for n, t in self.statistics.items()}
-        return replace(self, **tensors, statistics=statistics)
+        roles = tuple(self.roles[i] for i in index.tolist()) if self.roles else ()
+        return replace(self, **tensors, statistics=statistics, roles=roles)
 
     def scale(self) -> Tensor:
         """The largest magnitude of every site in float32, [sites]."""

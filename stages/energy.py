@@ -1,5 +1,8 @@
 """Energy: arithmetic on the operations of a model and the spikes that were counted at its sites.
 
+What an operation does is counted once (`account`); every hardware profile prices the same counts
+(`spent`).
+
 Biases, an addition an accumulator, are not counted; the product of a linear layer's weights with the means
 that its inputs are coded about is one of them.
 """
@@ -7,39 +10,38 @@ that its inputs are coded about is one of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stages.analysis.operations import ELEMENTWISE, PRODUCTS, ROTATION, Operation, pairs_met
+from stages.analysis.operations import (
+    ELEMENTWISE,
+    PRODUCTS,
+    ROTATION,
+    Operation,
+    keys_met,
+    operations,
+    pairs_met,
+    untransformed,
+)
+from stages.analysis.rates import Rate, of_role, rates
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.model.sites import pooled
+from stages.model.sites import find_sites
+from stages.profiles.base import Counts, Profile
+from stages.profiles.break_even import against
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
 ATTENTION = ("full", "causal")
 OPERANDS = ("one", "both")
 WEIGHED = (*ELEMENTWISE, *ROTATION)  # kinds whose amounts a convention turns into work
 KINDS = (*PRODUCTS, "decode_scaling", "gate", *WEIGHED)
-DECODING = ("decode_macs", "decode_acs", "comparisons")  # columns of what the code itself costs
+NUMBER = re.compile(r"\.\d+(?=[.:]|$)")  # of a layer in the name of an operation
 COSTS = {"macs": "macs_G", "acs": "acs_G", "energy_J": "energy_J"}
-
-
-@dataclass(frozen=True)
-class HardwareProfile:
-    """What a multiply-accumulate and an accumulate cost, in picojoules."""
-
-    name: str
-    mac_pj: float
-    ac_pj: float
-
-    def __post_init__(self) -> None:
-        for field in ("mac_pj", "ac_pj"):
-            value = getattr(self, field)
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"energy.profile.{field}={value!r}: give picojoules, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,43 @@ class Convention:
 
 @dataclass(frozen=True)
 class Energy:
-    """The energy stage: length of the prompt (None: the caller's choice), hardware, conventions."""
+    """The energy stage: length of the prompt (None: the caller's choice), hardware, conventions.
+
+    `models` are names of further models whose dimensions are known: what one of them would cost with the
+    rates that were counted at sites of the same role. The first hardware profile is that of the joules
+    that no name of a profile stands beside.
+    """
 
     tokens: int | None
-    profile: HardwareProfile
+    profile: Mapping[str, Profile]
     conventions: Mapping[str, Convention]
+    models: Sequence[str] = ()
+
+    @property
+    def main(self) -> Profile:
+        """The first hardware profile."""
+        return next(iter(self.profile.values()))
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """The hardware profiles by their names."""
+        return {each.name: each for each in self.profile.values()}
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
             _check_tokens(self.tokens)
-        if not self.conventions:
-            raise InputError("energy.conventions is empty: give at least one")
+        for field in ("profile", "conventions"):
+            if not getattr(self, field):
+                raise InputError(f"energy.{field} is empty: give at least one")
+        for name, profile in self.profile.items():
+            if not isinstance(profile, Profile):
+                raise InputError(f"energy.profile.{name}={profile!r} is no hardware profile")
+        if len(self.profiles) < len(self.profile):
+            names = ", ".join(each.name for each in self.profile.values())
+            raise InputError(f"energy.profile: two have one name: {names}")
         for name, convention in self.conventions.items():
             if not isinstance(convention, Convention):
                 raise InputError(f"energy.conventions.{name}={convention!r} is no Convention")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Spikes of a coded operand: per value, and per multiplication (weighted by fan-out); `dense` is
-    the part of its values that has no neuron, those of experts left dense. What decoding costs:
-    `macs`, `acs` of an accumulator and `comparisons` of a value."""
-
-    value: float
-    product: float
-    dense: float = 0.0
-    macs: float = 0.0
-    acs: float = 0.0
-    comparisons: float = 0.0
 
 
 def account(
@@ -113,28 +124,29 @@ def account(
     counters: pd.DataFrame | None = None,
     coding: Coding | None = None,
 ) -> pd.DataFrame:
-    """Compute MACs, ACs and joules of every operation, for a prompt of `tokens` and for one more token.
+    """Count the work of every operation, for a prompt of `tokens` and for one more token.
 
     `counters` are those of the evaluation, one row a site, with the columns DECODING; without them the
     model is dense. Their rates, measured on whole windows, hold for prefill and for decode. The
-    decoded token is the last of a context of `tokens`. Columns: convention phase op kind layer macs
-    acs energy_J. The products of a bound, a coding without spikes, are undefined (NaN).
+    decoded token is the last of a context of `tokens`. Columns: convention phase op kind layer, those of
+    `Counts`, energy_J of the first profile. Products of integers stay MACs; those of a bound, a coding
+    without spikes, are undefined (NaN).
     """
     import pandas as pd
 
     _check_tokens(tokens)
-    rates = _rates(counters, coding)
+    found = rates(counters, coding)
     rows = [
-        (name, phase, *row)
+        (name, phase, *labels, *counts)
         for name, convention in energy.conventions.items()
         for phase, queries in (("prefill", tokens), ("decode", 1))
         for operation in plan
-        for row in _rows(operation, convention, rates, coding, queries, tokens)
+        for *labels, counts in _rows(operation, convention, found, coding, queries, tokens)
     ]
-    columns = ["convention", "phase", "op", "kind", "layer", "macs", "acs"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"macs": float, "acs": float})
-    picojoules = frame["macs"] * energy.profile.mac_pj + frame["acs"] * energy.profile.ac_pj
-    return frame.assign(energy_J=picojoules * 1e-12)
+    columns = ["convention", "phase", "op", "kind", "layer", *Counts._fields]
+    frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(Counts._fields, float))
+    spent = energy.main.spent(frame)["J"].groupby(level=0)
+    return frame.assign(energy_J=spent.sum(skipna=False).reindex(frame.index, fill_value=0.0))
 
 
 def _rows(
@@ -144,36 +156,111 @@ def _rows(
     coding: Coding | None,
     queries: int,
     context: int,
-) -> Iterator[tuple[str, str, int, float, float]]:
-    """The costs (op, kind, layer, macs, acs) of one operation, and of the code of its operands."""
+) -> Iterator[tuple[str, str, int, Counts]]:
+    """The counts (op, kind, layer, counts) of one operation, and of the code of its operands."""
     name, kind, layer = operation.name, operation.kind, operation.layer
-    pairs = pairs_met(queries, context, convention.attention, operation.window, operation.prefix)
+    seen = (convention.attention, operation.window, operation.prefix)
+    pairs = pairs_met(queries, context, *seen)
     work = operation.work.at(queries, pairs)
-    coded = [rate for site in operation.operands if rates and (rate := rates[site]) is not None]
+    known = {site: rates[site] for site in operation.operands if rates}
+    coded = {site: rate for site, rate in known.items() if rate is not None}
     if kind in WEIGHED:
-        yield name, kind, layer, work * convention.macs[kind], work * convention.acs[kind]
-    elif kind == "gate":
-        if coded and coded[0].comparisons and convention.gate_comparisons:
-            coded_part = 1 - coded[0].dense
-            yield name, kind, layer, 0.0, work * coded_part * coded[0].comparisons
-        if coding and coded and coding.value_macs and convention.decode_scaling:
-            # Of values that have channels: probabilities, which come by pairs, have none.
-            scaled = operation.work.per_token * queries * (1 - coded[0].dense) * coding.value_macs
-            yield name, "decode_scaling", layer, scaled, 0.0
-    elif not coded:
-        yield name, kind, layer, work, 0.0
+        counts = Counts(work * convention.macs[kind], work * convention.acs[kind], rows=queries)
+        yield name, kind, layer, counts
+        return
+    if kind == "gate":
+        for rate in coded.values():
+            if rate.comparisons and convention.gate_comparisons:
+                compared = work * (1 - rate.dense) * rate.comparisons
+                yield name, kind, layer, Counts(0.0, compared, rows=queries)
+            if coding and coding.value_macs and convention.decode_scaling:
+                # Of values that have channels: probabilities, which come by pairs, have none.
+                scaled = operation.work.per_token * queries * (1 - rate.dense) * coding.value_macs
+                yield name, "decode_scaling", layer, Counts(scaled, 0.0, rows=queries)
+        return
+    if kind == "linear":
+        stored = operation.stored
+        weights = min(stored, operation.weights * queries)
     else:
-        assert coding is not None
-        used = coded if convention.operands == "both" else coded[:1]
-        # Of the full square every value meets as many others: the fan-out has no weight in it.
-        spikes = sum(r.value if convention.attention == "full" else r.product for r in used)
-        stays = work * math.prod(rate.dense for rate in used)
-        yield name, kind, layer, math.nan if math.isnan(spikes) else stays, work * spikes
-        macs = sum((1 - rate.dense) * rate.macs for rate in used)
-        acs = sum((1 - rate.dense) * rate.acs for rate in used)
-        if convention.decode_scaling and (macs or acs):
-            outputs = operation.outputs.at(queries, pairs)
-            yield name, "decode_scaling", layer, outputs * macs, outputs * acs
+        weights = stored = operation.cached * keys_met(queries, context, *seen)
+    outputs = operation.outputs.at(queries, pairs)
+    inputs = operation.inputs.at(queries, pairs)
+    dense = Counts(
+        work,
+        0.0,
+        inputs=inputs,
+        outputs=outputs,
+        rows=queries,
+        weights=weights,
+        stored=stored,
+        cached=operation.cached * queries,
+    )
+    if not coded:
+        yield name, kind, layer, dense
+        return
+    assert coding is not None
+    used = dict([*coded.items()][: len(coded) if convention.operands == "both" else 1])
+    yield name, kind, layer, _coded(dense, operation, convention, used, coding)
+    macs = sum((1 - rate.dense) * rate.macs for rate in used.values())
+    acs = sum((1 - rate.dense) * rate.acs for rate in used.values())
+    if convention.decode_scaling and (macs or acs):
+        counts = Counts(outputs * macs, outputs * acs, outputs=outputs, rows=queries)
+        yield name, "decode_scaling", layer, counts
+
+
+def _coded(
+    dense: Counts,
+    operation: Operation,
+    convention: Convention,
+    used: Mapping[str, Rate],
+    coding: Coding,
+) -> Counts:
+    """The counts of a product of which the operands `used` are coded, from those of the dense one."""
+    stays = math.prod(rate.dense for rate in used.values())
+    if coding.operand_bits is not None:
+        if len(used) < len(operation.operands) and convention.operands == "both":
+            return dense  # an integer times a float
+        other = coding.weight_bits if operation.kind == "linear" else coding.operand_bits
+        bits = {"operand_bits": float(coding.operand_bits), "weight_bits": float(other or math.nan)}
+        return dense._replace(dense=stays, **bits)
+    # Of the full square every value meets as many others: the fan-out has no weight in it.
+    full = convention.attention == "full"
+    spikes = sum(rate.value if full else rate.product for rate in used.values())
+    values = dict(zip(operation.operands, (dense.inputs, dense.weights), strict=False))
+    return dense._replace(
+        macs=math.nan if math.isnan(spikes) else dense.macs * stays,
+        acs=dense.macs * spikes,
+        dense=stays,
+        # the spikes of keys and values are read out of the cache
+        spikes=sum(values[site] * rate.value for site, rate in used.items()),
+        entered=dense.macs * sum(1 - rate.dense for rate in used.values()),
+        steps=max(rate.steps for rate in used.values()),
+    )
+
+
+def spent(frame: pd.DataFrame, energy: Energy) -> pd.DataFrame:
+    """What every operation of an account costs under every profile, part by part: columns convention
+    phase op kind layer profile part event count pJ J."""
+    import pandas as pd
+
+    names = ["convention", "phase", "op", "kind", "layer"]
+    tables = [
+        frame[names].join(profile.spent(frame), how="inner").assign(profile=name)
+        for name, profile in energy.profiles.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*names, "profile", "part", "event", "count", "pJ", "J"]]
+
+
+def by_part(table: pd.DataFrame) -> pd.DataFrame:
+    """Sum up `spent` over the layers: convention phase profile op part event count pJ J, where `op` has a
+    star for the number of the layer and pJ is the mean price of an event."""
+    ops = table["op"].str.replace(NUMBER, ".*", regex=True)
+    keys = ["convention", "phase", "profile", "op", "part", "event"]
+    sums = table.assign(op=ops).groupby(keys, sort=False)[["count", "J"]]
+    total = sums.sum(min_count=1).reset_index()
+    total.insert(len(keys) + 1, "pJ", total["J"] / total["count"] * 1e12)
+    return total
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
@@ -190,30 +277,59 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Sum up a frame as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
+    """Sum up an account as {convention: {phase: {macs_G, acs_G, energy_J}}}; None where undefined."""
     keys = ["convention", "phase"]
     totals = _giga(frame.groupby(keys, sort=False)[list(COSTS)].sum(skipna=False))
     result: dict[str, dict[str, dict[str, float | None]]] = {}
     for row in totals.reset_index().to_dict("records"):
-        costs = {name: None if math.isnan(row[name]) else row[name] for name in COSTS.values()}
+        costs = {name: _known(row[name]) for name in COSTS.values()}
         result.setdefault(row["convention"], {})[row["phase"]] = costs
     return result
 
 
-def saving(spiking: pd.DataFrame, dense: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    """Compute the part of dense energy that is saved: {convention: {phase: part}}; None if undefined."""
-    theirs = summary(dense)
-    return {
-        convention: {
-            phase: _saved(costs["energy_J"], theirs[convention][phase]["energy_J"])
-            for phase, costs in phases.items()
-        }
-        for convention, phases in summary(spiking).items()
-    }
+def compared(
+    frame: pd.DataFrame, dense: pd.DataFrame, energy: Energy
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The summary of an account with what it saves against that of the dense model.
+
+    Beside the columns of `summary` there are saving, the part of the dense model's energy that is saved,
+    and of every profile energy_J_<name>, saving_<name> and breakeven_<name>: the spikes a value at which
+    both energies are equal, 0 where a silent model costs no less than the dense one. None where
+    something is undefined: without spikes, or where a profile has no energy of the dense model.
+    """
+    result = summary(frame)
+    for convention, phases in result.items():
+        for phase, costs in phases.items():
+            ours, theirs = (
+                each[(each["convention"] == convention) & (each["phase"] == phase)]
+                for each in (frame, dense)
+            )
+            found = against(ours, theirs, energy.profiles)
+            costs |= {name: _known(value) for name, value in found.items()}
+    return result
 
 
-def _saved(spiking: float | None, dense: float | None) -> float | None:
-    return None if spiking is None or not dense else 1 - spiking / dense
+def of_model(
+    model: PreTrainedModel, energy: Energy, counters: pd.DataFrame | None, coding: Coding
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The account of a model, and its comparison with the dense model before its transform.
+
+    `counters` are by site or, of another model, `by_role`; None for the dense model.
+    """
+    assert energy.tokens is not None
+    sites = find_sites(model)
+    plan = operations(model, sites)
+    dense = account(untransformed(plan), energy, energy.tokens)
+    if counters is None:
+        frame = account(plan, energy, energy.tokens)
+    else:
+        rows = counters if "site" in counters else of_role(counters, sites, "the counted model")
+        frame = account(plan, energy, energy.tokens, rows, coding)
+    return frame, dict(compared(frame, dense, energy))
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _giga(table: pd.DataFrame) -> pd.DataFrame:
@@ -223,36 +339,3 @@ def _giga(table: pd.DataFrame) -> pd.DataFrame:
 def _check_tokens(tokens: int) -> None:
     if not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"energy.tokens={tokens!r}: give a whole number of tokens, at least 1")
-
-
-def _rates(counters: pd.DataFrame | None, coding: Coding | None) -> dict[str, Rate | None]:
-    """The rate of every site; None where the site is dense, NaN where it has no spikes to count."""
-    if counters is None:
-        return {}
-    table = _pooled(counters)
-    if coding is None:
-        if table["spikes"].notna().any():
-            raise ValueError("spikes were counted, but no coding is given")
-        return {}
-    if not coding.neuron:
-        return {str(site): Rate(math.nan, math.nan) for site in table.index}
-    rates = {str(site): None for site in table.index}
-    coded = table[table["spikes"].notna()]
-    value, product = coded["spikes"] / coded["values"], coded["acs"] / coded["macs"]
-    dense = 1 - coded["coded"] / coded["values"]
-    decoding = coded[[*DECODING]].div(coded["coded"], axis=0).to_numpy()
-    rows = zip(coded.index, value, product, dense, *decoding.T, strict=True)
-    return rates | {str(site): Rate(*map(float, costs)) for site, *costs in rows}
-
-
-def _pooled(counters: pd.DataFrame) -> pd.DataFrame:
-    """Sums by operand, as what all experts of a layer counted; `coded` of the values have a neuron, and
-    what decoding costs is summed over these."""
-    coded = counters["values"].where(counters["spikes"].notna(), 0.0)
-    costs = counters.reindex(columns=[*DECODING])
-    if costs.isna().any(axis=1)[counters["spikes"].notna()].any():
-        raise ValueError(f"counters of coded sites without {', '.join(DECODING)}")
-    table = counters.assign(**costs.mul(coded, axis=0), coded=coded)
-    table["site"] = counters["site"].map(pooled)
-    summed = ["values", "spikes", "macs", "acs", "coded", *DECODING]
-    return table.groupby("site", sort=False)[summed].sum(min_count=1)

@@ -66,7 +66,8 @@ class Fitting:
         data = densities.atoms if self.data == "atoms" else self._draw(densities)
         kept = [i for i, role in enumerate(densities.roles) if role not in coding.dense_roles]
         index = torch.tensor(kept)
-        data = coding.choose(replace(data, statistics=dict(statistics or {})).rows(index))
+        known = replace(data, statistics=dict(statistics or {}), roles=densities.roles)
+        data = coding.choose(known.rows(index))
         atoms = densities.atoms.rows(index)
         atoms = coding.seen(replace(atoms, statistics=data.statistics))
         fit = coding.fit(coding.seen(data))

@@ -55,4 +55,4 @@ class Patching:
         neurons = conversion.neurons
         for name, value in (("nmse_atoms", neurons.nmse), ("bound_db", neurons.bound_db)):
             frame[name] = frame["site"].map(dict(zip(neurons.sites, value.tolist(), strict=True)))
-        return frame.drop(columns=["macs", "acs", "error", "power"])
+        return frame.drop(columns=["macs", "acs", "error", "power", "nonzero"])

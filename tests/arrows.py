@@ -44,7 +44,13 @@ FLOORS = {
         ("measured",),
     ),
     "measured": Floor(
-        ("stages.checkpoint", "stages.analysis", "stages.transforms", "stages.statistics"),
+        (
+            "stages.checkpoint",
+            "stages.analysis",
+            "stages.profiles",
+            "stages.transforms",
+            "stages.statistics",
+        ),
         ("ports",),
     ),
     "ports": Floor(("stages.ports",), ("codings",)),

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -24,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.run import hardware
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.compiler import use_compiler
@@ -187,7 +186,7 @@ def tokens() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def energy() -> Energy:
     """The costs of an operation in 45 nm."""
-    return instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
+    return hardware.energy()
 
 
 @pytest.fixture(scope="session")

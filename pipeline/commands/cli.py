@@ -40,6 +40,7 @@ for verb in (
     database.relocate,
     import_paper.import_paper,
     models.generate,
+    models.simulate,
     models.energy,
     models.sites,
 ):

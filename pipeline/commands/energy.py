@@ -3,13 +3,16 @@
 Takes the overrides of `python -m pipeline`. Nothing is loaded but the model's config: that of the folder
 model.path, of model.hub, or the dimensions in its yaml. With rates=FOLDER of a run it is the energy of a
 spiking model whose sites have the spikes and the decoding that the run has counted at sites of their role.
+With shape=INPUTSxOUTPUTS it is the energy of one linear layer, see `pipeline.commands.layer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
 
 from pipeline.run.shipped import CONF
 from stages.errors import InputError
@@ -17,7 +20,7 @@ from stages.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-RATES = "rates="
+RATES, SHAPE = "rates=", "shape="
 COSTS = ("macs_G", "acs_G", "energy_J")
 
 
@@ -25,6 +28,10 @@ def main(overrides: Sequence[str], conf: Path = CONF) -> int:
     """Prints the tables; returns the exit status, 1 for bad input, which is one line."""
     from pipeline.run.errors import exit_status
 
+    if any(each.startswith(SHAPE) for each in overrides):
+        from pipeline.commands import layer
+
+        return exit_status(lambda: layer.report(overrides, conf))
     rates = [each.removeprefix(RATES) for each in overrides if each.startswith(RATES)]
     rest = [each for each in overrides if not each.startswith(RATES)]
     return exit_status(lambda: _report(*_configured(rest, conf), rates[-1] if rates else None))
@@ -48,7 +55,7 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
 def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
     from pipeline.results.rates import Rates
     from stages.analysis.operations import ELEMENTWISE, ROTATION, operations, untransformed
-    from stages.energy import account, by_kind, saving
+    from stages.energy import account, by_kind, compared
     from stages.model.limits import check_positions
     from stages.model.loading import meta_model
     from stages.model.sites import find_sites
@@ -61,17 +68,15 @@ def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
     plan, rates = operations(model, sites), None if place is None else Rates.read(place)
     counted = () if rates is None else (rates.counters(sites), rates.coding)
     costs = account(plan, energy, energy.tokens, *counted)
-    saved = saving(costs, account(untransformed(plan), energy, energy.tokens))
+    dense = compared(costs, account(untransformed(plan), energy, energy.tokens), energy)
     print(f"model {spec.name}{'' if rates is None else f', rates of {rates.label}'}\n")
     table = by_kind(costs)
     for (convention, phase), rows in table.groupby(["convention", "phase"], sort=False):
         queries = f"{energy.tokens} tokens" if phase == "prefill" else "1 token"
-        context = f"context {energy.tokens}, {energy.profile.name}"
+        context = f"context {energy.tokens}, {energy.main.name}"
         print(f"{convention} convention, {phase}: {queries}, {context}")
         _print_table(rows.drop(columns=["convention", "phase"]))
-        part = saved[str(convention)][str(phase)]
-        if rates is not None and part is not None:
-            print(f"of the dense model's energy: {1 - part:.4f}\n")
+        print_profiles(dense[str(convention)][str(phase)], energy, rates is not None)
     paper = table[(table["convention"] == "paper") & (table["phase"] == "prefill")]
     if paper.empty:
         return
@@ -84,6 +89,23 @@ def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
         print(f"rotation_G {macs.reindex(ROTATION).sum():.3f}")
     for cost in COSTS:
         print(f"{cost} {paper[cost].sum():.2f}")
+
+
+def print_profiles(costs: Mapping[str, float | None], energy: Any, spiking: bool) -> None:
+    """The energy under every hardware profile; of a spiking model against the dense one's."""
+    heads = ["profile", "energy_J"] + (["of dense", "break-even"] if spiking else [])
+    rows = []
+    for name in energy.profiles:
+        saved, even = costs[f"saving_{name}"], costs[f"breakeven_{name}"]
+        share = _cell(None if saved is None else 1 - saved, "{:.4f}")
+        cells = [name, _cell(costs[f"energy_J_{name}"], "{:.6g}"), share, _cell(even, "{:.3f}")]
+        rows.append(cells[: len(heads)])
+    align = ["left", *["right" for _ in heads[1:]]]
+    print(tabulate(rows, heads, "simple", disable_numparse=True, colalign=align), "\n")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def _print_table(rows: pd.DataFrame) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.run.shipped import CONF
-from stages.errors import InputError, nearest
+from pipeline.commands import exported
+from stages.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,16 +34,13 @@ class Request:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        from stages.model.loading import DTYPES
-
         if not self.prompt or self.max_new_tokens < 1 or self.temperature < 0:
             raise InputError(
                 "give a prompt, max_new_tokens of 1 or more and a temperature of 0 or more; got "
                 f"prompt={self.prompt!r} max_new_tokens={self.max_new_tokens} "
                 f"temperature={self.temperature:g}"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype}: choose {', '.join(DTYPES)}")
+        exported.check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,29 +60,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parsed(arguments: Sequence[str]) -> Request:
-    """The request of a folder, a prompt and key=value arguments, or of the latter alone.
-
-    A value is taken as it is, to the end of its argument.
-    """
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Request)}
-    places = [name for name in PLACES if not any(a.startswith(f"{name}=") for a in arguments)]
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not (equals and name in kinds):
-            near = nearest(name, kinds) if equals else ""
-            if near or not places:
-                hint = f"{near} give key=value with {', '.join(kinds)}".lstrip()
-                raise InputError(f"got {argument!r}: {hint}")
-            name, value = places.pop(0), argument
-        try:
-            values[name] = kinds[name](value)
-        except ValueError:
-            raise InputError(f"{name}={value!r}: give a number") from None
-    absent = [name for name in PLACES if name not in values]
-    if absent:
-        raise InputError(f"give {' and '.join(f'{name}=…' for name in absent)}")
-    return Request(**values)
+    """The request of a folder, a prompt and key=value arguments, or of the latter alone."""
+    return exported.parsed(Request, PLACES, arguments)
 
 
 def _report(request: Request) -> None:
@@ -97,7 +72,7 @@ def _report(request: Request) -> None:
     from stages.ports.counters import Counters
     from stages.ports.patched import patched
 
-    model, tokenizer = _loaded(request)
+    model, tokenizer = exported.loaded(request.model_path, request.dtype, request.device)
     bound = attachment(model)
     assert bound is not None  # stages.load sees to it
     bound.close()
@@ -124,25 +99,6 @@ def _report(request: Request) -> None:
     print(f"J/token: a token decoded at the end of {passed + 1}, {CONVENTION} convention, 45 nm\n")
     for name, result in (("dense", dense), ("spiking", spiking)):
         print(f"{name}:\n{request.prompt}{result.text}\n")
-
-
-def _loaded(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The spiking model and its tokenizer; raises InputError where one of them is not there."""
-    import torch
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    import stages
-    from pipeline.run.devices import resolve
-    from stages.model.loading import check_folder, readable
-
-    logging.disable_progress_bar()
-    folder, device = Path(request.model_path).expanduser(), resolve(request.device, "device")
-    model: Any = stages.load(request.model_path, dtype=getattr(torch, request.dtype))
-    check_folder(folder)
-    with readable(f"the tokenizer of {folder}", "export the model again"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to(device), tokenizer
 
 
 def _generated(
@@ -201,14 +157,12 @@ def _check_prompt(
 
 def _joules(model: PreTrainedModel, counters: Any, coding: Any, passed: int) -> list[float | None]:
     """What one more token costs, dense and spiking with the spikes of this text; None of a bound."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
+    from pipeline.run import hardware
     from stages.analysis.operations import operations, untransformed
     from stages.energy import account, summary
     from stages.model.sites import find_sites
 
-    energy = instantiate(OmegaConf.load(CONF / "energy" / "45nm.yaml"))
+    energy = hardware.energy(["45nm"])
     plan = operations(model, find_sites(model))
     context = passed + 1
     dense = summary(account(untransformed(plan), energy, context))

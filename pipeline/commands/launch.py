@@ -87,7 +87,9 @@ def _job(cfg: DictConfig) -> None:
     try:
         settings = options.settings(cfg)
         read = settings.evaluation
-        tables.check_columns(settings.table.columns, read.corpora, read.tasks)
+        tables.check_columns(
+            settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles]
+        )
         settings.check_places()
         with placed(settings) as settings:
             _run(settings, folder)
@@ -109,8 +111,8 @@ def _log_failure(folder: RunFolder) -> None:
 
 def _run(settings: Settings, folder: RunFolder) -> None:
     from pipeline.commands import sweep
-    from pipeline.run import jobs, runner
-    from pipeline.run.measured import energy_by_kind
+    from pipeline.run import jobs, neurobench, runner
+    from pipeline.run.measured import energy_tables
     from pipeline.tracking import tracked
 
     started = time.time()
@@ -120,7 +122,7 @@ def _run(settings: Settings, folder: RunFolder) -> None:
     result, sites, run = runner.execute(settings, jobs.command(_overrides()))
     result["run"] = _provenance(folder.path) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
-    folder.leave(result, sites, energy_by_kind(run.measured))
+    folder.leave(result, sites, energy_tables(run.measured), neurobench.read(run.measured))
     tracked.log_job(settings.tracking, folder, sweep.job_figures)
 
 

@@ -1,4 +1,4 @@
-"""`generate`, `energy` and `sites`: one model, without a run."""
+"""`generate`, `simulate`, `energy` and `sites`: one model, without a run."""
 
 from __future__ import annotations
 
@@ -31,6 +31,35 @@ def generate(arguments: tuple[str, ...]) -> int:
     from pipeline.commands import generate
 
     return generate.main(arguments)
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="FOLDER [KEY=VALUE]...")
+def simulate(arguments: tuple[str, ...]) -> int:
+    """Run one layer on a simulated chip.
+
+    FOLDER is an exported model (export.enabled=true) in base 2: las, las_rounded, or gated and
+    signed_digit with coding.grains=1. The spike trains of its first tokens and the layer's weights as
+    8-bit integers go to SANA-FE (python -m pip install sanafe==2.2.9); energy by part, messages, hops and
+    time come back. Exit status 1 unless every potential is the integer sum.
+
+    \b
+    model_path=FOLDER  the same as FOLDER
+    site=NAME          whose values enter the layer, such as model.layers.0.mlp.down_proj:in
+    consumer=NAME      which layer, where several read the site; the first
+    tokens=4           how many, from the beginning of the text
+    chip=loihi         or the FILE.yaml of an architecture of SANA-FE
+    text=TEXT          instead of a sentence that is built in
+    out=FILE.json      writes all of it as one line of json; out=- prints it
+    dtype=float32      of the model while it runs
+    device=cpu         or cuda, cuda:1, ...
+
+    \b
+    python -m pipeline simulate outputs/spiking site=model.layers.0.mlp.down_proj:in
+    """
+    from pipeline.commands import simulate
+
+    return simulate.main(arguments)
 
 
 @click.command()

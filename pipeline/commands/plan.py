@@ -75,7 +75,7 @@ def _short(names: Iterable[str]) -> str:
 def _checked(settings: Settings) -> Chain:
     """The steps of a job, which is refused where that needs no more than a look."""
     read = settings.evaluation
-    check_columns(settings.table.columns, read.corpora, read.tasks)
+    check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
     steps = chain(settings, Store(Path(settings.store.path)))
     if steps.export is not None:

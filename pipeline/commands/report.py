@@ -177,11 +177,13 @@ def _leave(row: Row, job: RunFolder) -> None:
     """The files that a job of a sweep leaves, which its figures are drawn from."""
     from omegaconf import OmegaConf
 
-    from pipeline.run.measured import energy_by_kind
+    from pipeline.run import neurobench
+    from pipeline.run.measured import energy_tables
 
     (job.path / ".hydra").mkdir(parents=True)
     OmegaConf.save(row.job.config, job.path / ".hydra/config.yaml")
-    job.leave(row.result, row.sites, energy_by_kind(row.run.measured))
+    measured = row.run.measured
+    job.leave(row.result, row.sites, energy_tables(measured), neurobench.read(measured))
 
 
 def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:

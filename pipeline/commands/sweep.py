@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipeline.figures import anytime, comparisons, convergence, levels, sites, style
+from pipeline.figures import anytime, comparisons, convergence, hardware, levels, sites, style
 from pipeline.results import naming
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import distinct, sweep_results
@@ -75,6 +75,11 @@ def _figures(jobs: Jobs, frames: Mapping[str, pd.DataFrame]) -> dict[str, Figure
             drawn[f"ppl_{axis}"] = comparisons.perplexity_by(frame, axis)
     if comparisons.drawable(frame, "energy_J"):
         drawn["ppl_energy"] = comparisons.perplexity_by_energy(frame)
+    savings = hardware.saving_frame(list(jobs.values()))
+    if hardware.drawable(savings):
+        drawn["saving_spikes"] = hardware.saving_by_rate(savings)
+        if (bars := hardware.joules_by_part(hardware.part_frame(jobs))) is not None:
+            drawn["energy_parts"] = bars
     typical, note = levels.site_levels(jobs)
     if typical:
         drawn["levels"] = levels.level_densities(typical, comparisons.looks(frame), note)

@@ -22,9 +22,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.run.measured import KINDS, PARTS
+
 JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its folder
 RESULT, FAILED = "result.json", "failed.json"
-SITES, KINDS = "per_site.parquet", "energy_by_kind.csv"
+SITES, NEUROBENCH = "per_site.parquet", "neurobench.json"
 MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
 TRACKED, PARENT, ENDED = "tracked.json", "parent.json", "ended.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
@@ -40,10 +42,19 @@ class RunFolder:
 
     path: Path
 
-    def leave(self, result: Mapping[str, Any], sites: pd.DataFrame, kinds: pd.DataFrame) -> None:
-        """Write what a job has measured: its result, its per-site table, its energy by kind."""
+    def leave(
+        self,
+        result: Mapping[str, Any],
+        sites: pd.DataFrame,
+        energy: Mapping[str, pd.DataFrame],
+        neurobench: Mapping[str, Any],
+    ) -> None:
+        """Write what a job has measured: its result, its per-site table, its tables of energy,
+        NeuroBench's metrics."""
         sites.to_parquet(self.path / SITES)
-        kinds.to_csv(self.path / KINDS, index=False)
+        for name, table in energy.items():
+            table.to_csv(self.path / name, index=False)
+        self.write(NEUROBENCH, neurobench)
         # last: a folder with a result is one that is whole
         (self.path / RESULT).write_text(json.dumps(result, indent=1, allow_nan=True))
 
@@ -76,6 +87,11 @@ class RunFolder:
     def sites(self) -> pd.DataFrame:
         """The per-site table of a job."""
         return pd.read_parquet(self.path / SITES)
+
+    @cached_property
+    def parts(self) -> pd.DataFrame:
+        """Joules of a job by model, convention, phase, profile, operation and part."""
+        return pd.read_csv(self.path / PARTS)
 
     @cached_property
     def config(self) -> DictConfig:
@@ -206,7 +222,7 @@ def enter() -> RunFolder:
     """The folder of the job that Hydra runs now, listed in its sweep, without files of an earlier job."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    for name in (RESULT, FAILED, SITES, KINDS):
+    for name in (RESULT, FAILED, SITES, KINDS, PARTS, NEUROBENCH):
         (folder / name).unlink(missing_ok=True)
     if str(hydra.mode).endswith("MULTIRUN"):
         sweep = Path(hydra.sweep.dir)

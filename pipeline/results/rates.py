@@ -10,17 +10,17 @@ import pandas as pd
 from hydra.utils import instantiate
 
 from pipeline.results.folders import RunFolder
+from stages.analysis.rates import SUMS, by_role, of_role
 from stages.codings.base import Coding
-from stages.energy import DECODING
 from stages.errors import InputError
 from stages.model.sites import Site
-
-SUMS = ("values", "spikes", "macs", "acs")
+from stages.ports.counters import DECODING
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The counts of a run: of every role sums over its sites and means of what decoding costs."""
+    """The counts of a run: of every role sums over its sites, means of what decoding costs, the most
+    steps."""
 
     label: str
     coding: Coding
@@ -41,33 +41,21 @@ class Rates:
             )
         (job,) = jobs
         coding = instantiate(job.config.coding)
-        if not (coding.converts and coding.neuron):
+        if not (coding.converts and (coding.neuron or coding.operand_bits)):
             raise InputError(
-                f"rates={place}: {job.result['label']} has no spikes; give another run"
+                f"rates={place}: {job.result['label']} has no spikes and no integers; give another run"
             )
-        return cls(job.result["label"], coding, _by_role(job.sites, place))
+        return cls(
+            job.result["label"], coding, by_role(_checked(job.sites, place), f"rates={place}")
+        )
 
     def counters(self, sites: Sequence[Site]) -> pd.DataFrame:
         """A row a site with the counts of its role; InputError for a role that the run does not have."""
-        absent = sorted({site.role for site in sites} - set(self.roles.index))
-        if absent:
-            raise InputError(f"rates: {self.label} has no site of role {', '.join(absent)}")
-        rows = self.roles.loc[[site.role for site in sites]].reset_index(drop=True)
-        rows.insert(0, "site", [site.name for site in sites])
-        return rows
+        return of_role(self.roles, sites, f"rates: {self.label}")
 
 
-def _by_role(sites: pd.DataFrame, place: str) -> pd.DataFrame:
+def _checked(sites: pd.DataFrame, place: str) -> pd.DataFrame:
     lacks = [name for name in (*SUMS, *DECODING) if name not in sites]
     if lacks:
         raise InputError(f"rates={place}: its sites lack {', '.join(lacks)}; run it again")
-    part = sites.groupby("role")["spikes"].agg(["count", "size"]).query("0 < count < size")
-    if len(part):
-        raise InputError(
-            f"rates={place}: only some sites of {', '.join(part.index)} are coded; give a run without "
-            "sites.exclude"
-        )
-    costs = sites[[*DECODING]].mul(sites["values"], axis=0)
-    sums = sites.assign(**costs).groupby("role")[[*SUMS, *DECODING]].sum(min_count=1)
-    sums[[*DECODING]] = sums[[*DECODING]].div(sums["values"], axis=0)
-    return sums
+    return sites

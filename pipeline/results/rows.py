@@ -32,6 +32,8 @@ ENERGIES = {
 COSTS = ("macs_G", "acs_G", "energy_J", "saving")
 SECONDS = ("fitting_s", "conversion_s")
 LAST = ("nmse", "bound_db", "convention", "spikes_per_value", *COSTS, *SECONDS, "environment")
+# Of every hardware profile, with its name behind it.
+UNDER = ("energy_J_", "saving_", "breakeven_")
 RATIO = "ratio_"  # of every corpus and task: the number over the dense model's
 ERRORS = ENDINGS  # of columns of errors and counts
 BESIDE = ("_se", "_low", "_high", "_n")  # of those that others show beside their value
@@ -51,7 +53,7 @@ def result_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     names = dict.fromkeys(name for row in rows for name in row)
     corpora, tasks = measures(names)
     beside = [name for name in _beside(corpora, tasks) if name in names]
-    columns = [*_shown(corpora, tasks), *beside]
+    columns = [*_shown(corpora, tasks, profiles(names)), *beside]
     known = {name for row in rows for name, value in row.items() if value is not None}
     columns = [name for name in columns if not _optional(name) or _valued(name) in known]
     frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], None, columns)
@@ -66,17 +68,30 @@ def measures(columns: Iterable[Any]) -> tuple[list[str], list[str]]:
     return corpora, [name.removeprefix("acc_") for name in names if name.startswith("acc_")]
 
 
-def column_names(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """The columns of a table of runs that are evaluated on these texts and tasks, but for those that
-    others show beside their value."""
-    every = (*_shown(corpora, tasks), *_beside(corpora, tasks))
+def profiles(columns: Iterable[Any]) -> list[str]:
+    """The hardware profiles whose energies are among some columns, in the order they are met."""
+    return [str(n).removeprefix(UNDER[1]) for n in columns if str(n).startswith(UNDER[1])]
+
+
+def column_names(
+    corpora: Sequence[str], tasks: Sequence[str], hardware: Sequence[str] = ()
+) -> list[str]:
+    """The columns of a table of runs that are evaluated on these texts and tasks, with the energy under
+    these hardware profiles, but for those that others show beside their value."""
+    every = (*_shown(corpora, tasks, hardware), *_beside(corpora, tasks))
     return [name for name in every if not name.endswith(BESIDE)]
 
 
-def _shown(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
+def _shown(corpora: Sequence[str], tasks: Sequence[str], hardware: Sequence[str]) -> list[str]:
     perplexities = [name for corpus in corpora for name in (f"ppl_{corpus}", RATIO + corpus)]
     accuracies = [f"acc_{task}" for task in tasks]
-    return [*NAMES, *COUNTS, "steps", "bits", "trained", *perplexities, *accuracies, *LAST]
+    measured = [*perplexities, *accuracies, *LAST]
+    return [*NAMES, *COUNTS, "steps", "bits", "trained", *measured, *under(hardware)]
+
+
+def under(hardware: Sequence[str]) -> list[str]:
+    """The columns of energy, saving and break-even under every hardware profile."""
+    return [start + name for start in UNDER for name in hardware]
 
 
 def _beside(corpora: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -176,13 +191,14 @@ def _set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def energy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Collect the energy of every result in both conventions and phases, one row each."""
-    rows = []
+    rows, results = [], list(results)
+    columns = [*COSTS, *under(profiles(dict.fromkeys(n for row in results for n in row)))]
     for result in results:
         for (convention, phase), place in ENERGIES.items():
             totals = result[place] if place else result
             names = {"run": result["label"], "convention": convention, "phase": phase}
-            rows.append(names | {name: totals[name] for name in COSTS})
-    return pd.DataFrame(rows).astype(dict.fromkeys(COSTS, "float64"))
+            rows.append(names | {name: totals.get(name) for name in columns})
+    return pd.DataFrame(rows).astype(dict.fromkeys(columns, "float64"))
 
 
 def _dtype(column: str) -> str:

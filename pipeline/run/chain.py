@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pipeline.run import stages
+from pipeline.run import evaluations, stages
 from pipeline.run.measured import Evaluated, Measured, part
 from pipeline.run.models import ModelSource, model_source
 from pipeline.run.settings import Settings
@@ -82,10 +82,10 @@ def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     # The same artifacts as those of a dense row with this transform.
     dense = _evaluated(s, texts, model, {}, dense=True) if s.coding.converts else None
     first = s.evaluation.corpora[0]
-    energy = stages.Energy.of(s, model, evaluated.perplexities[first][0])
+    energy = evaluations.Energy.of(s, model, evaluated.perplexities[first][0])
     anytime = None
     if s.evaluation.anytime and fitted:
-        anytime = stages.Anytime.of(s, first, texts[first] | fitted)
+        anytime = evaluations.Anytime.of(s, first, texts[first] | fitted)
     measured: Measured[Any] = Measured(evaluated, energy, parts.get("patching"), anytime, dense)
     if s.export.enabled:
         parts["export"] = stages.Exported.of(s, model, parts["fitting"], measured)
@@ -123,9 +123,17 @@ def _evaluated(
     made: dict[str, Stage] = {}
     for number, perturbation in enumerate(read.perturbations):
         for name in read.corpora:
-            label, spec = part("ppl", name, number, dense), stages.read(s, coding, perturbation)
-            made[label] = stages.Perplexity.of(spec, name, {**texts[name], **fitted}, label)
+            label, spec = (
+                part("ppl", name, number, dense),
+                evaluations.read(s, coding, perturbation),
+            )
+            made[label] = evaluations.Perplexity.of(spec, name, {**texts[name], **fitted}, label)
         for name in read.tasks:
-            label, spec = part("acc", name, number, dense), stages.asked(s, coding, perturbation)
-            made[label] = stages.Accuracy.of(spec, s.tasks[name], {"model": model, **fitted}, label)
+            label, spec = (
+                part("acc", name, number, dense),
+                evaluations.asked(s, coding, perturbation),
+            )
+            made[label] = evaluations.Accuracy.of(
+                spec, s.tasks[name], {"model": model, **fitted}, label
+            )
     return Evaluated.of(read.corpora, read.tasks, read.replicates, made.__getitem__, dense)

@@ -26,6 +26,7 @@ CONVERSION = ("prefix", "capture", "distribution", "statistics", "fitting", "pat
 T = TypeVar("T")
 U = TypeVar("U")
 ANYTIME = "anytime.parquet"
+KINDS, PARTS = "energy_by_kind.csv", "energy_by_part.csv"
 BOOTSTRAP = intervals.Bootstrap()
 
 
@@ -108,9 +109,11 @@ def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
     return frame
 
 
-def energy_by_kind(measured: Measured[Artifact]) -> pd.DataFrame:
-    """Cost of every kind of operation by convention and phase: what became additions, what stays."""
-    return by_kind(pd.read_parquet(measured.energy.path / "operations.parquet"))
+def energy_tables(measured: Measured[Artifact]) -> dict[str, pd.DataFrame]:
+    """By the name of their files: cost of every kind of operation by convention and phase, what became
+    additions and what stays; joules of every operation by hardware profile, part and event."""
+    kinds = by_kind(pd.read_parquet(measured.energy.path / "operations.parquet"))
+    return {KINDS: kinds, PARTS: pd.read_parquet(measured.energy.path / "parts.parquet")}
 
 
 def numbers(measured: Measured[Artifact], sites: pd.DataFrame) -> dict[str, Any]:
@@ -204,6 +207,7 @@ def row(
         "paper": energy["paper"]["prefill"],
         "decode": energy["causal"]["decode"],
         "paper_decode": energy["paper"]["decode"],
+        "models": energy["models"],
         "replicates": settings.evaluation.replicates,
         "bootstrap": asdict(BOOTSTRAP),
         "evaluation": {
@@ -217,16 +221,9 @@ def row(
     }
 
 
-def _energy(measured: Measured[Artifact]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Cost and saving by convention and phase."""
-    both = _json(measured.energy, "summary.json")
-    return {
-        convention: {
-            phase: {**cost, "saving": both["saving"][convention][phase]}
-            for phase, cost in phases.items()
-        }
-        for convention, phases in both["total"].items()
-    }
+def _energy(measured: Measured[Artifact]) -> dict[str, Any]:
+    """Cost, saving and break-even by convention and phase."""
+    return _json(measured.energy, "summary.json")
 
 
 def _json(artifact: Artifact, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from stages.errors import InputError
 
 FLAGS = ("-m", "--multirun")
 CONVERSION = ("coding", "row", "model", "transform")  # an override of these asks for one conversion
+SEVERAL = ("profile",)  # groups of which a configuration chooses several files
 NAMED_KEY = re.compile(rf"^\+\+(?=(?:{'|'.join(NAMED)})\.)")
 GONE = {
     "variant": "the rows of an experiment are chosen by rows={}",
@@ -97,9 +98,8 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
         )
     for key, override in given.items():
         plain = not (override.is_delete() or override.is_sweep_override())
-        if plain and (conf / key).is_dir() and not isinstance(override.value(), str):
-            known = ", ".join(shipped.names(key, conf))
-            raise InputError(f"{override.input_line}: give one name, out of {known}")
+        if plain and (conf / key).is_dir():
+            _check_choice(key, override, conf)
         if key in ("row", "rows", "experiment") and override.is_delete():
             raise InputError(f"{override.input_line}: leave it out instead")
         if override.is_delete() and (conf / key).is_dir():
@@ -115,6 +115,16 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
     experiment = given.get("experiment")
     if experiment is not None and experiment.is_sweep_override():
         raise InputError(f"{experiment.input_line}: give one experiment a command")
+
+
+def _check_choice(group: str, override: Override, conf: Path) -> None:
+    """Raises InputError unless a group is given a name or, where it has several at once, names."""
+    value, known = override.value(), ", ".join(shipped.names(group, conf))
+    if group not in SEVERAL:
+        if not isinstance(value, str):
+            raise InputError(f"{override.input_line}: give one name, out of {known}")
+    elif not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
+        raise InputError(f"{override.input_line}: give a list, {group}=[NAME,NAME], out of {known}")
 
 
 def _check_groups(given: Mapping[str, Override], experiment: str, conf: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from stages.errors import InputError
+
 CONF = Path(__file__).parents[2] / "conf"
 NOT_A_TABLE = "published"  # the numbers of other papers, beside the tables that show them
 
@@ -44,8 +46,24 @@ def experiment(name: str, conf: Path = CONF) -> Experiment:
 
 def default(group: str, conf: Path = CONF) -> str:
     """The choice that conf/config.yaml makes of a group."""
+    return choices(group, conf)[0]
+
+
+def dims(model: str, conf: Path = CONF) -> dict[str, Any]:
+    """The published dimensions of a model; InputError where there are none."""
+    known = [
+        name for name in names("model", conf) if _yaml(conf / "model" / f"{name}.yaml")["dims"]
+    ]
+    if model not in known:
+        raise InputError(f"energy.models: no dimensions of {model}; there are {', '.join(known)}")
+    return dict(_yaml(conf / "model" / f"{model}.yaml")["dims"])
+
+
+def choices(group: str, conf: Path = CONF) -> list[str]:
+    """Those of a group of which conf/config.yaml may choose several, in their order."""
     parts = _yaml(conf / "config.yaml")["defaults"]
-    return str(next(part[group] for part in parts if isinstance(part, dict) and group in part))
+    chosen = next(part[group] for part in parts if isinstance(part, dict) and group in part)
+    return [*map(str, chosen if isinstance(chosen, list) else [chosen])]
 
 
 @functools.cache

@@ -5,35 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.run.measured import ANYTIME, Evaluated, Measured, numbers, per_site
+from pipeline.run.measured import Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.neurons import NeuronFolder
 from pipeline.run.stage import Source, Stage
-from pipeline.run.texts import Questions, load_tokens
+from pipeline.run.texts import load_tokens
 from pipeline.store.provenance import versions
-from stages import evaluation, export
-from stages.analysis.operations import operations, untransformed
-from stages.analysis.real_valued import real_valued
-from stages.codings.base import Coding
+from stages import export
 from stages.compiler import compiled
 from stages.distribution import Densities
-from stages.energy import account, saving, summary
 from stages.fits.statistics import Statistic
 from stages.fitted import Conversion, FittedNeurons
-from stages.model.perturbation import Perturbation
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet
 from stages.statistics import measuring, measuring_module
 from stages.text import corpus
-from stages.text.harness import TaskSpec
 
 if TYPE_CHECKING:
     from pipeline.run.settings import Settings
@@ -191,118 +183,6 @@ class Patched(Calibrated):
         log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
 
 
-# --- what is measured --------------------------------------------------------------------------------
-
-
-class Perplexity(Stage):
-    """Perplexity on a corpus, with the counters of every site."""
-
-    name = "evaluation"
-    code = ("stages.evaluation", *MODEL)
-
-    @classmethod
-    def of(cls, spec: Spec, name: str, made_from: Mapping[str, Source], part: str) -> Self:
-        return cls({"perplexity": name, **spec}, made_from, part)
-
-    @staticmethod
-    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        name = spec["perplexity"]
-        ids = load_tokens(inputs["tokens"])
-        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
-        model, _ = inputs["model"].load()
-        execution = runtime.execution
-        if execution == "stepped":
-            log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
-        neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
-        noise = spec["perturbation"]
-        result = evaluation.perplexity(
-            model, ids, neurons, batch, name, execution, perturbation=noise
-        )
-        result.metrics["all"] = spec["count"] == corpus.ALL
-        result.save(out)
-
-
-class Anytime(Stage):
-    """Perplexity on a corpus after each step of the neurons."""
-
-    name = "evaluation"
-    code = ("stages.evaluation", *MODEL)
-
-    @classmethod
-    def of(cls, s: Settings, name: str, made_from: Mapping[str, Source]) -> Self:
-        return cls({"anytime": name, **read(s, s.coding)}, made_from, "anytime")
-
-    @staticmethod
-    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        name = spec["anytime"]
-        ids = load_tokens(inputs["tokens"])
-        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
-        model, _ = inputs["model"].load()
-        neurons = conversion(spec, inputs)
-        assert neurons is not None
-        by_step = evaluation.anytime(model, ids, neurons, runtime.evaluation_batch, name)
-        by_step.to_parquet(out / ANYTIME)
-
-
-def read(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:
-    """The coding, the windows of a corpus, and how a replicate differs from the first."""
-    spec = {"coding": coding, "perturbation": perturbation, "begin": s.model.begin}
-    return spec | {"count": s.evaluation.windows, "length": s.evaluation.length}
-
-
-def asked(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:
-    """The same for the questions of a task."""
-    return {"coding": coding, "perturbation": perturbation, "items": s.evaluation.items}
-
-
-class Accuracy(Stage):
-    """Zero-shot accuracy on a task."""
-
-    name = "evaluation"
-    code = ("stages.evaluation", *MODEL)
-
-    @classmethod
-    def of(cls, spec: Spec, task: TaskSpec, made_from: Mapping[str, Source], part: str) -> Self:
-        prompts = {"task": replace(task, path=None), "lm_eval": version("lm_eval")}
-        return cls({**spec, **prompts}, {**made_from, "data": Questions(task)}, part)
-
-    @staticmethod
-    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        task = spec["task"]
-        questions = [(task, inputs["data"])]
-        model, tokenizer = inputs["model"].load()
-        neurons, batch = conversion(spec, inputs), runtime.task_batch
-        how = (spec["items"], batch, runtime.execution, spec["perturbation"])
-        evaluation.accuracy(model, tokenizer, neurons, questions, *how)[task.name].save(out)
-
-
-class Energy(Stage):
-    """Cost of every operation, and sums by convention and phase, on a corpus' counters."""
-
-    name = "energy"
-    code = ("stages.energy", "stages.analysis.operations")
-
-    @classmethod
-    def of(cls, s: Settings, model: ModelSource, perplexity: Perplexity) -> Self:
-        energy = replace(s.energy, tokens=s.energy.tokens or s.evaluation.length)
-        spec = {"energy": energy, "coding": s.coding}
-        return cls(spec, {"model": model, "evaluation": perplexity})
-
-    @staticmethod
-    def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        energy, coding = spec["energy"], spec["coding"]
-        model, _ = inputs["model"].load()
-        plan = operations(model, find_sites(model))
-        dense = account(untransformed(plan), energy, energy.tokens)
-        spiking = account(plan, energy, energy.tokens)
-        if coding.converts:
-            counters = evaluation.Perplexity.load(inputs["evaluation"].path).counters
-            spiking = account(plan, energy, energy.tokens, counters, coding)
-        spiking.to_parquet(out / "operations.parquet")
-        totals = {"total": summary(spiking), "saving": saving(spiking, dense)}
-        (out / "summary.json").write_text(json.dumps(totals, indent=1))
-
-
 class Exported(Stage):
     """The converted model in a folder, with what was measured on its card."""
 
@@ -311,7 +191,7 @@ class Exported(Stage):
 
     @classmethod
     def of(cls, s: Settings, model: ModelSource, fitting: Stage, measured: Measured[Stage]) -> Self:
-        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.profile.name
+        tokens, profile = s.energy.tokens or s.evaluation.length, s.energy.main.name
         spec: dict[str, Any] = {"coding": s.coding, "sites": s.sites, "axes": s.axes}
         measures = s.evaluation.corpora, s.evaluation.tasks, s.evaluation.replicates
         spec |= {"label": s.name, "evaluated": measures}

@@ -38,7 +38,8 @@ BOUND = (
 )
 MEANINGS = {
     "steps": STEPS,
-    "bits": "bits: T, and log2 n where the n grains are neurons an activation; of timed log2 of the codes",
+    "bits": "bits: T, and log2 n where the n grains are neurons an activation; of timed log2 of the "
+    "codes, of integer its own",
     "nmse": "nmse: geometric mean over the sites, on held-out activations",
     "bound_db": f"above Shannon: {BOUND}, mean over the sites, weighted by their multiplications",
     "convention": "convention: how the spikes of a value are counted",
@@ -66,6 +67,10 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
     costs = [head for name, head in COSTS.items() if name in shown]
     counted = ", ".join(part for part in ("causal convention", profile) if part)
     saving = ", saving against the dense model" if "saving" in shown else ""
+    under = [name.removeprefix("saving_") for name in shown if name.startswith("saving_")]
+    memory = (
+        f"Saving {', '.join(under)}: the same counts under that hardware profile." if under else ""
+    )
     return sentences(
         f"{subject}.",
         f"Perplexity ± standard error over windows: {', '.join(texts)}." if texts else "",
@@ -75,6 +80,7 @@ def sweep(results: Sequence[Mapping[str, Any]], sheet: Sheet, profile: str) -> s
         GRAINS if grown else "",
         *(f"{meaning[0].upper()}{meaning[1:]}." for n, meaning in MEANINGS.items() if n in shown),
         f"{', '.join(costs).capitalize()}: a window, {counted}{saving}." if costs else "",
+        memory,
     )
 
 
@@ -165,8 +171,8 @@ def energy(row: Row) -> str:
     spec = row.run.settings.energy
     tokens = spec.tokens or row.run.settings.evaluation.length
     return (
-        f"Prefill of {tokens} tokens, and one token decoded after them; {spec.profile.name}: "
-        f"{spec.profile.mac_pj:g} pJ a MAC, {spec.profile.ac_pj:g} pJ an AC. Of the "
+        f"Prefill of {tokens} tokens, and one token decoded after them; {spec.main.name}: "
+        f"{spec.main.mac:g} {spec.main.unit} a MAC, {spec.main.ac:g} {spec.main.unit} an AC. Of the "
         f"conventions {CONVENTIONS}"
     )
 

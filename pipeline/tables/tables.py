@@ -15,6 +15,7 @@ from pipeline.results.rows import (
     BESIDE,
     RATIO,
     TEXT,
+    UNDER,
     column_names,
     distinct,
     energy_frame,
@@ -39,6 +40,7 @@ ENERGY_CAPTION = (
     "unmasked positions, both operands, gates and decode scaling) and phase (prefill of a window; "
     "one decoded token at its end); saving against the dense model in the same convention."
 )
+OPERATIONS = "stages.profiles.operations.Operations"  # profiles without memory
 GROUPED = ("nmse_", "share_", "relative_")  # columns that have the first word in common
 COLUMNS = {
     column.name: column
@@ -97,14 +99,17 @@ def run_sheet(
 ) -> sheet.Sheet:
     """The rows of a sweep in the columns of those `names`; `energy` is what its configuration says."""
     frame = result_frame(results)
-    made = choice(sheet.Sheet(frame, [], ""), names or PRINTED, column_names([], []))
+    profiles = [*((energy or {}).get("profile") or {}).values()]
+    memory = [f"saving_{each['name']}" for each in profiles if each["_target_"] != OPERATIONS]
+    usual = (*PRINTED, *[name for name in memory[:1] if name in frame])
+    made = choice(sheet.Sheet(frame, [], ""), names or usual, column_names([], []))
     if not names:
         plain = (frame.get("transform", pd.Series("none")) == "none").all()
         empty = {"transform"} if plain else set()
         empty |= {"steps"} - set(frame)  # results of before
         made = replace(made, columns=[c for c in made.columns if c.name not in empty])
-    profile = (energy or {}).get("profile") or {}
-    return replace(made, caption=captions.sweep(results, made, str(profile.get("name", ""))))
+    main = str(profiles[0]["name"]) if profiles else ""
+    return replace(made, caption=captions.sweep(results, made, main))
 
 
 def choice(
@@ -125,10 +130,14 @@ def choice(
 
 
 def check_columns(
-    names: Sequence[str] | None, corpora: Sequence[str], tasks: Sequence[str]
+    names: Sequence[str] | None,
+    corpora: Sequence[str],
+    tasks: Sequence[str],
+    hardware: Sequence[str],
 ) -> None:
-    """Raises InputError where a run that is evaluated on these texts and tasks has no such column."""
-    check(names or (), column_names(corpora, tasks))
+    """Raises InputError where a run that is evaluated on these texts and tasks, with the energy under
+    these hardware profiles, has no such column."""
+    check(names or (), column_names(corpora, tasks, hardware))
 
 
 def check(names: Sequence[str], known: Sequence[str]) -> None:
@@ -165,11 +174,23 @@ def column(name: str, frame: pd.DataFrame, names: Sequence[str] = TEXT) -> Colum
         head = f"{name.removeprefix('acc_')} [%]"
         beside = (f"{name}_se",)
         return Column(name, head, percent, "max", RATIO + name[4:], beside=beside, spare=4)
+    if name.startswith(UNDER):
+        return _under(name)
     if name.startswith(GROUPED):
         group, _, rest = name.partition("_")
         show = "{:.3f}".format if group == "share" else COLUMNS["nmse"].show
         return Column(name, rest.replace("_", " to "), show, group=group)
     return COLUMNS.get(name, Column(name, name.replace("_", " "), words=name in LEFT))
+
+
+def _under(name: str) -> Column:
+    """The column of an energy, a saving or a break-even under a hardware profile."""
+    kind, profile = next((k, name.removeprefix(k)) for k in UNDER if name.startswith(k))
+    if kind == "energy_J_":
+        return replace(COLUMNS["energy_J"], name=name, head=f"energy {profile} [J]", spare=3)
+    if kind == "saving_":
+        return replace(COLUMNS["saving"], name=name, head=f"saving {profile}", spare=3)
+    return Column(name, f"break-even {profile}", lambda rate: f"{rate:.2f}", spare=3)
 
 
 def _of_corpus(name: str, corpus: str, group: str, spare: int) -> Column:

@@ -14,8 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results import naming
-from pipeline.results.folders import ENDED, FAILED, KINDS, MULTIRUN, RunFolder
+from pipeline.results.folders import ENDED, FAILED, MULTIRUN, RunFolder
 from pipeline.results.rows import distinct, result_frame, sweep_results
+from pipeline.run.measured import KINDS, PARTS
 from pipeline.run.settings import entry
 from pipeline.run.shipped import leaves
 from pipeline.store import manifest
@@ -63,7 +64,7 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
         artifacts={
             "config.yaml": OmegaConf.to_yaml(job.config, resolve=True),
             "per_site.json": job.sites.to_json(orient="split", index=False),
-            KINDS: job.path / KINDS,
+            **{name: job.path / name for name in (KINDS, PARTS)},
             **{f"figures/{path.name}": path for path in pictures},
         },
     )

@@ -26,7 +26,8 @@ def distance_db(
     in its slots, 10 log10(error / least), [S] float64.
 
     `atoms` are what the neurons see, and `error` and `spikes` [S] theirs on them. A bound has no spikes:
-    its rate is that of its levels, T bits of magnitude with the sign, and zero. NaN where there is no
+    its rate is that of its levels, T bits of magnitude with the sign, and zero; that of integers is
+    their bits. NaN where there is no
     error of a single value (a code of whole tokens), where an error weighs differently from value to
     value (channels with scales), and at a site without error or without a density (zero but for one
     value in a thousand).
@@ -37,7 +38,7 @@ def distance_db(
     if coding.tokenwise:
         return torch.full_like(error, torch.nan)
     places = slots(coding, params)[:, None]
-    levels = math.log2(2 ** (coding.timesteps + 1) + 1)
+    levels = coding.operand_bits or math.log2(2 ** (coding.timesteps + 1) + 1)
     parts = []
     for index in torch.arange(len(error)).split(SITES_AT_ONCE):
         most, part = places[index], atoms.rows(index)

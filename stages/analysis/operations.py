@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -39,8 +39,10 @@ class Operation:
     `operands` are the sites it multiplies: one of a linear layer, two of an attention product.
     `work` is multiplications of a product, elements of anything else and comparisons of a `gate`,
     which is what one coded site needs if its coding chooses among neurons. `outputs` are the
-    accumulators of a product. `window` is the number of keys a query sees at most, `prefix` that of
-    the keys that a transform keeps in front of every context.
+    accumulators of a product, `inputs` the values that enter it beside `weights`: those of a linear
+    layer that a token meets, of `stored`, which has those of all experts. `cached`: values that every
+    key adds to the other operand of an attention product. `window` is the number of keys a query sees at
+    most, `prefix` that of the keys that a transform keeps in front of every context.
     """
 
     name: str
@@ -51,6 +53,10 @@ class Operation:
     outputs: Amount = Amount()
     window: int | None = None
     prefix: int = 0
+    inputs: Amount = Amount()
+    weights: int = 0
+    stored: int = 0
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,21 @@ def _pooled(sites: Sequence[Site]) -> list[Site]:
 def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
     """A linear module, a router, or one of the two matrices that a token meets in its experts."""
     shape = matrix(module, site, config)
-    work = Amount(shape.inputs * shape.outputs)
+    met = stored = shape.inputs * shape.outputs
     if fused(module):
         name += ":gate_up" if site.expert is None else ":down"
-    outputs = Amount(shape.accumulators)
-    return Operation(name, "linear", site.layer, work, (site.operand,), outputs)
+        stored = met // config.num_experts_per_tok * module.num_experts
+    return Operation(
+        name,
+        "linear",
+        site.layer,
+        Amount(met),
+        (site.operand,),
+        Amount(shape.accumulators),
+        inputs=Amount(shape.inputs),
+        weights=met,
+        stored=stored,
+    )
 
 
 def _norms(
@@ -198,10 +214,13 @@ def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[
     if shape.rotated:
         rotated = Amount((shape.heads + shape.groups) * shape.rotated)
         yield Operation(f"{path}:rope", "rope", layer, rotated)
-    work = Amount(per_pair=shape.heads * shape.width)
-    yield Operation(f"{path}:qk", "qk", layer, work, (q, k), scores, window, prefix)
+    work, cached = Amount(per_pair=shape.heads * shape.width), shape.groups * shape.width
+    product = partial(
+        Operation, layer=layer, work=work, window=window, prefix=prefix, cached=cached
+    )
+    yield product(f"{path}:qk", "qk", operands=(q, k), outputs=scores, inputs=outputs)
     yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
-    yield Operation(f"{path}:pv", "pv", layer, work, (probs, v), outputs, window, prefix)
+    yield product(f"{path}:pv", "pv", operands=(probs, v), outputs=outputs, inputs=scores)
 
 
 def _elementwise(
@@ -251,7 +270,13 @@ def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0
     )
 
 
-@functools.cache
+def keys_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
+    """Different keys that the last `queries` positions of a context meet."""
+    keys = prefix + context
+    return keys if attention == "full" else min(keys, (window or keys) + queries - 1)
+
+
+@cache
 def pairs_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Pairs of the last `queries` positions of a context and the keys they meet."""
     if attention == "full":

@@ -40,6 +40,20 @@ def nested_ranges(
     return best
 
 
+def even_levels(value: Tensor, spread: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    """The largest of 2^bits even levels from zero on with least expected squared error, [sites].
+
+    value, spread, weight [sites, K]: atoms, ascending; bits [sites]. Exact over the candidates of
+    `nested_ranges`, 1/384 of an octave apart around the optimum.
+    """
+    best = torch.empty_like(value[:, 0])
+    for count in bits.unique().tolist():
+        for index in torch.nonzero(bits == count)[:, 0].split(SITES_AT_ONCE):
+            part = (value[index], spread[index], weight[index])
+            best[index] = nested_ranges(*part, [count])[:, 0] * (1 - 2.0**-count)
+    return best
+
+
 def adjacent_ranges(value: Tensor, weight: Tensor, timesteps: Sequence[int]) -> Tensor:
     """The n scales of least step^2 / 12 for neurons that each code from the last range's end on,
     [sites, n] ascending: a start for the coordinate search, which counts the error itself."""

@@ -11,38 +11,44 @@ from torch import Tensor
 from stages.fitted import Conversion
 from stages.model.sites import Site
 
-DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")
-FIELDS = ("values", "spikes", "macs", "acs", "error", "power")
+DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")  # columns of what the code costs
+FIELDS = ("values", "spikes", "macs", "acs", "error", "power", "nonzero")
+NO_ROWS = ("attn.q", "attn.k", "attn.v", "attn.probs")  # of products without weights
 
 
 class Counters:
     """Sums over real tokens: values coded, spikes, multiplications (macs) and spike-driven
-    additions (acs) they enter, squared error and power of the code."""
+    additions (acs) they enter, squared error and power of the code, and values that are not zero
+    (nonzero) where there are no spikes and no product of attention."""
 
     def __init__(self, sites: Sequence[Site], device: torch.device | str) -> None:
         self.sites = tuple(sites)
         self.sums = torch.zeros(len(sites), len(FIELDS), dtype=torch.float64, device=device)
 
     def frame(self, coded: set[str]) -> pd.DataFrame:
-        """Return one row a site; spikes and acs of sites that are not coded are missing, not zero."""
+        """Return one row a site; spikes and acs of sites that are not coded are missing, not zero, and so
+        is nonzero where it is not counted."""
         frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
         frame.insert(0, "site", [site.name for site in self.sites])
         frame.insert(1, "role", [site.role for site in self.sites])
         frame.insert(2, "layer", [site.layer for site in self.sites])
         silent = ~frame["site"].isin(coded)
         frame.loc[silent, ["spikes", "acs", "error"]] = float("nan")
+        frame.loc[~silent | frame["role"].isin(NO_ROWS), "nonzero"] = float("nan")
         return frame
 
     def of(self, conversion: Conversion | None) -> pd.DataFrame:
         """Return the frame of a model with these neurons and what decoding them costs, see `Decoding`:
         columns decode_macs, decode_acs, comparisons, steps.
 
-        A bound quantises but does not spike; it and the dense model have no coded sites.
+        A bound quantises but does not spike; it and the dense model have no coded sites. Integers have
+        no spikes either, but something to decode.
         """
-        if conversion is None or not conversion.coding.neuron:
+        if conversion is None or not (conversion.coding.neuron or conversion.coding.operand_bits):
             return self.frame(set()).assign(**dict.fromkeys(DECODING, float("nan")))
         costs = decoding(conversion)
-        frame = self.frame(set(conversion.neurons.sites))
+        spiking = conversion.neurons.sites if conversion.coding.neuron else ()
+        frame = self.frame(set(spiking))
         return frame.join(costs, on="site")
 
 
@@ -96,3 +102,8 @@ class SiteCounter:
         """Add sums of squared error and of squared values."""
         self._row[4] += error
         self._row[5] += power
+
+    def add_nonzero(self, x: Tensor, real: Tensor | None) -> None:
+        """Count the values of x [..., C] that are not zero, of the rows that are `real` [...]."""
+        number = x.count_nonzero(-1)
+        self._row[6] += (number if real is None else number * real).sum()

@@ -207,8 +207,9 @@ def check_ternary(coding: Coding) -> None:
     """Raise InputError for a coding whose steps are no spikes in {-1, 0, 1}."""
     if not coding.neuron or coding.tokenwise:
         raise InputError(
-            f"coding={coding.name} has no steps in {{-1, 0, 1}}: a bound has no spikes, and gif emits "
-            "whole numbers on a range of each token; use runtime.execution=fast, or another coding"
+            f"coding={coding.name} has no steps in {{-1, 0, 1}}: bounds and integers have no spikes, and "
+            "gif emits whole numbers on a range of each token; use runtime.execution=fast, or choose "
+            "another coding"
         )
 
 

@@ -23,6 +23,8 @@ class DensePort:
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         if self.counter is not None:
             self.counter.add(x.shape, None, real, fanout)
+            if isinstance(fanout, int):
+                self.counter.add_nonzero(x, real)
         return x
 
     def constant(self, x: Tensor) -> Tensor | None:
@@ -52,6 +54,8 @@ class SpikingPort:
         value, spikes = self._rows(x, self._on(x.device))
         if self.counter is not None:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
+            if not self._neuron and isinstance(fanout, int):
+                self.counter.add_nonzero(value, real)
         return value
 
     def constant(self, x: Tensor) -> Tensor | None:

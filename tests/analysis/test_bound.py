@@ -20,6 +20,7 @@ from stages.codings.base import Coding, error_and_spikes
 from stages.codings.compander import Compander
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
+from stages.codings.integer import Integer
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
@@ -223,6 +224,7 @@ def densities() -> Densities:
 
 
 CODINGS = shipped() | {"lloyd_max": LloydMax(), "compander": Compander()}
+CODINGS |= {f"integer{b}": Integer(bits=b, per="tensor") for b in (3, 8)}
 CODINGS |= {"gated2_offset": Gated(offset=True), "steps": Gated(grain_steps=(2, -2))}
 CODINGS |= {"las2": Las("las", 2), "radix4": Gated(radix=4), "radix64": Gated(radix=64)}
 SIZES = {name: torch.ones(len(KNOWN) + 2).double() for name in ("macs", "accumulators")}

@@ -10,6 +10,7 @@ from torch import Tensor
 from stages import compiler
 from stages.codings.base import Coding, site_params
 from stages.codings.gated import Gated
+from stages.codings.integer import Integer
 from stages.codings.multigrain import Multigrain
 from stages.codings.oat import Oat
 from stages.codings.one_spike import OneSpike
@@ -151,6 +152,20 @@ def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, 
         wanted, counts = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (wanted, counts))
     assert torch.equal(value, wanted)
     assert torch.equal(spikes.view(split.shape[:-1]), counts.sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
+    coding = Integer(bits=6, per="tensor")
+    p = site_params(fitted(coding), 1)
+    middle = (coding.table(p).unique() + p["scale"] / 62).repeat_interleave(2)
+    edges = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
+    x = torch.cat([edges, -edges, heavy_tailed(1, 2 * EAGER_BELOW)[0]])
+    x = x[: len(x) // CHANNELS * CHANNELS].view(1, -1, CHANNELS).to(dtype)
+    before = graphs()
+    value, spikes = row_kernel(coding, False)(x, p)
+    assert graphs() > before and compiled() and spikes.numel() == 0
+    assert torch.equal(bits(value), bits(coding.quantise(x, p)[0].to(dtype)))
 
 
 def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:

@@ -13,6 +13,7 @@ from stages.codings.base import site_params
 from stages.codings.free_steps import FreeSteps
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
+from stages.codings.integer import Integer
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.codings.multigrain import Multigrain
@@ -180,7 +181,13 @@ def test_leaving_it_restores_the_model(
 
 
 @pytest.mark.parametrize(
-    "coding", [LloydMax("lloyd_max", 3), Gif("gif", 3, 16, 0.0, "unary", None)], ids=ids_of
+    "coding",
+    [
+        LloydMax("lloyd_max", 3),
+        Gif("gif", 3, 16, 0.0, "unary", None),
+        Integer(bits=3, per="tensor"),
+    ],
+    ids=ids_of,
 )
 def test_codes_that_are_no_ternary_steps_are_refused(
     model: PreTrainedModel, convert: Converts, coding: Any

@@ -1,16 +1,15 @@
 """The energy's operation counts against the operations of a stepped run, op by op."""
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.run import hardware
 from stages.analysis.operations import operations
 from stages.analysis.real_valued import real_valued
 from stages.codings.gated import Gated
@@ -20,7 +19,7 @@ from stages.codings.oat import Oat
 from stages.codings.rate import Rate
 from stages.codings.signed_digit import SignedDigit
 from stages.codings.timed import Timed
-from stages.energy import Energy, HardwareProfile, account
+from stages.energy import account
 from stages.fitted import Conversion
 from stages.model.sites import find_sites
 from stages.ports import attention
@@ -72,8 +71,8 @@ def test_spikes_and_scalings_are_those_of_the_causal_energy(
     with watched(model) as seen, torch.no_grad(), patched(model, conversion, counters, "stepped"):
         model(tokens(1, LENGTH), use_cache=False)
     frame = counters.of(conversion)
-    energy = instantiate(OmegaConf.load(Path(__file__).parents[2] / "conf/energy/45nm.yaml"))
-    causal = Energy(None, HardwareProfile("none", 1, 1), {"causal": energy.conventions["causal"]})
+    shipped = hardware.energy(["45nm"])
+    causal = replace(shipped, conventions={"causal": shipped.conventions["causal"]})
     rows = account(operations(model, sites), causal, LENGTH, frame, coding)
     rows = rows[rows["phase"] == "prefill"]
     checked = 0

@@ -14,13 +14,13 @@ from importlib.metadata import EntryPoint
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from pipeline.commands import generate, launch, plan, upkeep
+from pipeline.commands import generate, launch, plan, simulate, upkeep
 from pipeline.commands.cli import main
 from pipeline.commands.run import FLAGS
 from tests.pipeline.conftest import REPOSITORY
 
 VERBS = ["run", "plan", "table", "report", "store", "sync", "relocate"]
-VERBS += ["import-paper", "generate", "energy", "sites"]
+VERBS += ["import-paper", "generate", "simulate", "energy", "sites"]
 STORE = ["ls", "show", "verify", "gc"]
 HEAVY = {"torch", "transformers", "hydra", "omegaconf", "mlflow", "pandas", "numpy"}
 
@@ -71,9 +71,10 @@ def test_every_verb_explains_its_options(verb, capsys):
 def test_the_help_of_a_verb_has_all_that_it_takes(capsys):
     assert main(["store", "--help"]) == 0
     assert list(verbs(capsys.readouterr().out)) == STORE
-    main(["generate", "--help"])
-    out = capsys.readouterr().out
-    assert all(f"{name}=" in out for name in generate.Request.__dataclass_fields__)
+    for verb, request in (("generate", generate.Request), ("simulate", simulate.Request)):
+        main([verb, "--help"])
+        out = capsys.readouterr().out
+        assert all(f"{name}=" in out for name in request.__dataclass_fields__)
     main(["run", "--help"])
     out = capsys.readouterr().out
     assert all(name in out for flag in FLAGS for name in flag.opts)

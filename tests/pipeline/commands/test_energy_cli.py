@@ -12,12 +12,15 @@ from transformers import AutoConfig
 from pipeline.commands.energy import main
 
 ROOT = Path(__file__).parents[3]
-CONFIG = "defaults: [_self_, {model: smollm2-135m}, {transform: none}, {energy: 45nm}]\n"
+CONFIG = (
+    "defaults: [_self_, {model: smollm2-135m}, {transform: none}, {energy: default}, "
+    "{profile: [45nm, lemaire2022]}]\n"
+)
 
 
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
-    for group in ("model", "transform", "energy"):
+    for group in ("model", "transform", "energy", "profile"):
         shutil.copytree(ROOT / "conf" / group, tmp_path / group)
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
@@ -85,7 +88,7 @@ def test_families_without_gates_and_choices_of_rows(kind, group, tmp_path, capsy
 def test_another_hardware_profile_changes_only_the_energy(conf, capsys):
     main(["energy.tokens=64"], conf)
     before = totals(capsys.readouterr().out)
-    main(["energy.tokens=64", "energy.profile.mac_pj=46"], conf)
+    main(["energy.tokens=64", "energy.profile.nm45.mac=46"], conf)
     after = totals(capsys.readouterr().out)
     assert after["macs_G"] == before["macs_G"]
     assert after["energy_J"] == pytest.approx(10 * before["energy_J"], abs=0.06)

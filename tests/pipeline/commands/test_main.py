@@ -169,7 +169,7 @@ def test_a_field_of_the_coding_changes_only_what_comes_after_fitting(command, fo
 
 
 def test_a_hardware_profile_changes_only_the_energy(command, folder, single):
-    (result,) = command(folder, *SINGLE, "energy.profile.mac_pj=9.2").results
+    (result,) = command(folder, *SINGLE, "energy.profile.nm45.mac=9.2").results
     assert [stage for stage, hit in result["hits"].items() if not hit] == ["energy"]
     assert result["energy_J"] > single.results[0]["energy_J"]
 

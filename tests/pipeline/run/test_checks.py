@@ -69,6 +69,8 @@ AT_ONCE = {
     "other columns": (["tasks.piqa.task=winogrande"], "first row has goal, sol1, sol2, label;"),
     "metric": (["tasks.winogrande.metric=acc_norm", *WINOGRANDE], "winogrande is scored by acc$"),
     "stepped": (["coding=lloyd_max", "runtime.execution=stepped"], "no steps in"),
+    "integers": (["coding=integer", "runtime.execution=stepped"], "integers have no spikes"),
+    "bits": (["coding=integer", "timesteps=8", "evaluation.anytime=true"], "no steps in"),
     "anytime": (["coding=compander", "evaluation.anytime=true"], "no steps in"),
     "family": (["model.path={texts}/gpt2"], "no role rules for model_type='gpt2'"),
     "no such site": (

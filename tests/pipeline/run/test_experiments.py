@@ -24,8 +24,8 @@ from pipeline.run.overrides import spelled
 from tests.pipeline.conftest import CONF, GROUPS, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-MAIN = "dense,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,gated2,gated3,\
-gated_budget,signed_digit2"
+MAIN = "dense,integer,gif,ttfs,one_spike,two_spike,las,oat_rounded,phase,paper2,paper3,gated2,\
+gated3,gated_budget,signed_digit2"
 # What the smoke run takes of an axis where that is not its first two values.
 CUT = {
     "codings": {"rows": "dense,ttfs,oat_rounded,gated2,gated2_offset"},
@@ -42,7 +42,7 @@ CUT = {
     "paper": {"timesteps": "6", "rows": "dense,las,paper2,paper3"},
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
-    "energy_table": {"timesteps": "6", "rows": "dense,two_spike,paper2,gated2"},
+    "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }

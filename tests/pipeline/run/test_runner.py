@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.run import models, runner, stages, texts
+from pipeline.run import evaluations, models, runner, stages, texts
 from pipeline.run.settings import Settings
 from stages.errors import InputError
 from stages.transforms.rotation import online_rotation
@@ -71,8 +71,8 @@ def test_a_run_whose_results_are_stored_computes_nothing(settings, built, monkey
         (type(chosen.distribution), "run"),
         (type(chosen.fitting), "run"),
         (type(chosen.patching), "run"),
-        (stages.evaluation, "perplexity"),
-        (stages, "account"),
+        (evaluations.evaluation, "perplexity"),
+        (evaluations, "of_model"),
     ):
         monkeypatch.setattr(module, name, forbidden)
     models._loaded.cache_clear()
@@ -105,7 +105,7 @@ def test_what_a_coding_does_not_use_is_not_in_its_key(settings, built):
         ("patching.windows=1", {"capture", "distribution", "fitting", "evaluation", "energy"}),
         ("evaluation.windows=2", {"capture", "distribution", "fitting", "patching"}),
         (
-            "energy.profile.ac_pj=0.5",
+            "energy.profile.nm45.ac=0.5",
             {"capture", "distribution", "fitting", "patching", "evaluation"},
         ),
     ],
@@ -121,7 +121,9 @@ def test_a_field_changes_its_stage_and_what_is_made_of_it(change, kept, settings
 def test_another_release_of_lm_eval_asks_other_questions(settings, built, monkeypatch):
     made = settings(built, "evaluation.tasks=[piqa]")
     before = runner.stored(made)[0].chain
-    monkeypatch.setattr("pipeline.run.stages.version", lambda package: f"{package} of tomorrow")
+    monkeypatch.setattr(
+        "pipeline.run.evaluations.version", lambda package: f"{package} of tomorrow"
+    )
     after = runner.stored(made)[0].chain
     changed = {
         label for label in before.steps if before.steps[label].key() != after.steps[label].key()
@@ -156,7 +158,7 @@ def test_every_window_begins_with_the_token_of_the_model(settings, built, monkey
     for place, name in (
         (type(chosen.capture), "run"),
         (type(chosen.patching), "run"),
-        (stages.evaluation, "perplexity"),
+        (evaluations.evaluation, "perplexity"),
     ):
         monkeypatch.setattr(place, name, noted(getattr(place, name), f"{place.__name__}"))
     measuring = stages.measuring
@@ -242,7 +244,7 @@ def test_the_numbers_of_a_row_are_those_of_its_artifacts(settings, built):
 
 def test_a_failed_stage_keeps_what_was_built_before_it(settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(stages.evaluation, "perplexity", forbidden)
+        patch.setattr(evaluations.evaluation, "perplexity", forbidden)
         runner.execute(settings(tmp_path))
     result, *_ = runner.execute(settings(tmp_path))
     assert {stage for stage, hit in result["hits"].items() if hit} == set(FOUR)

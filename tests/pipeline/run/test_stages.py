@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.run import stages
+from pipeline.run import evaluations, stages
 from pipeline.run.chain import chain
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running, Stage
@@ -67,7 +67,8 @@ def test_what_a_stage_could_see_beside_its_arguments_is_refused():
 
 def test_no_shipped_stage_reads_settings_or_anything_that_changes():
     """The names in a `make` are its arguments, its locals, and functions and classes of modules."""
-    kinds = [each for each in vars(stages).values() if inspect.isclass(each)]
+    named = {**vars(stages), **vars(evaluations)}
+    kinds = [each for each in named.values() if inspect.isclass(each)]
     declared = [each for each in kinds if issubclass(each, Stage) and "make" in vars(each)]
     assert len(declared) >= 9
     for kind in declared:
