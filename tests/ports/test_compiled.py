@@ -154,6 +154,7 @@ def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, 
     assert torch.equal(spikes.view(split.shape[:-1]), counts.sum(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
     coding = Integer(bits=6, per="tensor")

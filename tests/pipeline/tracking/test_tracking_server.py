@@ -98,6 +98,7 @@ def synced(runs: Path, *arguments: str) -> int:
         return main(["sync", "--runs", str(runs), *arguments])
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_mid_sweep_costs_nothing(
     command, server, folder, sweep, monkeypatch, capsys, tmp_path
 ):
