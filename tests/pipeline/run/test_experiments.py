@@ -45,7 +45,7 @@ CUT = {
     "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
-    "energy_models": {"energy.tokens": "128,256", "rows": "dense,integer4,gated2,spikes_d"},
+    "energy_models": {"energy.tokens": "256", "rows": "dense,integer4,gated2,spikes_d"},
 }
 Command = Callable[..., Finished]
 COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
