@@ -48,6 +48,10 @@ CUT = {
     "energy_models": {"energy.tokens": "8,16", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
+<<<<<<< HEAD
+=======
+    "energy_models": {"energy.tokens": "256", "rows": "dense,integer4,gated2,spikes_d"},
+>>>>>>> w/suite
 }
 Command = Callable[..., Finished]
 COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
