@@ -169,6 +169,25 @@ def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
     assert torch.equal(spikes[~unclear.any(-1)], count[~unclear.any(-1)])
 
 
+def test_compiled_probabilities_have_the_range_of_their_query() -> None:
+    """But for those next to a breakpoint, as the softmax differs in its last bits."""
+    coding = Integer(bits=5)
+    p = site_params(fitted(coding), 1)
+    generator = torch.Generator().manual_seed(0)
+    scores = 6 * torch.randn(1, 2, 128, 128, generator=generator)
+    mask = torch.ones(128, 128).tril().bool()[None, None]
+    before = graphs()
+    value, _ = softmax_kernel(coding, False)(scores, 0.25, mask, p)
+    assert graphs() > before and compiled()
+    probability = masked_softmax(scores, 0.25, mask)
+    largest = probability.amax(-1, keepdim=True)
+    exact = (probability / largest * 15).round() * largest / 15
+    unclear = ~torch.isclose(value, exact, rtol=1e-5, atol=0)
+    assert unclear.float().mean() < 1e-3
+    assert bool(((value - exact).abs() < 1.01 * largest / 15).all())
+    assert torch.equal(value[..., ~mask[0, 0]], torch.zeros_like(value[..., ~mask[0, 0]]))
+
+
 def test_the_switch_turns_compilation_off() -> None:
     p = site_params(fitted(GATED), 1)
     use_compiler(False)
