@@ -44,6 +44,9 @@ class Coding(ABC):
     # Whether a value's code depends on its whole token: `quantise` sees x [..., C] as the model has it,
     # [B, S, C] or [B, H, S, D], and there is no error and no spike count of a single value.
     tokenwise: bool = False
+    rowwise: bool = (
+        False  # whether of the token only the last dimension matters, and no channel's place
+    )
     dense_roles: tuple[str, ...] = ()  # roles whose sites stay dense, as the authors leave them
     # Bits of the integers that products multiply; None: floats, or sums of what spikes select.
     operand_bits: int | None = None

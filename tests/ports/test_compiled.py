@@ -131,8 +131,9 @@ def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
-    coding = Integer(bits=6, per="tensor")
+@pytest.mark.parametrize("per", ["tensor", "token"])
+def test_compiled_integers_have_the_eager_bits(per: str, dtype: torch.dtype) -> None:
+    coding = Integer(bits=6, per=per)
     p = site_params(fitted(coding), 1)
     middle = (coding.table(p).unique() + p["scale"] / 62).repeat_interleave(2)
     edges = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
@@ -142,6 +143,10 @@ def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
     value, spikes = row_kernel(coding, False)(x, p)
     assert graphs() > before and compiled() and spikes.numel() == 0
     assert torch.equal(bits(value), bits(coding.quantise(x, p)[0].to(dtype)))
+    heads = x.unflatten(-1, (6, -1)).transpose(1, 2)  # as queries come: a head's vector is a token
+    assert torch.equal(
+        row_kernel(coding, False)(heads, p)[0], coding.quantise(heads, p)[0].to(dtype)
+    )
 
 
 def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
