@@ -52,6 +52,7 @@ class Integer(Coding):
 
     neuron = False
     convention = "none"
+    rowwise = True
 
     def __post_init__(self) -> None:
         for option in ("bits", "weight_bits"):

@@ -53,7 +53,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
             value = value + mean
         return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
 
-    if coding.tokenwise:  # its layout is part of the code, and it is no elementwise expression
+    if coding.tokenwise and not coding.rowwise:  # its layout is part of the code
         return lambda x, p: kernel(x, None, None, p)
     fast = fused(kernel)
 

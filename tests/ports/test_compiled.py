@@ -156,8 +156,9 @@ def test_a_compiled_row_kernel_with_scales_gives_the_eager_bits(coding: Coding, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
-    coding = Integer(bits=6, per="tensor")
+@pytest.mark.parametrize("per", ["tensor", "token"])
+def test_compiled_integers_have_the_eager_bits(per: str, dtype: torch.dtype) -> None:
+    coding = Integer(bits=6, per=per)
     p = site_params(fitted(coding), 1)
     middle = (coding.table(p).unique() + p["scale"] / 62).repeat_interleave(2)
     edges = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
@@ -167,6 +168,10 @@ def test_compiled_integers_have_the_eager_bits(dtype: torch.dtype) -> None:
     value, spikes = row_kernel(coding, False)(x, p)
     assert graphs() > before and compiled() and spikes.numel() == 0
     assert torch.equal(bits(value), bits(coding.quantise(x, p)[0].to(dtype)))
+    heads = x.unflatten(-1, (6, -1)).transpose(1, 2)  # as queries come: a head's vector is a token
+    assert torch.equal(
+        row_kernel(coding, False)(heads, p)[0], coding.quantise(heads, p)[0].to(dtype)
+    )
 
 
 def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
@@ -192,6 +197,25 @@ def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
     assert value.count_nonzero() > 1000
     count = GATED.quantise(probability.float(), p)[1].sum(-1)
     assert torch.equal(spikes[~unclear.any(-1)], count[~unclear.any(-1)])
+
+
+def test_compiled_probabilities_have_the_range_of_their_query() -> None:
+    """But for those next to a breakpoint, as the softmax differs in its last bits."""
+    coding = Integer(bits=5)
+    p = site_params(fitted(coding), 1)
+    generator = torch.Generator().manual_seed(0)
+    scores = 6 * torch.randn(1, 2, 128, 128, generator=generator)
+    mask = torch.ones(128, 128).tril().bool()[None, None]
+    before = graphs()
+    value, _ = softmax_kernel(coding, False)(scores, 0.25, mask, p)
+    assert graphs() > before and compiled()
+    probability = masked_softmax(scores, 0.25, mask)
+    largest = probability.amax(-1, keepdim=True)
+    exact = (probability / largest * 15).round() * largest / 15
+    unclear = ~torch.isclose(value, exact, rtol=1e-5, atol=0)
+    assert unclear.float().mean() < 1e-3
+    assert bool(((value - exact).abs() < 1.01 * largest / 15).all())
+    assert torch.equal(value[..., ~mask[0, 0]], torch.zeros_like(value[..., ~mask[0, 0]]))
 
 
 def test_the_switch_turns_compilation_off() -> None:

@@ -45,13 +45,9 @@ CUT = {
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
     "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
-    "energy_models": {"energy.tokens": "8,16", "rows": "dense,integer8,gated2"},
+    "energy_models": {"energy.tokens": "16,32", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
-<<<<<<< HEAD
-=======
-    "energy_models": {"energy.tokens": "256", "rows": "dense,integer4,gated2,spikes_d"},
->>>>>>> w/suite
 }
 Command = Callable[..., Finished]
 COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
