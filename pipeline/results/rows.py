@@ -21,7 +21,7 @@ TEXT = (*NAMES, "trained", "convention", "environment")
 OPTIONAL = ("row", "setting", "transform", "steps", "bits", "trained", "bound_db", *TEXT[-2:])
 # Overrides of a job that are seen in other columns, or that no row needs.
 TOLD = {"row", "transform", "timesteps", "coding", "coding.timesteps", "coding.grains"}
-TOLD |= {"model", "model.name", "model.path", "model.hub"}
+TOLD |= {"coding.bits", "model", "model.name", "model.path", "model.hub"}
 # Where a result keeps the totals of a convention and phase; the empty name is its top level.
 ENERGIES = {
     ("paper", "prefill"): "paper",
