@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from pipeline.run import axes, shipped
 from pipeline.run.additions import CHOSEN_BY as NAMED
 from pipeline.run.additions import opened
+from pipeline.run.errors import choose
 from pipeline.run.grammar import parsed
 from pipeline.run.shipped import CONF
 from stages.errors import InputError
@@ -98,7 +99,7 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
         )
     for key, override in given.items():
         plain = not (override.is_delete() or override.is_sweep_override())
-        if plain and (conf / key).is_dir():
+        if (plain or key in SEVERAL) and (conf / key).is_dir():
             _check_choice(key, override, conf)
         if key in ("row", "rows", "experiment") and override.is_delete():
             raise InputError(f"{override.input_line}: leave it out instead")
@@ -119,12 +120,17 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
 
 def _check_choice(group: str, override: Override, conf: Path) -> None:
     """Raises InputError unless a group is given a name or, where it has several at once, names."""
-    value, known = override.value(), ", ".join(shipped.names(group, conf))
+    value = None if override.is_sweep_override() or override.is_delete() else override.value()
+    known = ", ".join(shipped.names(group, conf))
     if group not in SEVERAL:
         if not isinstance(value, str):
             raise InputError(f"{override.input_line}: give one name, out of {known}")
     elif not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
         raise InputError(f"{override.input_line}: give a list, {group}=[NAME,NAME], out of {known}")
+    else:
+        names = shipped.names(group, conf)
+        for each in (each for each in value if each not in names):
+            raise InputError(f"{override.input_line}: no such {group}; {choose(each, names)}")
 
 
 def _check_groups(given: Mapping[str, Override], experiment: str, conf: Path) -> None:

@@ -143,6 +143,11 @@ class Settings:
                 raise InputError(
                     f"evaluation: {name} is what the tables of a paper call a mean; give another name"
                 )
+        if self.energy.models and self.transform.search is not None:
+            raise InputError(
+                f"energy.models with transform={self.transform.name}: the prefix of another model is not "
+                "known; give energy.models=[], or another transform"
+            )
         if self.export.enabled and not self.coding.converts:
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
 

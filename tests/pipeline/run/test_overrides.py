@@ -109,6 +109,13 @@ def test_rows_are_chosen_by_name_in_the_order_that_is_given():
         (["experiment=calibration_ablation", "calibration=paper"], "sets calibration.length, cal"),
         (["experiment=quickstart", "row=x"], "rows=x: no such row; the experiment has dense, las"),
         (["coding=null"], "coding=null: give one name, out of compander, dense"),
+        (["profile=45nm"], "profile=45nm: give a list, profile=[NAME,NAME], out of 45nm, "),
+        (["profile=45nm,loihi"], "profile=45nm,loihi: give a list, profile=[NAME,NAME], out of"),
+        (["profile=[]"], "profile=[]: give a list, profile=[NAME,NAME], out of 45nm, "),
+        (
+            ["profile=[45nm,lemaire]"],
+            "profile=[45nm,lemaire]: no such profile; did you mean lemaire2022?",
+        ),
         (["experiment=codings,frontier"], "give one experiment a command"),
         (
             ["model.path=/a", "b"],
