@@ -86,7 +86,8 @@ def metrics(
     Operations and updates are those of one sample. Which of the inputs of a layer had a spike is not
     counted: where some of its weights are zero, effective counts are the most there can be, too high by
     `overcount` at most, which is 0 without `zero_weights` and where no input was zero. A code without
-    planes in {-1, 0, 1}, a bound or one of increments, has None for what follows from spikes.
+    planes in {-1, 0, 1}, a bound or one of increments, has None for what follows from spikes. Integers are
+    multiplied: their calls are those of the dense model.
     """
     sites = find_sites(model)
     matrices = _matrices(model, sites)
@@ -99,9 +100,10 @@ def metrics(
         "ConnectionSparsity": zeros / sum(matrix.weights for matrix in every),
         "zero_weights": zeros,
     }
-    if conversion is not None and not has_planes(conversion):
+    spiking = conversion is not None and conversion.coding.operand_bits is None
+    if spiking and not has_planes(conversion):
         return static | dict.fromkeys(WORKLOAD)
-    calls = {} if conversion is None else planes_of(conversion)
+    calls = planes_of(conversion) if spiking else {}
     table = counters.set_index("site")
     coded = table[table.index.isin(calls)]
     linear = _linear(table, matrices, calls)

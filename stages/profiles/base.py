@@ -133,6 +133,11 @@ class Profile(ABC):
         spent = pd.concat(frames)
         return spent.assign(J=spent["count"] * spent["pJ"] * 1e-12)
 
+    def joules(self, work: pd.DataFrame) -> float:
+        """The sum of what is spent on the work, NaN where some of it is undefined."""
+        parts = ((happens * price).sum(skipna=False) for _, _, happens, price in self.items(work))
+        return float(sum(parts)) * UNITS[self.unit] * 1e-12
+
 
 def products(work: pd.DataFrame) -> pd.DataFrame:
     """The rows of linear layers and of attention's products."""

@@ -24,16 +24,12 @@ def against(
     energy_J_<name>, saving_<name> and breakeven_<name> of all; None or NaN where undefined."""
     columns: dict[str, float | None] = {}
     for name, profile in profiles.items():
-        ours, theirs = (_joules(profile, each) for each in (part, dense))
+        ours, theirs = (profile.joules(each) for each in (part, dense))
         saved = 1 - ours / theirs if theirs else math.nan
         columns.setdefault("saving", saved)
         columns |= {f"energy_J_{name}": ours, f"saving_{name}": saved}
         columns[f"breakeven_{name}"] = break_even(part, theirs, profile)
     return columns
-
-
-def _joules(profile: Profile, part: pd.DataFrame) -> float:
-    return float(profile.spent(part)["J"].sum(skipna=False))
 
 
 def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | None:
@@ -48,7 +44,7 @@ def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | No
     def excess(factor: float) -> float:
         fired = part["entered"] > 0
         scaled = {name: part[name] * np.where(fired, factor, 1.0) for name in ("acs", "spikes")}
-        return _joules(profile, part.assign(**scaled)) / dense - 1
+        return profile.joules(part.assign(**scaled)) / dense - 1
 
     silent, now = excess(0.0), excess(1.0)
     if not now > silent:

@@ -15,6 +15,7 @@ import stages
 from stages.analysis.neurobench import metrics, planes_of
 from stages.codings.gated import Gated
 from stages.codings.gif import Gif
+from stages.codings.integer import Integer
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
 from stages.evaluation import perplexity
@@ -241,3 +242,21 @@ def test_layers_on_disk_have_the_weights_of_those_in_memory(
     counters = perplexity(whole, tokens(SAMPLES, 7), None, 2, "tiny").counters
     ours, theirs = (metrics(each, counters, SAMPLES, None) for each in (lazy, whole))
     assert ours == theirs and ours["zero_weights"] > 0
+
+
+def test_integers_are_multiplied_where_they_are_not_zero(
+    model: PreTrainedModel, convert: Converts, tokens: Draws
+) -> None:
+    conversion = convert(model, Integer(bits=3))
+    frame = perplexity(model, tokens(SAMPLES, 7), conversion, 2, "tiny").counters
+    ours = metrics(model, frame, SAMPLES, conversion)
+    plain = perplexity(model, tokens(SAMPLES, 7), None, 2, "tiny").counters
+    dense = metrics(model, plain, SAMPLES, None)
+    assert ours["zero_weights"] == 0 and ours["planes"] == {"least": 1, "most": 1}
+    linear = frame[~frame["role"].isin(("attn.q", "attn.k", "attn.v", "attn.probs"))]
+    entered = (linear["nonzero"] * linear["macs"] / linear["values"]).fillna(0).sum() / SAMPLES
+    amounts = ours["SynapticOperations"]
+    assert amounts["Effective_MACs"] == pytest.approx(entered, rel=1e-12)
+    assert amounts["Effective_MACs"] < dense["SynapticOperations"]["Effective_MACs"]
+    assert amounts["Effective_ACs"] == 0
+    assert amounts["Dense"] == dense["SynapticOperations"]["Dense"]
