@@ -97,10 +97,11 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
                     linestyle="",
                 )
         even = own[own["phase"] == "prefill"]["breakeven"].dropna()
-        for rate in sorted({even.min(), even.max()} if len(even) else ()):
+        ends = sorted({even.min(), even.max()} if len(even) else ())
+        for rate in ends:
             axes.axvline(rate, **EVEN)
-            at = (rate, 0.02)
-            axes.annotate(f" {rate:.2f}", at, xycoords=("data", "axes fraction"), fontsize=6)
+        if ends:
+            axes.set_title(f"{name}: {'–'.join(dict.fromkeys(f'{e:.2f}' for e in ends))}")
         integers = known[known["spikes"].isna() & ~known["dense"] & (known["profile"] == name)]
         for run in integers[integers["phase"] == "prefill"].itertuples():
             axes.axhline(run.saving, **INTEGERS)
@@ -110,11 +111,11 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
     handles += [entry("others", color=OTHER["color"], marker=".", linestyle="")] * (
         len(series) > len(LOOKS)
     )
-    handles += [entry("break-even of prefills: least, most", **EVEN)]
+    handles += [entry("break-even of prefills", **EVEN)]
     if (known["spikes"].isna() & ~known["dense"]).any():
         handles += [entry("integers, prefill", **INTEGERS)]
     legend_above(figure, handles)
-    note = "full: prefill, hollow: one decoded token" + (
+    note = "full: prefill, hollow: one decoded token; titles: least and most break-even" + (
         f"; carets: {beyond} points below {LEAST:.0%}" if beyond else ""
     )
     figure.supxlabel(noted("spikes a value", note))
@@ -160,7 +161,7 @@ def joules_by_part(frame: pd.DataFrame) -> Figure | None:
         return None
     phases = list(dict.fromkeys(known["phase"]))
     figure = Figure(figsize=(WIDTH, 0.9 + len(names) * (0.35 + 0.16 * len(series))))
-    grid: Any = figure.subplots(len(names), len(phases), squeeze=False, sharex="row", sharey=True)
+    grid: Any = figure.subplots(len(names), len(phases), squeeze=False, sharex="row", sharey="row")
     for line, name in zip(grid, names, strict=True):
         for axes, phase in zip(line, phases, strict=True):
             own = known[(known["profile"] == name) & (known["phase"] == phase)]

@@ -18,7 +18,8 @@ from stages.profiles.base import Item, Profile, check, multiplied, products
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = {"unit": "choice", "source": "text", "reuse_steps": "yes or no"}
+KINDS = {"unit": "choice", "source": "text"}
+KINDS |= dict.fromkeys(("reuse_steps", "hold_potentials"), "yes or no")
 KINDS |= dict.fromkeys(("weight_bits", "value_bits", "cache_bits", "accumulator_bits"), "count")
 KINDS |= dict.fromkeys(("event_bits", "reuse_tokens", "batch"), "count")
 
@@ -28,8 +29,10 @@ class Streamed(Profile):
     """`dram`, `sram`: the price of a bit. `weight_bits`, `cache_bits`, `value_bits`, `accumulator_bits`:
     of a weight, of a key's or value's number in the cache, of an activation, of an accumulator, for
     integers as many as they have. `event_bits`: of a spike as a message. `reuse_tokens`: tokens that
-    share one reading of a weight or a key. `reuse_steps`: whether all timesteps share it. `batch`:
-    sequences that share a reading of weights."""
+    share one reading of a weight or a key. `reuse_steps`: whether all timesteps share it.
+    `hold_potentials`: whether an accumulator stays in a register through all steps, instead of being read
+    and written in each that selects something for it. `batch`: sequences that share a reading of
+    weights."""
 
     dram: float
     sram: float
@@ -40,6 +43,7 @@ class Streamed(Profile):
     event_bits: int
     reuse_tokens: int
     reuse_steps: bool
+    hold_potentials: bool
     batch: int
 
     def __post_init__(self) -> None:
@@ -63,7 +67,8 @@ class Streamed(Profile):
         yield Item("inputs", "read", product["inputs"] * dense, values * self.sram)
         yield Item("inputs", "spike read", product["spikes"], self.event_bits * self.sram)
         accumulator = self.accumulator_bits * self.sram
-        every = product["outputs"] * (1 - dense) * product["steps"]
+        steps = 1 if self.hold_potentials else product["steps"]
+        every = product["outputs"] * (1 - dense) * steps
         touched = product["acs"].where(product["acs"] < every, every)
         for event in ("read", "write"):
             yield Item("potentials", event, touched, accumulator)

@@ -157,6 +157,8 @@ def test_streamed_potentials_are_touched_once_a_step_or_once_a_spike() -> None:
     assert parts(streamed, few)["potentials"] == pytest.approx(2 * 20 * 32 * 0.3125e-12)
     many = work(macs=0, acs=400, spikes=40, entered=40, steps=6, **touched)
     assert parts(streamed, many)["potentials"] == pytest.approx(2 * 60 * 32 * 0.3125e-12)
+    held = replace(streamed, hold_potentials=True)
+    assert parts(held, many)["potentials"] == pytest.approx(2 * 10 * 32 * 0.3125e-12)
 
 
 def test_the_cache_is_read_whole_and_grows_by_a_token(energy: Energy) -> None:
