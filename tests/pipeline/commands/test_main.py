@@ -18,6 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file, save_file
 
+from pipeline.results.rows import under
+from pipeline.run.shipped import choices
 from tests.pipeline.conftest import Finished, Tiny, half_written, main_in
 
 Command = Callable[..., Finished]
@@ -25,6 +27,7 @@ REPOSITORY = Path(__file__).parents[3]
 MAIN = ("experiment=quickstart",)  # the default, but where a model is chosen
 SINGLE = ("experiment=null", "coding=gated", "coding.timesteps=6", "coding.grains=2")
 NAMES = ["model", "coding", "grains", "timesteps", "steps", "ppl_wikipedia", "nmse", "bound_db"]
+PROFILES = choices("profile")
 NAMES += ["spikes_per_value"]
 NAMES += ["macs_G", "acs_G", "energy_J", "saving", "conversion_s"]
 OPTIONAL = {"transform", "bits", "trained", "convention", "fitting_s"}  # where a row has one
@@ -63,7 +66,7 @@ def test_the_main_job_prints_and_writes_one_table_of_all_codings(quickstart):
         for suffix in ("md", "csv", "tex")
     }
     frame = pd.read_csv(quickstart.table)
-    expected = [*NAMES[:6], "acc_piqa", *NAMES[6:], "replicates"]
+    expected = [*NAMES[:6], "acc_piqa", *NAMES[6:], *under(PROFILES), "replicates"]
     expected += [f"ppl_wikipedia{ending}" for ending in ("_se", "_spread")]
     expected += [f"ratio_wikipedia{ending}" for ending in ("_low", "_high")]
     expected += [f"acc_piqa{ending}" for ending in ("_se", "_spread", "_n")]
@@ -131,7 +134,13 @@ def test_one_conversion_leaves_a_result_with_every_number(single, quickstart):
     for part in ("seconds", "hits", "keys"):
         assert list(result[part]) == stages
     assert all(seconds >= 0 for seconds in result["seconds"].values())
-    assert set(result["paper"]) == {"macs_G", "acs_G", "energy_J", "saving"}
+    assert set(result["paper"]) == {"macs_G", "acs_G", "energy_J", "saving", *under(PROFILES)}
+    parts = pd.read_csv(single.runs / "0/energy_by_part.csv")
+    own = parts[(parts["convention"] == "causal") & (parts["phase"] == "prefill")]
+    sums = own.groupby("profile")["J"].sum(skipna=False)
+    assert set(sums.index) == set(PROFILES) and result["breakeven_lemaire2022"] is not None
+    for profile, joules in sums.items():
+        assert result[f"energy_J_{profile}"] == pytest.approx(joules)
     sites = pd.read_parquet(single.runs / "0/per_site.parquet")
     assert len(sites) == 2 * 10 + 1 and sites[["nmse", "bound_db"]].notna().all(axis=None)
     assert re.search(r"^tiny +gated +6 +6 +2 ", single.out, re.MULTILINE)
