@@ -72,10 +72,6 @@ class Entry:
     artifacts: Mapping[str, str | Path] = field(default_factory=dict)
 
 
-class EntryError(Exception):
-    """An entry that cannot be made, which is no fault of the database."""
-
-
 @dataclass(frozen=True)
 class Database:
     """A connected client and its experiment."""
@@ -114,9 +110,9 @@ class Database:
         others = [run for run in self.find(entry.identity) if run.info.run_id != run_id]
         for other in others:
             self.client.delete_run(other.info.run_id)
-        for tags in (entry.tags, *(other.data.tags for other in others)):
-            if COMPUTATION in tags:
-                self._mark_repeats(tags[COMPUTATION])
+        every = (entry.tags, *(other.data.tags for other in others))
+        for computation in {tags[COMPUTATION] for tags in every if COMPUTATION in tags}:
+            self._mark_repeats(computation)
         self.client.set_tag(run_id, LOGGED, digest)
         return run_id
 
@@ -187,13 +183,12 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
     # MLflow lets errors of sqlalchemy, alembic, requests and the file system through; none of
     # them may cost the caller a result
     except Exception as error:
-        where = "" if isinstance(error, EntryError) else f" to {spec.uri}"
+        line, where = str(error).partition("\n")[0], ""
+        if not isinstance(error, InputError):
+            line, where = f"{type(error).__name__}: {line}", f" to {spec.uri}"
         if unreachable(error):
             _lost.add(spec.uri)
             where += ", nor is what follows in this process"
-        line = str(error).partition("\n")[0]
-        if not isinstance(error, InputError | EntryError):
-            line = f"{type(error).__name__}: {line}"
         log.warning("%s not logged%s: %s; %s", what, where, line, SYNC)
         log.debug("tracking failed", exc_info=True)
         return None
@@ -203,7 +198,7 @@ def unreachable(error: BaseException | None) -> bool:
     """Whether an error is of the way to the database or its disk, not of what was sent."""
     from sqlalchemy.exc import OperationalError
 
-    if error is None or isinstance(error, EntryError):
+    if error is None or isinstance(error, InputError):
         return False
     if isinstance(error, OSError | OperationalError):  # an error of requests is an OSError
         return True
@@ -220,10 +215,8 @@ def connect(spec: TrackingSpec) -> Database:
     from mlflow.exceptions import MlflowException
 
     # two processes must not create one sqlite database at once
-    lock: Any = nullcontext()
-    if spec.database is not None:
-        spec.database.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{spec.database}.lock", timeout=LOCK_SECONDS)
+    file = spec.database
+    lock: Any = nullcontext() if file is None else FileLock(f"{file}.lock", LOCK_SECONDS)
     with lock:
         client = MlflowClient(tracking_uri=spec.uri)
         experiment = client.get_experiment_by_name(spec.experiment)

@@ -16,8 +16,9 @@ from pipeline.results.folders import ENDED, RESULT, RunFolder
 from pipeline.run.errors import REFUSED
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
-from pipeline.tracking.database import LOGGED, Database, Entry, EntryError
+from pipeline.tracking.database import LOGGED, Database, Entry
 from pipeline.tracking.entries import identity, job_entry, opened_sweep, sweep_entry
+from stages.errors import InputError
 
 log = logging.getLogger(__name__)
 Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
@@ -89,11 +90,11 @@ def log_sweep(spec: TrackingSpec, folder: RunFolder, draw: Draw) -> str | None:
 
 
 def made(make: Callable[[], Entry]) -> Entry:
-    """What `make` returns; EntryError where an entry cannot be made."""
+    """What `make` returns; InputError where an entry cannot be made, which is no fault of the database."""
     try:
         return make()
     except Exception as error:
-        raise EntryError(f"{type(error).__name__}: {error}") from error
+        raise InputError(f"{type(error).__name__}: {error}") from error
 
 
 def _parent(db: Database, sweep: RunFolder) -> str:

@@ -247,8 +247,14 @@ def test_importing_does_not_load_mlflow():
 
 
 def test_first_use_prints_nothing(cold):
-    code = "import sys; from tests.pipeline.tracking.databases import TrackingSpec, log_three\n"
-    code += "log_three(TrackingSpec(*sys.argv[1:]), 0)"
+    """In a process that has not imported MLflow, with nothing set in the environment."""
+    code = """import sys
+from pipeline.run.specs import TrackingSpec
+from pipeline.tracking.database import Entry, attempt
+entry = Entry("run", {"job": "0"}, 0, 0, artifacts={"config.yaml": ""})
+send = lambda db: db.complete(db.create(entry), entry)
+sys.exit(attempt(TrackingSpec(*sys.argv[1:]), "run", send) is None)"""
     command = [sys.executable, "-c", code, cold.uri, cold.experiment, cold.artifacts]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unset = {name: value for name, value in os.environ.items() if name[:7] != "MLFLOW_"}
+    done = subprocess.run(command, env=unset, capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
