@@ -41,11 +41,15 @@ def _configured(overrides: list[str], conf: Path) -> tuple[Any, Any, Any]:
     """The energy stage, the transform and the model that a configuration names."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
+    from pipeline.run import options, shipped
     from pipeline.run.overrides import spelled
 
+    shipped.keyed("profile", conf)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         config = compose("config", spelled(overrides, conf))
+    options.check(OmegaConf.to_container(config.energy, resolve=True), "energy")
     energy = instantiate(config.energy)
     if energy.tokens is None:
         raise InputError("energy.tokens=null: give the length of the prompt, energy.tokens=512")

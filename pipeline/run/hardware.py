@@ -34,10 +34,7 @@ def energy(names: Sequence[str] | None = None, conf: Path = CONF) -> Energy:
 
 
 def _file(name: str, conf: Path) -> DictConfig:
-    known = shipped.names("profile", conf)
-    if name not in known:
-        raise InputError(f"profile={name}: no such hardware profile; {choose(name, known)}")
-    config = OmegaConf.load(conf / "profile" / f"{name}.yaml")
-    if not isinstance(config, DictConfig) or len(config) != 1:
-        raise InputError(f"conf/profile/{name}.yaml: give one key, whose value is a profile")
-    return config
+    files = shipped.keyed("profile", conf)
+    if name not in files:
+        raise InputError(f"profile={name}: no such hardware profile; {choose(name, [*files])}")
+    return OmegaConf.create(files[name])

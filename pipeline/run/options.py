@@ -41,7 +41,11 @@ def settings(config: DictConfig) -> Settings:
 
 def check(node: Any, path: str = "") -> None:
     """Raises InputError where a node's fields are not those of its `_target_`, naming the option."""
-    kind = get_class(node["_target_"])
+    try:
+        kind = get_class(node["_target_"])
+    except (ImportError, ValueError) as error:
+        where = _below(path, "_target_")
+        raise InputError(f"{where}={node['_target_']}: there is no such class") from error
     if not is_dataclass(kind):
         return
     hints, known = hints_of(kind), {f.name: f for f in fields(kind) if f.init}

@@ -97,6 +97,8 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
             f"{place.input_line}: a job's configuration is read from .hydra in its folder; choose the "
             "folder by hydra.run.dir=FOLDER or hydra.sweep.dir=FOLDER"
         )
+    for group in SEVERAL:
+        shipped.keyed(group, conf)
     for key, override in given.items():
         plain = not (override.is_delete() or override.is_sweep_override())
         if (plain or key in SEVERAL) and (conf / key).is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,35 @@ def having(field: str, conf: Path = CONF) -> list[str]:
 def entries(group: str, conf: Path = CONF) -> list[str]:
     """The names that every file of a group of named entries has."""
     return [name for file in sorted((conf / group).glob("*.yaml")) for name in _yaml(file)]
+
+
+def keyed(group: str, conf: Path = CONF) -> dict[str, dict[str, Any]]:
+    """The content of every file of a group of which a configuration chooses several, by its name.
+
+    Raises InputError for a file that is no yaml or that has not one key of its own: files of one key
+    would become one entry, mixed of both.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    owner: dict[str, Path] = {}
+    for name in names(group, conf):
+        file = conf / group / f"{name}.yaml"
+        where = f"conf/{group}/{file.name}"
+        try:
+            content = yaml.safe_load(text := file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
+        if not (isinstance(content, dict) and len(content) == 1):
+            raise InputError(f"{where}: give one key, whose value is a {group}")
+        package = f"# @package energy.{group}"
+        if not re.search(rf"(?m)^\s*#\s*@package\s+energy\.{group}\s*$", text):
+            raise InputError(f"{where}: give the line {package}, which says where its key belongs")
+        (key,) = content
+        if key in owner:
+            raise InputError(
+                f"{where}: {key} is the key of {owner[key].name} too; give this file another key"
+            )
+        found[name], owner[key] = content, file
+    return found
 
 
 def leaves(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

@@ -117,6 +117,35 @@ def test_bad_input_is_one_line(conf, capsys, override, says):
     assert says in captured.err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("mine:", "nm45:", "conf/profile/mine.yaml: nm45 is the key of 45nm.yaml too"),
+        ("mine:", "other: {}\nmine:", "conf/profile/mine.yaml: give one key"),
+        ("# @package energy.profile", "", "give the line # @package energy.profile"),
+        ("mac: 4.6", "mac: [4.6]: 3", "conf/profile/mine.yaml cannot be read: mapping values"),
+        ("  ac: 0.9", "", "mine.ac is not given"),
+        (
+            "Operations",
+            "Operation",
+            "mine._target_=stages.profiles.operations.Operation: there is no",
+        ),
+        ("unit: pJ", "unit: J", "profile mine: unit='J': choose fJ, pJ, nJ"),
+    ],
+)
+def test_a_bad_profile_is_one_line(conf, capsys, old, new, says):
+    text = (conf / "profile" / "45nm.yaml").read_text()
+    text = text.replace("nm45:", "mine:").replace("name: 45nm", "name: mine")
+    assert old in text
+    (conf / "profile" / "mine.yaml").write_text(text.replace(old, new, 1))
+    layer = ["shape=8x8", "profile=mine"]
+    for arguments in (layer, ["energy.tokens=8", "profile=[45nm,mine]"]):
+        assert main(arguments, conf) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        assert captured.err.startswith("error: ") and says in captured.err
+
+
 @pytest.mark.skipif(not (ROOT / "conf/config.yaml").exists(), reason="conf/config.yaml is absent")
 def test_command_line_needs_no_hub(tmp_path):
     command = [sys.executable, "-m", "pipeline", "energy", "model=llama3-8b", "energy.tokens=512"]

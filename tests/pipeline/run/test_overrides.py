@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,16 @@ def test_a_mixture_is_refused_with_what_to_type(overrides, message):
     with pytest.raises(InputError) as refused:
         settled(overrides)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_two_profiles_of_one_key_are_refused_before_they_are_mixed(tmp_path):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    assert settled(["profile=[loihi,45nm]"], conf=conf)
+    text = (conf / "profile" / "45nm.yaml").read_text()
+    (conf / "profile" / "mine.yaml").write_text(text.replace("name: 45nm", "name: mine"))
+    with pytest.raises(InputError, match="mine.yaml: nm45 is the key of 45nm.yaml too"):
+        settled(["profile=[45nm,mine]"], conf=conf)
 
 
 def test_what_is_spelled_for_hydra_is_shown_as_it_is_typed():
