@@ -83,11 +83,12 @@ def _report(request: Request) -> bool:
     """Print what the chip says; whether all potentials are the integer sums."""
     from pipeline.run import hardware
     from stages.analysis.chip import chip_file, simulate
-    from stages.profiles.loihi import loihi_counts, loihi_energy
+    from stages.profiles.loihi import Loihi, loihi_counts, loihi_energy
 
     chip_file(request.chip)  # refused before a model is loaded
     layer, head = _layer(request)
     chip, costs = simulate(layer, request.chip), hardware.profile("loihi")
+    assert isinstance(costs, Loihi)
     shape = (layer.spikes, layer.outputs, layer.steps, layer.tokens)
     counts = loihi_counts(*shape, layer.updates(), costs.neurons_per_core)
     most = loihi_counts(*shape, neurons_per_core=costs.neurons_per_core)

@@ -142,8 +142,8 @@ def part_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
         frames.append(sums.reset_index().assign(series=series, dense=dense))
     frame = pd.concat(frames, ignore_index=True)
     whole = frame[frame["dense"]].groupby(["phase", "profile"])["J"].sum(skipna=False)
-    base = frame.set_index(["phase", "profile"]).index.map(whole)
-    return frame.assign(share=frame["J"] / pd.Series(base, frame.index, dtype="float64"))
+    base = whole.reindex(pd.MultiIndex.from_frame(frame[["phase", "profile"]])).to_numpy()
+    return frame.assign(share=frame["J"] / base)
 
 
 @rc_context(STYLE)

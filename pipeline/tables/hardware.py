@@ -73,7 +73,9 @@ def _workloads(row: Row) -> list[tuple[str, str, int, Mapping[str, Any]]]:
     """The costs of a row by model, phase and tokens, causal convention."""
     result, settings = row.result, row.run.settings
     tokens = settings.energy.tokens or settings.evaluation.length
-    found = [(result["model"], "prefill", tokens, result)]
+    found: list[tuple[str, str, int, Mapping[str, Any]]] = [
+        (result["model"], "prefill", tokens, result)
+    ]
     found.append((result["model"], "decode", tokens, result["decode"]))
     for name, costs in result["models"].items():
         found += [(name, phase, tokens, each) for phase, each in costs["causal"].items()]

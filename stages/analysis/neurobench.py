@@ -100,10 +100,11 @@ def metrics(
         "ConnectionSparsity": zeros / sum(matrix.weights for matrix in every),
         "zero_weights": zeros,
     }
-    spiking = conversion is not None and conversion.coding.operand_bits is None
-    if spiking and not has_planes(conversion):
-        return static | dict.fromkeys(WORKLOAD)
-    calls = planes_of(conversion) if spiking else {}
+    calls: dict[str, int] = {}
+    if conversion is not None and conversion.coding.operand_bits is None:
+        if not has_planes(conversion):
+            return static | dict.fromkeys(WORKLOAD)
+        calls = planes_of(conversion)
     table = counters.set_index("site")
     coded = table[table.index.isin(calls)]
     linear = _linear(table, matrices, calls)
