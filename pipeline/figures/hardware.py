@@ -131,7 +131,7 @@ def part_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     """
     frames = []
     names = series_names([*jobs.values()])
-    steps = [result.get("timesteps") for result in jobs.values()]
+    steps = [r.get("timesteps") if r.get("spikes_per_value") else None for r in jobs.values()]
     several = len({t for t in steps if t is not None}) > 1
     for name, t, job in zip(names, steps, jobs, strict=True):
         series = f"{name} T={t}" if several and t is not None else name
