@@ -55,7 +55,7 @@ def comparison_frame(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     rows = [
         {
             "series": series,
-            "panel": _panel(result, results),
+            "panel": panel_of(result, results),
             "timesteps": result.get("timesteps"),
             "bits": result.get("bits"),
             "ppl": result.get(f"ppl_{corpus}"),
@@ -109,7 +109,7 @@ def series_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _panel(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+def panel_of(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
     """What the figures keep apart: models and transforms, where there are several."""
     parts = [
         f"{prefix}{result[name]}"

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pipeline.figures.comparisons import LOOKS, OTHER, series_names
+from pipeline.figures.comparisons import LOOKS, OTHER, panel_of, series_names
 from pipeline.figures.style import STYLE, WIDTH, entry, legend_above, noted, panels
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import profiles
@@ -127,23 +127,29 @@ def part_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
     """Joules of every run by phase, profile and part, causal convention: series phase profile part J
     share.
 
-    `share` is of what the dense run costs; NaN where there is none.
+    `share` is of what the dense model of the run costs, that of its own workload; NaN where it has no
+    energy.
     """
     frames = []
-    names = series_names([*jobs.values()])
-    steps = [r.get("timesteps") if r.get("spikes_per_value") else None for r in jobs.values()]
+    results = [*jobs.values()]
+    steps = [r.get("timesteps") if r.get("spikes_per_value") else None for r in results]
     several = len({t for t in steps if t is not None}) > 1
-    for name, t, job in zip(names, steps, jobs, strict=True):
+    for name, t, job in zip(series_names(results), steps, jobs, strict=True):
+        result = jobs[job]
         series = f"{name} T={t}" if several and t is not None else name
+        if place := panel_of(result, results):
+            series = f"{series}, {place}"
         parts = job.parts
         own = parts[(parts["convention"] == "causal") & (parts["model"].fillna("") == "")]
         sums = own.groupby(["phase", "profile", "part"], sort=False)["J"].sum(skipna=False)
-        dense = jobs[job]["coding"] == "dense"
-        frames.append(sums.reset_index().assign(series=series, dense=dense))
-    frame = pd.concat(frames, ignore_index=True)
-    whole = frame[frame["dense"]].groupby(["phase", "profile"])["J"].sum(skipna=False)
-    base = whole.reindex(pd.MultiIndex.from_frame(frame[["phase", "profile"]])).to_numpy()
-    return frame.assign(share=frame["J"] / base)
+        total = sums.groupby(["phase", "profile"]).transform("sum", skipna=False)
+        costs = {
+            phase: result.get(place, {}) if place else result for place, phase in PHASES.items()
+        }
+        saved = [costs[phase].get(f"saving_{profile}") for phase, profile, _ in sums.index]
+        dense = total / (1 - pd.Series(saved, sums.index, dtype="float64"))
+        frames.append(sums.reset_index().assign(series=series, share=(sums / dense).to_numpy()))
+    return pd.concat(frames, ignore_index=True)
 
 
 @rc_context(STYLE)
@@ -151,7 +157,7 @@ def joules_by_part(frame: pd.DataFrame) -> Figure | None:
     """Where the joules go: bars of parts, of what the dense model costs, under profiles with several
     parts.
 
-    None without a dense run, or where no profile has more than one part.
+    None for one run, or where no profile has more than one part.
     """
     known = frame.dropna(subset=["share"])
     several = known.groupby("profile")["part"].nunique() > 1

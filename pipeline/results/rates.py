@@ -19,8 +19,7 @@ from stages.ports.counters import DECODING
 
 @dataclass(frozen=True)
 class Rates:
-    """The counts of a run: of every role sums over its sites, means of what decoding costs, the most
-    steps."""
+    """The counts of a run: of every role sums over its sites, means of decoding's costs and of steps."""
 
     label: str
     coding: Coding

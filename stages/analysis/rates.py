@@ -80,19 +80,19 @@ def _pooled(counters: pd.DataFrame, integer: bool) -> pd.DataFrame:
 
 
 def by_role(counters: pd.DataFrame, whose: str) -> pd.DataFrame:
-    """The counters of a model summed over the sites of a role: sums of counts, means of what decoding
-    costs by values, the most steps. InputError where only some sites of a role are coded."""
+    """The counters of a model summed over the sites of a role: sums of counts, means by values of what
+    decoding costs and of steps. InputError where only some sites of a role are coded."""
     part = counters.groupby("role")["decode_macs"].agg(["count", "size"]).query("0 < count < size")
     if len(part):
         raise InputError(
             f"{whose}: only some sites of {', '.join(part.index)} are coded; give a run without "
             "sites.exclude"
         )
-    means = [name for name in DECODING if name != "steps"]
+    means = [*DECODING]
     roles = counters.assign(**counters[means].mul(counters["values"], axis=0)).groupby("role")
     sums = roles[[*SUMS, *means]].sum(min_count=1)
     sums[means] = sums[means].div(sums["values"], axis=0)
-    return sums.assign(steps=roles["steps"].max())
+    return sums
 
 
 def of_role(roles: pd.DataFrame, sites: Sequence[Site], whose: str) -> pd.DataFrame:

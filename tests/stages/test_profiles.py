@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from pipeline.run import hardware
 from pipeline.run.shipped import CONF, choices, names
 from stages.analysis.operations import Amount, Operation, operations
-from stages.energy import Energy, account, by_part, compared, spent
+from stages.analysis.rates import by_role
+from stages.energy import Energy, account, by_part, compared, of_model, spent
 from stages.errors import InputError
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites
@@ -207,6 +208,21 @@ def test_operands_are_counted_as_the_sites_count_them(energy: Energy) -> None:
     ]
     assert rows.loc[f"{layer}self_attn:pv", "stored"] == TOKENS * 16
     assert rows.loc["lm_head", "stored"] == 24 * 40
+
+
+def test_layers_of_different_steps_cost_by_role_what_they_cost_by_site(energy: Energy) -> None:
+    model, only = tiny(), replace(energy, tokens=TOKENS)
+    sites = find_sites(model)
+    coded = counters_of({site.name: (10, 7, 10, 7) for site in sites})
+    coded["role"] = [site.role for site in sites]
+    coded["steps"] = [{0: 8.0, 1: 32.0}.get(site.layer, 14.0) for site in sites]
+    _, by_site = of_model(model, only, coded, Costs())
+    _, by_roles = of_model(model, only, by_role(coded, "these"), Costs())
+    for phase, costs in by_site["causal"].items():
+        assert costs["energy_J_loihi"] > 0
+        for name in ("45nm", "lemaire2022", "loihi"):
+            found = by_roles["causal"][phase][f"energy_J_{name}"]
+            assert found == pytest.approx(costs[f"energy_J_{name}"])
 
 
 # Sums and break-even

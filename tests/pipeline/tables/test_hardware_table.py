@@ -139,10 +139,24 @@ def test_bars_of_parts_are_of_what_the_dense_model_costs() -> None:
         frame["J"] *= scale
         return pd.concat([frame, other], ignore_index=True)
 
+    def saving(name: str, scale: float) -> dict[str, Any]:
+        saved = {f"saving_{profile}": 1 - scale for profile in ("45nm", "streamed")}
+        made = result(name, 512)
+        return made | saved | {"decode": made["decode"] | saved}
+
     jobs: Any = {
-        Job(parts(scale)): result(name, 512) for name, scale in (("dense", 1.0), ("gated", 2.0))
+        Job(parts(scale)): saving(name, scale) for name, scale in (("dense", 1.0), ("gated", 2.0))
     }
     frame = figures.part_frame(jobs)
+    longer = {
+        Job(parts(8 * scale)): saving(n, scale) for n, scale in (("dense", 1.0), ("timed", 2.0))
+    }
+    other = {job: made | {"model": "large"} for job, made in longer.items()}
+    both = (
+        figures.part_frame({**jobs, **other}).groupby(["series", "profile", "phase"])["share"].sum()
+    )
+    assert both["dense, small", "45nm", "decode"] == both["dense, large", "45nm", "decode"] == 1
+    assert both["gated, small", "45nm", "decode"] == both["timed, large", "45nm", "decode"] == 2
     shares = frame.groupby(["series", "profile", "phase"])["share"].sum()
     assert shares["dense", "streamed", "decode"] == 1 and shares["gated", "45nm", "prefill"] == 2
     drawn = figures.joules_by_part(frame)
@@ -153,7 +167,7 @@ def test_bars_of_parts_are_of_what_the_dense_model_costs() -> None:
     widths = [bar.get_width() for bar in drawn.axes[0].patches]
     assert widths == [0.25, 0.5, 0.75, 1.5]
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == list(PARTS[:2])
-    assert figures.joules_by_part(frame[~frame["dense"]].assign(share=None)) is None
+    assert figures.joules_by_part(frame[frame["series"] == "dense"]) is None
 
 
 class Job:
