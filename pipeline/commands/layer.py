@@ -108,7 +108,7 @@ def _said(given: dict[str, str]) -> str:
 
 def _shape(text: str) -> tuple[int, int]:
     match = SHAPE.fullmatch(text)
-    if match is None or "0" in match.groups():
+    if match is None or not all(map(int, match.groups())):
         raise InputError(f"shape={text}: give INPUTSxOUTPUTS, shape=576x1536")
     return int(match[1]), int(match[2])
 
