@@ -23,6 +23,8 @@ FIGURES = {
     "ppl_timesteps": "Perplexity against the number of steps.",
     "ppl_bits": "Perplexity against T + log2 n.",
     "ppl_energy": "Perplexity against energy.",
+    "saving_spikes": "Energy saved against spikes a value, under every hardware profile.",
+    "energy_parts": "Where the joules go, over what the dense model costs.",
     "levels": "Density of the activations, and of the levels of the codings.",
     "error_per_layer": "Error by layer and role.",
     "spike_rate_per_layer": "Spikes a value by layer and role.",

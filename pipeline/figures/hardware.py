@@ -106,6 +106,7 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
         for run in integers[integers["phase"] == "prefill"].itertuples():
             axes.axhline(run.saving, **INTEGERS)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.08)
         axes.set_xlim(left=0)
     handles = [entry(s, color=c, marker=m, linestyle="") for s, (c, m) in looks.items()]
     handles += [entry("others", color=OTHER["color"], marker=".", linestyle="")] * (
@@ -115,11 +116,11 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
     if (known["spikes"].isna() & ~known["dense"]).any():
         handles += [entry("integers, prefill", **INTEGERS)]
     legend_above(figure, handles)
-    note = "full: prefill, hollow: one decoded token; titles: least and most break-even" + (
+    note = "full: prefill, hollow: one decoded token, against the dense model; titles: least and most break-even" + (
         f"; carets: {beyond} points below {LEAST:.0%}" if beyond else ""
     )
     figure.supxlabel(noted("spikes a value", note))
-    figure.supylabel("energy saved against the dense model")
+    figure.supylabel("energy saved")
     return figure
 
 

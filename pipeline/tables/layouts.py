@@ -90,8 +90,8 @@ def energy(rows: Sequence[Row], names: Mapping[str, str]) -> Sheet:
         columns += [
             Column(f"macs_G_{group}", "MACs [G]", lambda v: small(v, 4), group=group, spare=1),
             Column(f"acs_G_{group}", "ACs [G]", lambda v: small(v, 4), group=group, spare=1),
-            Column(f"energy_J_{group}", "energy [J]", lambda v: small(v, 3), "min", group),
-            Column(f"saving_{group}", "saving [%]", _tenths, "max", group),
+            Column(f"energy_J_{group}", "energy [J]", lambda v: small(v, 3), "min", group=group),
+            Column(f"saving_{group}", "saving [%]", _tenths, "max", group=group),
         ]
     caption = captions.sentences(
         captions.model(frame),

@@ -132,7 +132,13 @@ def cells(made: sheet.Sheet) -> list[str]:
 
 
 def test_energy_saves_against_the_dense_model_of_its_convention_and_phase(swept, rows):
-    frame = layout("energy")(rows).frame
+    made = layout("energy")(rows)
+    frame = made.frame
+    groups = {column.name: column.group for column in made.columns if column.group}
+    costs = ("macs_G", "acs_G", "energy_J", "saving")
+    assert groups == {f"{cost}_{name}": name for name in ("paper", "causal") for cost in costs}
+    best = dict(zip((c.name for c in made.columns), zip(*made.bold(), strict=True), strict=True))
+    assert any(best["energy_J_paper"]) and any(best["saving_causal"])
     assert len(frame) == 2 * len(rows) and set(frame["phase"]) == {"prefill", "decode"}
     for _, part in frame.groupby("phase"):
         for name in ("paper", "causal"):
