@@ -116,9 +116,10 @@ def saving_by_rate(frame: pd.DataFrame) -> Figure:
     if (known["spikes"].isna() & ~known["dense"]).any():
         handles += [entry("integers, prefill", **INTEGERS)]
     legend_above(figure, handles)
-    note = "full: prefill, hollow: one decoded token, against the dense model; titles: least and most break-even" + (
-        f"; carets: {beyond} points below {LEAST:.0%}" if beyond else ""
-    )
+    parts = ["full: prefill, hollow: one decoded token, against the dense model"]
+    parts += ["titles: least and most break-even"]
+    parts += [f"carets: {beyond} points below {LEAST:.0%}"] if beyond else []
+    note = "; ".join(parts)
     figure.supxlabel(noted("spikes a value", note))
     figure.supylabel("energy saved")
     return figure
@@ -141,7 +142,7 @@ def part_frame(jobs: Mapping[RunFolder, Mapping[str, Any]]) -> pd.DataFrame:
         if place := panel_of(result, results):
             series = f"{series}, {place}"
         parts = job.parts
-        own = parts[(parts["convention"] == "causal") & (parts["model"].fillna("") == "")]
+        own = parts[(parts["convention"] == "causal") & parts["model"].isna()]
         sums = own.groupby(["phase", "profile", "part"], sort=False)["J"].sum(skipna=False)
         total = sums.groupby(["phase", "profile"]).transform("sum", skipna=False)
         costs = {

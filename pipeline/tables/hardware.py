@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.results.columns import Column, excess
 from pipeline.results.lookup import Row
-from pipeline.results.rows import RATIO, UNDER, profiles, row_name
+from pipeline.results.rows import RATIO, UNDER, environment, profiles, row_name
 from pipeline.tables import captions
 from pipeline.tables.sheet import Sheet
 from stages.errors import InputError
@@ -101,6 +101,7 @@ def _entry(
         **{name: result.get(f"{RATIO}{corpus}{end}") for name, end in ratio.items()},
         "spikes_per_value": result["spikes_per_value"],
         **{start + name: costs.get(start + name) for start in UNDER for name in hardware},
+        "environment": environment(result),
     }
 
 

@@ -128,9 +128,10 @@ def test_the_figures_are_those_of_a_sweep(text):
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     page = Page(text)
-    for caption in ("ppl_energy", "levels", "error_per_layer", "spike_rate_per_layer"):
+    drawn = ("ppl_energy", "saving_spikes", "energy_parts", "levels", "error_per_layer")
+    for caption in (*drawn, "spike_rate_per_layer"):
         assert report.FIGURES[caption] in page.words
-    assert len(pictures) == 4
+    assert len(pictures) == 6
 
 
 def test_the_tables_are_those_of_the_tables_command(text, folder, overrides):

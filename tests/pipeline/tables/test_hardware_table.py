@@ -1,5 +1,6 @@
 """The table of energy under hardware profiles, and its figures, from results made by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.tables import sheet
 from pipeline.tables.hardware import energy_models
 from stages.errors import InputError
 from stages.profiles.base import PARTS
+from tests.pipeline.tables.test_latex import check_latex
 
 WORKLOADS = [["prefill", 512], ["decode", 4096]]
 SPIKES = {"dense": None, "integer8": None, "gated": 2.0, "timed": 0.8}
@@ -87,8 +89,11 @@ def test_what_is_not_there_is_one_line() -> None:
         table(workloads=[["prefill", 7]])
 
 
-def test_it_reads_as_a_table() -> None:
-    text = sheet.printed(table())
+def test_it_reads_as_a_table(tmp_path: Path) -> None:
+    made = table()
+    check_latex(sheet.write(made, tmp_path / "energy_models")[2])
+    assert "environment" in made.frame and made.note == ""
+    text = sheet.printed(made)
     assert "50.0" in text and "1.25" in text and "over integer8" in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -252,7 +252,7 @@ def test_published_rows_stand_below_and_never_compete(swept, rows, tmp_path, mon
     check_latex(tmp_path / "all.tex")
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "energy_models"])
 def test_every_table_is_sound_latex(name, swept, rows, tmp_path):
     chosen = rows
     if name in ("per_site", "grains"):
