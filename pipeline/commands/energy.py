@@ -80,7 +80,7 @@ def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
         context = f"context {energy.tokens}, {energy.main.name}"
         print(f"{convention} convention, {phase}: {queries}, {context}")
         _print_table(rows.drop(columns=["convention", "phase"]))
-        print_profiles(dense[str(convention)][str(phase)], energy, rates is not None)
+        _print_profiles(dense[str(convention)][str(phase)], energy, rates is not None)
     paper = table[(table["convention"] == "paper") & (table["phase"] == "prefill")]
     if paper.empty:
         return
@@ -95,7 +95,7 @@ def _report(energy: Any, transform: Any, spec: Any, place: str | None) -> None:
         print(f"{cost} {paper[cost].sum():.2f}")
 
 
-def print_profiles(costs: Mapping[str, float | None], energy: Any, spiking: bool) -> None:
+def _print_profiles(costs: Mapping[str, float | None], energy: Any, spiking: bool) -> None:
     """The energy under every hardware profile; of a spiking model against the dense one's."""
     heads = ["profile", "energy_J"] + (["of dense", "break-even"] if spiking else [])
     rows = []

@@ -17,19 +17,10 @@ from pipeline.results.folders import RunFolder
 from pipeline.results.rows import profiles
 from stages.profiles.base import PARTS
 
-PHASES = {
-    "": "prefill",
-    "decode": "decode",
-}  # where a result keeps the sums of the causal convention
-COLOURS = (
-    "#332288",
-    "#88CCEE",
-    "#44AA99",
-    "#DDCC77",
-    "#CC6677",
-    "#AA4499",
-    "#777777",
-)  # of the parts
+# Where a result keeps the sums of the causal convention.
+PHASES = {"": "prefill", "decode": "decode"}
+# Of the parts.
+COLOURS = ("#332288", "#88CCEE", "#44AA99", "#DDCC77", "#CC6677", "#AA4499", "#777777")
 LEAST = -2.0  # a saving below this says only that far more is spent
 BARS = 12  # rows that one page has room for
 FILLED = {"prefill": "full", "decode": "none"}

@@ -123,17 +123,11 @@ def _evaluated(
     made: dict[str, Stage] = {}
     for number, perturbation in enumerate(read.perturbations):
         for name in read.corpora:
-            label, spec = (
-                part("ppl", name, number, dense),
-                evaluations.read(s, coding, perturbation),
-            )
+            label = part("ppl", name, number, dense)
+            spec = evaluations.read(s, coding, perturbation)
             made[label] = evaluations.Perplexity.of(spec, name, {**texts[name], **fitted}, label)
         for name in read.tasks:
-            label, spec = (
-                part("acc", name, number, dense),
-                evaluations.asked(s, coding, perturbation),
-            )
-            made[label] = evaluations.Accuracy.of(
-                spec, s.tasks[name], {"model": model, **fitted}, label
-            )
+            label = part("acc", name, number, dense)
+            spec, made_from = evaluations.asked(s, coding, perturbation), {"model": model, **fitted}
+            made[label] = evaluations.Accuracy.of(spec, s.tasks[name], made_from, label)
     return Evaluated.of(read.corpora, read.tasks, read.replicates, made.__getitem__, dense)

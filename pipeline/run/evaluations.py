@@ -137,19 +137,19 @@ class Energy(Stage):
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
         energy, coding = spec["energy"], spec["coding"]
         model, _ = inputs["model"].load()
-        counters = None
-        if coding.converts:
-            counters = evaluation.Perplexity.load(inputs["evaluation"].path).counters
+        measured = evaluation.Perplexity.load(inputs["evaluation"].path)
+        counters = measured.counters if coding.converts else None
         frame, totals = of_model(model, energy, counters, coding)
         frame.to_parquet(out / "operations.parquet")
         parts = {"": by_part(spent(frame, energy))}
-        totals["models"] = {}
+        totals["models"], roles = {}, None
+        if spec["dims"] and counters is not None:
+            roles = by_role(counters, "energy.models")
         for name, dims in spec["dims"].items():
             described = meta_model(dims)
             spec["transform"].declare(described)
-            found = None if counters is None else by_role(counters, f"energy.models: {name}")
-            frame, totals["models"][name] = of_model(described, energy, found, coding)
+            frame, totals["models"][name] = of_model(described, energy, roles, coding)
             parts[name] = by_part(spent(frame, energy))
         pd.concat(parts, names=["model"]).reset_index(level=0).to_parquet(out / "parts.parquet")
         (out / "summary.json").write_text(json.dumps(totals, indent=1))
-        neurobench.write(out, model, inputs["evaluation"], conversion(spec, inputs))
+        neurobench.write(out, model, measured, conversion(spec, inputs))

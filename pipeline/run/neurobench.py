@@ -19,10 +19,9 @@ FILE = "neurobench.json"
 
 
 def write(
-    out: Path, model: PreTrainedModel, evaluated: Artifact, conversion: Conversion | None
+    out: Path, model: PreTrainedModel, measured: Perplexity, conversion: Conversion | None
 ) -> None:
     """Write the metrics of a model with these neurons, from its evaluation on a corpus."""
-    measured = Perplexity.load(evaluated.path)
     windows, length = measured.metrics["windows"], measured.metrics["length"]
     sample = {"sample": f"a window of {length} tokens"}
     result = metrics(model, measured.counters, windows, conversion)

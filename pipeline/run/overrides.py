@@ -123,16 +123,15 @@ def _check(given: Mapping[str, Override], conf: Path) -> None:
 def _check_choice(group: str, override: Override, conf: Path) -> None:
     """Raises InputError unless a group is given a name or, where it has several at once, names."""
     value = None if override.is_sweep_override() or override.is_delete() else override.value()
-    known = ", ".join(shipped.names(group, conf))
+    names = shipped.names(group, conf)
+    known = ", ".join(names)
     if group not in SEVERAL:
         if not isinstance(value, str):
             raise InputError(f"{override.input_line}: give one name, out of {known}")
     elif not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
         raise InputError(f"{override.input_line}: give a list, {group}=[NAME,NAME], out of {known}")
-    else:
-        names = shipped.names(group, conf)
-        for each in (each for each in value if each not in names):
-            raise InputError(f"{override.input_line}: no such {group}; {choose(each, names)}")
+    elif unknown := [each for each in value if each not in names]:
+        raise InputError(f"{override.input_line}: no such {group}; {choose(unknown[0], names)}")
 
 
 def _check_groups(given: Mapping[str, Override], experiment: str, conf: Path) -> None:

@@ -88,10 +88,9 @@ def by_role(counters: pd.DataFrame, whose: str) -> pd.DataFrame:
             f"{whose}: only some sites of {', '.join(part.index)} are coded; give a run without "
             "sites.exclude"
         )
-    means = [*DECODING]
-    roles = counters.assign(**counters[means].mul(counters["values"], axis=0)).groupby("role")
-    sums = roles[[*SUMS, *means]].sum(min_count=1)
-    sums[means] = sums[means].div(sums["values"], axis=0)
+    costs = counters[[*DECODING]].mul(counters["values"], axis=0)
+    sums = counters.assign(**costs).groupby("role")[[*SUMS, *DECODING]].sum(min_count=1)
+    sums[[*DECODING]] = sums[[*DECODING]].div(sums["values"], axis=0)
     return sums
 
 

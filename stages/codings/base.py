@@ -44,9 +44,8 @@ class Coding(ABC):
     # Whether a value's code depends on its whole token: `quantise` sees x [..., C] as the model has it,
     # [B, S, C] or [B, H, S, D], and there is no error and no spike count of a single value.
     tokenwise: bool = False
-    rowwise: bool = (
-        False  # whether of the token only the last dimension matters, and no channel's place
-    )
+    # Whether of a token only the last dimension matters, and no channel's place.
+    rowwise: bool = False
     # Widths of the integers that products multiply, where operands are integers instead of floats
     # or spikes.
     operand_bits: int | None = None
