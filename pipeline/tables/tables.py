@@ -41,6 +41,7 @@ ENERGY_CAPTION = (
     "one decoded token at its end); saving against the dense model in the same convention."
 )
 OPERATIONS = "stages.profiles.operations.Operations"  # profiles without memory
+REPEATED = 9  # how dispensable a column is that repeats another
 GROUPED = ("nmse_", "share_", "relative_")  # columns that have the first word in common
 COLUMNS = {
     column.name: column
@@ -107,7 +108,11 @@ def run_sheet(
         plain = (frame.get("transform", pd.Series("none")) == "none").all()
         empty = {"transform"} if plain else set()
         empty |= {"steps"} - set(frame)  # results of before
-        made = replace(made, columns=[c for c in made.columns if c.name not in empty])
+        shown = [c for c in made.columns if c.name not in empty]
+        if "steps" in frame and frame["steps"].dropna().eq(frame["timesteps"]).all():
+            # where they say what T says they are the first to go for want of room
+            shown = [replace(c, spare=REPEATED) if c.name == "steps" else c for c in shown]
+        made = replace(made, columns=shown)
     main = str(profiles[0]["name"]) if profiles else ""
     return replace(made, caption=captions.sweep(results, made, main))
 
