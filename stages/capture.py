@@ -95,6 +95,8 @@ _lowest = fused(_lowest_allowed)
 class SketchPort:
     """Adds what passes to the site's sketch, and passes it on."""
 
+    plain = False
+
     def __init__(self, grid: Grid, exact: bool, site: Site) -> None:
         self._grid, self._exact = grid, exact
         self._sparse = site.expert is not None
@@ -121,12 +123,15 @@ class SketchPort:
     def constant(self, x: Tensor) -> Tensor | None:
         return None
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, None]:
         probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
         masked = probs.numel() - view.seen.sum() * probs.shape[1]
         self._add(probs, masked, _lowest(probs, view.mask))
-        return probs
+        return probs, None
+
+    def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
+        return None
 
     def _add(
         self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None

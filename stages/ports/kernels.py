@@ -69,27 +69,41 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
     return call
 
 
+def _softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
+    """The softmax in float32, whose exponentials pass through the memory of the scores where they can."""
+    logits = scores.float() * scaling + bias
+    power = torch.exp(logits - logits.amax(-1, keepdim=True))
+    if scores.dtype == torch.float32:
+        power = scores.copy_(power)
+    return power / power.sum(-1, keepdim=True)
+
+
 @functools.lru_cache(maxsize=64)
 def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
-    """Make (scores [B, H, Q, K], scaling, mask, parameters) -> (coded probabilities, spikes [B, H, Q])."""
+    """Make (scores [B, H, Q, K], scaling, bias, parameters) -> (coded probabilities, spikes [B, H, Q]).
+
+    The probabilities stand where the scores stood. bias [B, 1, Q, K] float32 is 0, or the lowest number
+    where a query does not see a key: a sum is read in a third of the time that a boolean takes.
+    """
 
     def probabilities(
-        scores: Tensor, scaling: float, mask: Tensor, p: Params
+        scores: Tensor, scaling: float, bias: Tensor, p: Params
     ) -> tuple[Tensor, Tensor]:
         if coding.replaces_softmax:
-            return coding.softmax(scores, scaling, mask, p)
-        return coding.quantise(masked_softmax(scores, scaling, mask), p)
+            return coding.softmax(scores, scaling, bias == 0, p)
+        return coding.quantise(_softmax(scores, scaling, bias), p)
 
-    def kernel(scores: Tensor, scaling: float, mask: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        value, spikes = probabilities(scores, scaling, mask, p)
+    def kernel(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> Tensor:
+        value, spikes = probabilities(scores, scaling, bias, p)
         # A fitted threshold may lie below v0, and such a neuron would fire at masked zeros.
-        seen = (spikes * mask).sum(-1) if counted else spikes.new_empty(0)
-        return value.to(scores.dtype), seen
+        seen = torch.where(bias == 0, spikes, 0).sum(-1) if counted else spikes.new_empty(0)
+        scores.copy_(value)
+        return seen
 
     fast = fused(kernel)
 
-    def call(scores: Tensor, scaling: float, mask: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+    def call(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         small = scores.numel() < EAGER_BELOW or scores.shape[2] == 1
-        return (kernel if small else fast)(scores, scaling, mask, p)
+        return scores, (kernel if small else fast)(scores, scaling, bias, p)
 
     return call

@@ -17,6 +17,8 @@ from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
 class DensePort:
     """Passes the value as it is and counts its multiplications."""
 
+    plain = True
+
     def __init__(self, counter: SiteCounter | None = None) -> None:
         self.counter = counter
 
@@ -30,15 +32,17 @@ class DensePort:
     def constant(self, x: Tensor) -> Tensor | None:
         return None
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        if self.counter is not None:
-            values = allowed(view, scores.shape[1])
-            self.counter.add(scores.shape, None, real_rows(view), fanout, values)
-        return masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        return masked_softmax(scores, scaling, view.mask).to(scores.dtype), None
+
+    def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
+        count(self.counter, spikes, view, heads, fanout)
 
 
 class SpikingPort:
     """Replaces the value by its spike code and counts the spikes."""
+
+    plain = False
 
     def __init__(
         self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
@@ -61,13 +65,12 @@ class SpikingPort:
     def constant(self, x: Tensor) -> Tensor | None:
         return left_out(x, self._on(x.device))
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        value, spikes = self._softmax(scores, scaling, view.mask, self._on(scores.device))
-        if self.counter is not None:
-            values = allowed(view, scores.shape[1])
-            counted = spikes if self._neuron else None
-            self.counter.add(scores.shape, counted, real_rows(view), fanout, values)
-        return value
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        value, spikes = self._softmax(scores, scaling, view.bias, self._on(scores.device))
+        return value, spikes if self.counter is not None and self._neuron else None
+
+    def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
+        count(self.counter, spikes, view, heads, fanout)
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         """The parameters where the values are: a model may move after it was patched."""
@@ -87,11 +90,11 @@ class ErrorPort(SpikingPort):
     def constant(self, x: Tensor) -> Tensor | None:
         return None  # what passes is the dense value
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        value = super().softmax(scores, scaling, view, fanout)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
         probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        value, spikes = super().softmax(scores, scaling, view)
         self._add(probs, value, real_rows(view))
-        return probs
+        return probs, spikes
 
     def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
         assert self.counter is not None
@@ -100,6 +103,15 @@ class ErrorPort(SpikingPort):
         if real is not None:
             error, power = error * real, power * real
         self.counter.add_error(error.sum(), power.sum())
+
+
+def count(
+    counter: SiteCounter | None, spikes: Tensor | None, view: View, heads: int, fanout: int
+) -> None:
+    """Count the probabilities of a pass, whose rows have `spikes` [B, H, Q]; None where they are dense."""
+    if counter is not None:
+        shape = torch.Size((view.seen.shape[0], heads, *view.mask.shape[-2:]))
+        counter.add(shape, spikes, real_rows(view), fanout, allowed(view, heads))
 
 
 def allowed(view: View, heads: int) -> Tensor:

@@ -21,7 +21,7 @@ from stages.ports.coded import coded
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax
 from stages.ports.planes import Planes, check_ternary, planes, timed
-from stages.ports.port import allowed, real_rows
+from stages.ports.port import count
 
 EXECUTIONS = ("fast", "stepped")
 
@@ -31,6 +31,8 @@ class SteppedPort:
 
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
+
+    plain = False
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class SteppedPort:
     def constant(self, x: Tensor) -> Tensor | None:
         return left_out(x, self._params)
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
         coding = self._coding
         if coding.replaces_softmax:
             fired, weight, row = coding.softmax_spikes(scores, scaling, view.mask, self._params)
@@ -60,11 +62,11 @@ class SteppedPort:
         else:
             dense = masked_softmax(scores, scaling, view.mask)
             probs, spikes = planes(coding, dense, unscaled(self._params))
-        if self._counter is not None:
-            values = allowed(view, scores.shape[1])
-            counted = (spikes * view.mask).sum(-1).float()
-            self._counter.add(scores.shape, counted, real_rows(view), fanout, values)
-        return self._passed(probs, scores)
+        counted = None if self._counter is None else (spikes * view.mask).sum(-1).float()
+        return self._passed(probs, scores), counted
+
+    def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
+        count(self._counter, spikes, view, heads, fanout)
 
     def _passed(self, value: Planes, x: Tensor) -> Tensor:
         if self._steps is None:

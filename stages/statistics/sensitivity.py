@@ -97,6 +97,8 @@ class _CurvaturePort(DensePort):
     """Passes a value on, and adds the squares of its derivative by magnitude when it comes: `total` and
     `count` by that of the value, those `about` by that of the value less its channel's mean."""
 
+    plain = False
+
     def __init__(self, counter: SiteCounter, device: torch.device, mean: Tensor | None) -> None:
         super().__init__(counter)
         self._mean = mean
@@ -109,10 +111,10 @@ class _CurvaturePort(DensePort):
         self._follow(super().__call__(x, real, fanout), None)
         return x
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        probs = super().softmax(scores, scaling, view, fanout)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        probs, spikes = super().softmax(scores, scaling, view)
         self._follow(probs, view.mask)
-        return probs
+        return probs, spikes
 
     def _follow(self, x: Tensor, mask: Tensor | None) -> None:
         value = x.detach()

@@ -16,6 +16,8 @@ See = Callable[[Tensor], None]
 class Watch(DensePort):
     """Shows every value to each of `see`, and passes it on as it is."""
 
+    plain = False
+
     def __init__(self, *see: See) -> None:
         super().__init__()
         self._see = see
@@ -25,11 +27,11 @@ class Watch(DensePort):
             see(x)
         return x
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        probs = super().softmax(scores, scaling, view, fanout)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        probs, spikes = super().softmax(scores, scaling, view)
         for see in self._see:
             see(probs)
-        return probs
+        return probs, spikes
 
 
 def padded(rows: Sequence[Tensor | None], rest: float) -> Tensor:

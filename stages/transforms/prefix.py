@@ -93,7 +93,7 @@ class PeakPort(DensePort):
         self._peaks.append(x.abs().amax(-1).float().cpu())
         return x
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("peaks are those of a token, not of a pair")
 
 

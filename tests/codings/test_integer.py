@@ -27,6 +27,7 @@ from stages.patching import Patching
 from stages.ports.kernels import softmax_kernel
 from stages.ports.patched import patched
 from tests.codings.reference import atoms_of, bfloat16_patterns, heavy_tailed
+from tests.ports.biases import bias
 
 TENSOR = Integer(bits=4, per="tensor", scale="maximum")
 TOKEN = Integer(bits=4)
@@ -309,12 +310,16 @@ def test_probabilities_have_the_range_of_their_query() -> None:
     scores = 3 * torch.randn(1, 2, 5, 5, generator=generator)
     mask = torch.ones(5, 5).tril().bool()[None, None]
     p = {"scale": torch.tensor(1.0), "lowest": torch.tensor(-7.0), "highest": torch.tensor(7.0)}
-    value, _ = softmax_kernel(TOKEN, False)(scores, 1.0, mask, p | {"token": torch.tensor(1.0)})
+    value, _ = softmax_kernel(TOKEN, False)(
+        scores.clone(), 1.0, bias(mask), p | {"token": torch.tensor(1.0)}
+    )
     exact = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     largest = exact.amax(-1, keepdim=True)
     assert torch.equal(value == 0, (exact / largest * 7).round() == 0)
     torch.testing.assert_close(value, (exact / largest * 7).round() * largest / 7)
-    fixed, _ = softmax_kernel(TOKEN, False)(scores, 1.0, mask, p | {"token": torch.tensor(0.0)})
+    fixed, _ = softmax_kernel(TOKEN, False)(
+        scores.clone(), 1.0, bias(mask), p | {"token": torch.tensor(0.0)}
+    )
     torch.testing.assert_close(fixed, (exact * 7).round() / 7)
 
 

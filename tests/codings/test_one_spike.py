@@ -13,6 +13,7 @@ from stages.ports.kernels import softmax_kernel
 from stages.ports.patched import patched
 from stages.ports.port import SpikingPort
 from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
+from tests.ports.biases import bias
 
 
 def params(coding: OneSpike, x: Tensor) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def test_the_softmax_is_that_of_the_scalar_loop(timesteps: int, base: float) -> 
     scores = 5 * torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 1, 20, 20).tril().bool()
     mask[1, 0, :, :3] = False  # left pads: their rows see nothing
-    probs, spikes = softmax_kernel(coding, True)(scores, 0.4, mask, p)
+    probs, spikes = softmax_kernel(coding, True)(scores.clone(), 0.4, bias(mask), p)
     expected = rows_of(scores, 0.4, mask, base, timesteps)
     assert agree(probs, expected)
     assert not agree(probs, rows_of(scores, 0.4, mask, base * 1.1, timesteps))
@@ -168,10 +169,11 @@ def test_a_patched_model_attends_by_spike_times(model, tokens, convert, monkeypa
     seen = []
 
     class Recorded(SpikingPort):
-        def softmax(self, scores, scaling, view, fanout):  # type: ignore[no-untyped-def]
-            value = super().softmax(scores, scaling, view, fanout)
-            seen.append((scores, scaling, view.mask, value, float(self.params["base"])))
-            return value
+        def softmax(self, scores, scaling, view):  # type: ignore[no-untyped-def]
+            given = scores.clone()
+            value, spikes = super().softmax(scores, scaling, view)
+            seen.append((given, scaling, view.mask, value.clone(), float(self.params["base"])))
+            return value, spikes
 
     coding = OneSpike("one_spike", 10, None)
     conversion = convert(model, coding, ("attn.probs",))

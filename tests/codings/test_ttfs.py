@@ -16,6 +16,7 @@ from stages.errors import InputError
 from stages.neurons.spikes import SpikeTime, decode
 from stages.ports.kernels import softmax_kernel
 from tests.codings.reference import atoms_of, breakpoints, check_equal, heavy_tailed
+from tests.ports.biases import bias
 
 
 def site(coding: Ttfs, low: float, high: float, x: Tensor | None = None) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def test_a_masked_key_stays_unseen() -> None:
     coding = Ttfs("ttfs", 128, None, False)
     scores = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(9, 9).tril().bool()[None, None]
-    probs, spikes = softmax_kernel(coding, True)(scores, 0.5, mask, site(coding, 1e-6, 0.83))
+    probs, spikes = softmax_kernel(coding, True)(scores, 0.5, bias(mask), site(coding, 1e-6, 0.83))
     assert bool((probs[..., ~mask[0, 0]] == 0).all()) and probs.count_nonzero() > 50
     assert torch.equal(spikes, torch.arange(1.0, 10).expand(1, 2, 9))
 

@@ -21,6 +21,7 @@ from stages.codings.ttfs import Ttfs
 from stages.compiler import compiled, use_compiler
 from stages.ports.kernels import EAGER_BELOW, masked_softmax, row_kernel, softmax_kernel
 from tests.codings.reference import around_breakpoints, fitted, heavy_tailed, reference
+from tests.ports.biases import bias
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
@@ -180,7 +181,7 @@ def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
     mask = torch.ones(128, 128).tril().bool()[None, None]
     p = {"scale": torch.tensor([0.03, 0.97])}
     before = graphs()
-    value, spikes = softmax_kernel(GATED, True)(scores, 0.25, mask, p)
+    value, spikes = softmax_kernel(GATED, True)(scores.clone(), 0.25, bias(mask), p)
     assert graphs() > before and compiled()
     masked = (scores.double() * 0.25).masked_fill(~mask, -torch.inf)
     probability = masked.softmax(-1)
@@ -207,7 +208,7 @@ def test_compiled_probabilities_have_the_range_of_their_query() -> None:
     scores = 6 * torch.randn(1, 2, 128, 128, generator=generator)
     mask = torch.ones(128, 128).tril().bool()[None, None]
     before = graphs()
-    value, _ = softmax_kernel(coding, False)(scores, 0.25, mask, p)
+    value, _ = softmax_kernel(coding, False)(scores.clone(), 0.25, bias(mask), p)
     assert graphs() > before and compiled()
     probability = masked_softmax(scores, 0.25, mask)
     largest = probability.amax(-1, keepdim=True)

@@ -30,6 +30,8 @@ RIGHT = [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]]
 class Recorder:
     """Records what reaches a site and passes on what the stepped neuron makes of it."""
 
+    plain = False
+
     def __init__(self, coding=None, params=None):
         self.coding, self.params, self.seen = coding, params, []
 
@@ -40,10 +42,13 @@ class Recorder:
     def constant(self, x):
         return None
 
-    def softmax(self, scores, scaling, view, fanout):
+    def tally(self, spikes, view, heads, fanout):
+        assert spikes is None
+
+    def softmax(self, scores, scaling, view):
         probs = (scores * scaling).masked_fill(~view.mask, -1e30).softmax(-1)
         self.seen.append(scores * scaling)
-        return self.coded(probs)
+        return self.coded(probs), None
 
     def coded(self, x):
         if self.coding is None:

@@ -36,6 +36,8 @@ ROUNDED = CODINGS[1]
 class Stepped:
     """Encodes with the time-stepped neuron, decodes with its table, and remembers both sides."""
 
+    plain = False
+
     def __init__(self, coding, params, passes_on=True):
         self.coding, self.params, self.passes_on = coding, params, passes_on
         self.pairs = []
@@ -49,9 +51,12 @@ class Stepped:
     def constant(self, x):
         return None
 
-    def softmax(self, scores, scaling, view, fanout):
+    def tally(self, spikes, view, heads, fanout):
+        assert spikes is None
+
+    def softmax(self, scores, scaling, view):
         x = (scores * scaling).masked_fill(~view.mask, -1e30).softmax(-1)
-        return self(x, None, fanout)
+        return self(x, None, 0), None
 
 
 def stepped(model, conversion, passes_on=True):

@@ -29,9 +29,9 @@ class Kept(SpikingPort):
         self.seen = x
         return super().__call__(x, real, fanout)
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        self.seen = scores
-        return super().softmax(scores, scaling, view, fanout)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        self.seen = scores.clone()
+        return super().softmax(scores, scaling, view)
 
 
 class Held(SteppedPort):
@@ -48,8 +48,8 @@ class Held(SteppedPort):
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         return super().__call__(self._held(x), real, fanout)
 
-    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
-        return super().softmax(self._held(scores), scaling, view, fanout)
+    def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        return super().softmax(self._held(scores), scaling, view)
 
 
 @dataclass(frozen=True)
