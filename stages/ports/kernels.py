@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from stages.codings.base import Coding
 from stages.compiler import fused
 from stages.neurons.channels import centre, unit, unscaled
+from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
 # shapes would be specialised one by one.
 EAGER_BELOW = 1 << 14
+TABLE_AFTER = 32  # calls on so few values, a token each: after them a table of the code pays
+TABLES_AT_ONCE = 64
 
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
 SoftmaxKernel = Callable[[Tensor, float, Tensor, Params], tuple[Tensor, Tensor]]
@@ -33,6 +37,26 @@ def masked_softmax(scores: Tensor, scaling: float, mask: Tensor) -> Tensor:
     return torch.where(mask, scores.float() * scaling, lowest).softmax(-1)
 
 
+def _rows(
+    quantise: Callable[[Tensor, Params], tuple[Tensor, Tensor]],
+    counted: bool,
+    x: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    p: Params,
+) -> tuple[Tensor, Tensor]:
+    """The code of x about its means and in units of its scales, and the spikes of every row."""
+    u = x if mean is None else x.float() - mean
+    if scale is None:
+        value, spikes = quantise(u, p)
+    else:
+        value, spikes = quantise(u.float() / scale, p)
+        value = value * scale
+    if mean is not None and mean.dim() == 1:
+        value = value + mean
+    return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
+
+
 @functools.lru_cache(maxsize=64)
 def row_kernel(coding: Coding, counted: bool) -> RowKernel:
     """Make (x [..., C], parameters) -> (coded x, spikes of every row [...] or an empty tensor).
@@ -43,15 +67,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
     def kernel(
         x: Tensor, scale: Tensor | None, mean: Tensor | None, p: Params
     ) -> tuple[Tensor, Tensor]:
-        u = x if mean is None else x.float() - mean
-        if scale is None:
-            value, spikes = coding.quantise(u, p)
-        else:
-            value, spikes = coding.quantise(u.float() / scale, p)
-            value = value * scale
-        if mean is not None and mean.dim() == 1:
-            value = value + mean
-        return value.to(x.dtype), spikes.sum(-1) if counted else spikes.new_empty(0)
+        return _rows(coding.quantise, counted, x, scale, mean, p)
 
     if coding.tokenwise and not coding.rowwise:  # its layout is part of the code
         return lambda x, p: kernel(x, None, None, p)
@@ -107,3 +123,65 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
         return scores, (kernel if small else fast)(scores, scaling, bias, p)
 
     return call
+
+
+class Tables:
+    """Tables of the codes of a model, made together for all sites that have coded few values."""
+
+    def __init__(self) -> None:
+        self._waiting: list[ShortKernel] = []
+
+    def expect(self, kernel: ShortKernel) -> None:
+        """Make a table for this site with those of the others."""
+        self._waiting.append(kernel)
+
+    def make(self) -> None:
+        """Give all sites that wait their tables."""
+        groups: dict[Any, list[ShortKernel]] = {}
+        for kernel in self._waiting:
+            shapes = tuple((name, each.shape) for name, each in kernel.params.items())
+            groups.setdefault((kernel.coding, shapes), []).append(kernel)
+        self._waiting = []
+        for (coding, _), kernels in groups.items():
+            for start in range(0, len(kernels), TABLES_AT_ONCE):
+                some = kernels[start : start + TABLES_AT_ONCE]
+                made = lookups(coding, [kernel.params for kernel in some])
+                for kernel, table in zip(some, made, strict=True):
+                    kernel.table = table
+
+
+class ShortKernel:
+    """Codes few values of one site by a table of its code, once it has been asked often enough."""
+
+    def __init__(self, coding: Coding, params: Params, counted: bool, tables: Tables) -> None:
+        self.coding, self.params = coding, unscaled(params)
+        self.table: Lookup | None = None
+        self._counted, self._tables, self._calls = counted, tables, 0
+
+    def ready(self, x: Tensor) -> bool:
+        """Whether there is a table and x is to be coded by it."""
+        if x.numel() >= EAGER_BELOW or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        self._calls += 1
+        if self._calls == 1:
+            self._tables.expect(self)
+        elif self._calls == TABLE_AFTER and self.table is None:
+            self._tables.make()
+        if self.table is not None and self.table.edge.device != x.device:
+            self.table = self.table.to(x.device)
+        return self.table is not None
+
+    def rows(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """What `row_kernel` gives."""
+        return _rows(self._read, self._counted, x, unit(x, p), centre(x, p), p)
+
+    def softmax(self, scores: Tensor, scaling: float, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """What `softmax_kernel` gives where the coding does not replace the softmax."""
+        value, spikes = self._read(_softmax(scores, scaling, bias), {})
+        seen = torch.where(bias == 0, spikes, 0).sum(-1) if self._counted else spikes
+        return value.to(scores.dtype), seen
+
+    def _read(self, u: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        assert self.table is not None
+        value, stair = self.table(u)
+        return value, self.table.spikes.take(stair) if self._counted else value

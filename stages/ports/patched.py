@@ -17,6 +17,7 @@ from stages.model.sites import Site, find_sites
 from stages.ports.attention import Port
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.hooks import attached
+from stages.ports.kernels import Tables
 from stages.ports.port import DensePort, SpikingPort
 from stages.ports.stepped import stepped_ports
 
@@ -46,8 +47,9 @@ def patched(
         with attached(model, sites, every | dict(spiking)):
             yield len(converted)
         return
+    tables = Tables()
     ports = {
-        site.name: SpikingPort(conversion.coding, converted[site.name], rows.get(site.name))
+        site.name: SpikingPort(conversion.coding, converted[site.name], rows.get(site.name), tables)
         if conversion is not None and site.name in converted
         else DensePort(rows.get(site.name))
         for site in sites

@@ -11,7 +11,7 @@ from stages.codings.base import Coding
 from stages.neurons.channels import left_out
 from stages.ports.attention import View
 from stages.ports.counters import SiteCounter
-from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
+from stages.ports.kernels import ShortKernel, Tables, masked_softmax, row_kernel, softmax_kernel
 
 
 class DensePort:
@@ -45,17 +45,28 @@ class SpikingPort:
     plain = False
 
     def __init__(
-        self, coding: Coding, params: Mapping[str, Tensor], counter: SiteCounter | None = None
+        self,
+        coding: Coding,
+        params: Mapping[str, Tensor],
+        counter: SiteCounter | None = None,
+        tables: Tables | None = None,
     ) -> None:
+        """`tables`: shared by the sites of a model."""
         coding, own = coding.at_site(params)
         self.params = dict(own)
         self.counter = counter
         self._rows = row_kernel(coding, counter is not None and coding.neuron)
         self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
         self._neuron = coding.neuron
+        self._short = ShortKernel(
+            coding, own, counter is not None and coding.neuron, tables or Tables()
+        )
+        self._codes_softmax = not coding.replaces_softmax
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        value, spikes = self._rows(x, self._on(x.device))
+        p = self._on(x.device)
+        made = self._short.rows if self._short.ready(x) else self._rows
+        value, spikes = made(x, p)
         if self.counter is not None:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
             if not self._neuron and isinstance(fanout, int):
@@ -66,7 +77,11 @@ class SpikingPort:
         return left_out(x, self._on(x.device))
 
     def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
-        value, spikes = self._softmax(scores, scaling, view.bias, self._on(scores.device))
+        p = self._on(scores.device)
+        if self._codes_softmax and self._short.ready(scores):
+            value, spikes = self._short.softmax(scores, scaling, view.bias)
+        else:
+            value, spikes = self._softmax(scores, scaling, view.bias, p)
         return value, spikes if self.counter is not None and self._neuron else None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
