@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.sites import Site
-from stages.ports.attention import View
 from stages.ports.hooks import stream
 from stages.ports.kernels import masked_softmax
+from stages.ports.visibility import View
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ _lowest = fused(_lowest_allowed)
 class SketchPort:
     """Adds what passes to the site's sketch, and passes it on."""
 
-    plain = False
+    plain = keeps = False
 
     def __init__(self, grid: Grid, exact: bool, site: Site) -> None:
         self._grid, self._exact = grid, exact

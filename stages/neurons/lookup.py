@@ -43,7 +43,7 @@ class Lookup:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value (float32) and stair of every x, whose spikes are `self.spikes[stair]`."""
-        stair = torch.bucketize(x if x.dtype == torch.float32 else x.float(), self.edge)
+        stair = torch.bucketize(x.float().contiguous(), self.edge)
         return self.value.take(stair), stair
 
     def to(self, device: torch.device) -> Lookup:

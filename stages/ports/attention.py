@@ -6,9 +6,8 @@ and the model silently stops being causal.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,24 +17,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from stages.errors import InputError
+from stages.ports.visibility import ForwardState, View, Visibility
 
 NAME = "ported"
 QUERY_BLOCK = 64
 # Rows of a block where a kernel's start costs more than its memory: on a GPU, and of spikes.
 WIDE = 4
 BLOCK_SCORES = 3 << 18  # on a CPU: of two cores, whose caches hold about that many
-MASK_ROWS = 256
-KEPT_PAIRS = 1 << 23  # of a pass whose blocks are kept from layer to layer
 _PORTS = "attention_ports"
 
 
 class Port(Protocol):
     """What a value passes on its way into a matmul.
 
-    plain: whether it passes probabilities as they are without looking at them.
+    plain: whether it passes probabilities as they are without looking at them; keeps: whether the code
+    of a key or a value may stand in a cache in its place.
     """
 
     plain: bool
+    keeps: bool
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         """Pass x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
@@ -50,110 +50,6 @@ class Port(Protocol):
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
         """Count the probabilities of a pass, whose rows have `spikes` [B, H, Q]."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Who sees whom in a block of queries.
-
-    mask [B, 1, Q, K] bool, seen [B, Q]: keys seen by each query, real [B, Q] bool or None (all).
-    """
-
-    mask: Tensor
-    seen: Tensor
-    real: Tensor | None
-
-    def block(self, rows: slice, queries: slice, keys: int) -> View:
-        """Return the block of these rows of the batch and queries, over the first `keys` keys."""
-        real = None if self.real is None else self.real[rows, queries]
-        # Contiguous, so that compiled kernels see one layout only.
-        mask = self.mask[rows, :, queries, :keys].contiguous()
-        return View(mask, self.seen[rows, queries], real)
-
-    @functools.cached_property
-    def bias(self) -> Tensor:
-        """What is added to scores [B, 1, Q, K] float32: 0, or the lowest number where the mask forbids."""
-        return torch.where(self.mask, 0.0, torch.finfo(torch.float32).min)
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """A view of all queries with what is derived from it once per forward pass.
-
-    watched [B, K]: real queries that see each key; fresh [B, K]: keys of this pass that are real;
-    reach [Q]: how many leading keys hold all that a query sees in any row; causal: whether every query
-    sees all keys up to itself.
-    """
-
-    view: View
-    watched: Tensor
-    fresh: Tensor | None
-    reach: tuple[int, ...]
-    causal: bool
-    _kept: dict[tuple[int, int], View] = field(default_factory=dict)
-
-    def block(self, rows: slice, queries: slice, keys: int) -> View:
-        """Return a block of the view; small ones are the same for every layer."""
-        place = rows.start, queries.start
-        if place in self._kept:
-            return self._kept[place]
-        view = self.view.block(rows, queries, keys)
-        if self.view.mask.numel() <= KEPT_PAIRS:
-            self._kept[place] = view
-        return view
-
-
-class ForwardState:
-    """What the current forward pass knows of its tokens: pads, and who sees whom."""
-
-    def __init__(self) -> None:
-        self.real: Tensor | None = None
-        self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def begin(self, attention_mask: Tensor | None, length: int) -> None:
-        """Start a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
-        self._visibility.clear()
-        self.real = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:].bool()
-            self.real = None if bool(real.all()) else real
-
-    def visibility(self, mask: Tensor) -> Visibility:
-        if id(mask) not in self._visibility:
-            self._visibility[id(mask)] = (mask, _visibility(mask, self.real))
-        return self._visibility[id(mask)][1]
-
-    def buffer(self, size: int, like: Tensor) -> Tensor:
-        """Return memory of `size` values on the device and of the dtype of `like`, the same for every
-        block: the pages of fresh memory cost more than the products that fill them."""
-        key = like.device, like.dtype
-        if key not in self._buffers or len(self._buffers[key]) < size:
-            with torch.inference_mode(False):  # a later pass may run outside of that mode
-                self._buffers[key] = torch.empty(size, device=like.device, dtype=like.dtype)
-        return self._buffers[key][:size]
-
-
-def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:
-    """mask [B, 1, Q, K] bool, real [B, Q] bool or None."""
-    queries, keys = mask.shape[-2:]
-    fresh = None
-    if real is not None or keys != queries:
-        new = torch.ones(mask.shape[0], queries, dtype=torch.bool, device=mask.device)
-        fresh = functional.pad(new if real is None else real, (keys - queries, 0))
-    place = torch.arange(1, keys + 1, dtype=torch.int32, device=mask.device)
-    watched = torch.zeros(mask.shape[0], keys, dtype=torch.int64, device=mask.device)
-    seen, reach = [], []
-    for start in range(0, queries, MASK_ROWS):  # whole numbers for all pairs at once would be large
-        part = mask[:, 0, start : start + MASK_ROWS]
-        seen.append(part.sum(-1))
-        reach.append((part.any(0) * place).amax(-1))
-        if real is not None:
-            part = part & real[:, start : start + MASK_ROWS, None]
-        watched += part.sum(-2)
-    view, last = View(mask, torch.cat(seen, 1), real), torch.cat(reach)
-    causal = keys == queries and bool((view.seen == place).all() & (last == place).all())
-    return Visibility(view, watched, fresh, tuple(last.tolist()), causal)
 
 
 @dataclass(frozen=True)
@@ -201,8 +97,9 @@ def ported_attention(
     fresh = None if seen.fresh is None else seen.fresh[:, None]
     reads = seen.view.seen if rows is None else seen.view.seen * rows
     query = ports.q(query, real, reads[:, None])
-    key = ports.k(key, fresh, seen.watched[:, None] * groups).transpose(2, 3)
-    value = ports.v(value, fresh, seen.watched[:, None] * groups)
+    watched = seen.watched[:, None] * groups
+    key = _cached(ports.k, key, fresh, watched, ports.state, queries).transpose(2, 3)
+    value = _cached(ports.v, value, fresh, watched, ports.state, queries)
     lacking = ports.v.constant(value)
     added = None if lacking is None else lacking.repeat_interleave(groups, 0)  # [H, 1, D]
     if ports.probs.plain and _numbers(query, key, value):
@@ -216,10 +113,47 @@ def ported_attention(
             scale=scaling,
             enable_gqa=groups > 1,
         ).transpose(1, 2)
+    elif queries == 1:
+        output, spikes = _of_one_query(ports, query, key, value, seen.view, scaling)
     else:
         output, spikes = _by_blocks(ports, query, key, value, seen, scaling)
     ports.probs.tally(spikes, seen.view, heads, width)
     return output if added is None else output + added.transpose(0, 1), None
+
+
+def _cached(
+    port: Port,
+    x: Tensor,  # [B, G, K, D]
+    fresh: Tensor | None,
+    watched: Tensor,
+    state: ForwardState,
+    queries: int,
+) -> Tensor:
+    """The codes of keys or values; in a cache that keeps them, only those of new tokens are made."""
+    if not (state.keeps and port.keeps):
+        return port(x, fresh, watched)
+    old = x.shape[2] - queries if state.kept else 0
+    new = x[:, :, old:]
+    real = None if fresh is None else fresh[..., old:]
+    new.copy_(port(new, real, watched[..., old:]))
+    return x
+
+
+def _of_one_query(
+    ports: AttentionPorts,
+    query: Tensor,  # [B, H, 1, D]
+    key: Tensor,  # [B, G, D, K]
+    value: Tensor,  # [B, G, K, D]
+    view: View,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, 1, H, D] of a token that is generated, as `_by_blocks` gives it."""
+    batch, heads, _, width = query.shape
+    groups, keys = key.shape[1], key.shape[3]
+    scores = torch.matmul(query.reshape(batch, groups, -1, width), key)
+    probs, spikes = ports.probs.softmax(scores.view(batch, heads, 1, keys), scaling, view)
+    output = torch.matmul(probs.view(batch, groups, -1, keys), value)
+    return output.reshape(batch, 1, heads, width), spikes
 
 
 def _by_blocks(

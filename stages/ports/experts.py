@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stages.ports.attention import ForwardState, Port
+from stages.ports.attention import Port
+from stages.ports.visibility import ForwardState
 
 NAME = "ported"
 _PORTS = "expert_ports"

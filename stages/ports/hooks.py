@@ -15,11 +15,12 @@ from stages.model.forward import windows
 from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
-from stages.ports.attention import NAME, AttentionPorts, ForwardState, Port, set_ports
+from stages.ports.attention import NAME, AttentionPorts, Port, set_ports
 from stages.ports.experts import NAME as EXPERTS
 from stages.ports.experts import ExpertPorts, set_expert_ports, switch_experts
 from stages.ports.passes import Pass, decoder
 from stages.ports.port import DensePort
+from stages.ports.visibility import ForwardState
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from stages.neurons.spikes import Params
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
 # shapes would be specialised one by one.
 EAGER_BELOW = 1 << 14
-TABLE_AFTER = 32  # calls on so few values, a token each: after them a table of the code pays
+TABLE_AFTER = 8  # calls on so few values, a token each: after them a table of the code pays
 TABLES_AT_ONCE = 64
 
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]

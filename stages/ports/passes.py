@@ -4,16 +4,22 @@ tokens, and RoPE frequencies that no earlier pass has moved."""
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stages.errors import InputError
-from stages.ports.attention import NAME, ForwardState
+from stages.ports.attention import NAME
 from stages.ports.experts import NAME as EXPERTS
+from stages.ports.visibility import ForwardState
 
+_MARK = "spiking_tokens"  # on a cache: whose codes it holds, of how many tokens
+_NUMBERS = itertools.count()
 _GROWING = "dynamic"  # the RoPE type whose frequencies follow the longest text so far
 
 
@@ -45,6 +51,16 @@ def cached_tokens(given: Mapping[str, Any]) -> int:
     """Count the tokens that stand in the cache of a pass."""
     cache = given.get("cache")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _grows(cache: Any) -> bool:
+    """Whether a cache holds what it gives, on the device and in the precision of the pass."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and all(type(layer) in plain for layer in cache.layers)
+    )
 
 
 def positions(mask: Tensor, length: int) -> Tensor:
@@ -113,6 +129,7 @@ class Pass(ForwardState):
         ported; counted: whether a port counts; ported: the paths of the modules that ports are on.
         """
         super().__init__()
+        self._number = next(_NUMBERS)
         self._held = held(model, ported)
         self._model, self._prefix, self._counted = model, prefix, counted
         self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
@@ -128,6 +145,7 @@ class Pass(ForwardState):
             self._check_uncounted()
             mask = None  # prepared by `generate` for a cache of a fixed size
         self.begin(mask, length)
+        self._keep(given, length)
         if cached_tokens(given) <= self._prefix:
             restart_rope(self._model)
         if mask is None or given.get("position_ids") is not None:
@@ -137,6 +155,24 @@ class Pass(ForwardState):
     def begin(self, attention_mask: Tensor | None, length: int) -> None:
         super().begin(attention_mask, length)
         self.length = length
+
+    def _keep(self, given: Mapping[str, Any], length: int) -> None:
+        """Find out whether the cache of the pass keeps codes, and whether all that it holds are codes.
+
+        A cache that grows holds them instead of what they code, so that a token is coded once; counters
+        ask for the spikes of all of them.
+        """
+        cache, before = given.get("cache"), cached_tokens(given)
+        number, count = getattr(cache, _MARK, (self._number, 0))
+        self.keeps = _grows(cache) and not self._counted and not torch.is_grad_enabled()
+        if count and (number != self._number or not self.keeps):
+            raise InputError(
+                "this cache holds keys and values coded by other neurons, or by these without counters or "
+                "gradients: begin with an empty one, past_key_values=None"
+            )
+        self.kept = self.keeps and count >= before > 0
+        if self.keeps:
+            setattr(cache, _MARK, (self._number, before + length))
 
     def _check_implementations(self) -> None:
         for part, wanted in self._wanted.items():

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.neurons.channels import left_out
-from stages.ports.attention import View
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import ShortKernel, Tables, masked_softmax, row_kernel, softmax_kernel
+from stages.ports.visibility import View
 
 
 class DensePort:
     """Passes the value as it is and counts its multiplications."""
 
-    plain = True
+    plain, keeps = True, False
 
     def __init__(self, counter: SiteCounter | None = None) -> None:
         self.counter = counter
@@ -58,6 +58,7 @@ class SpikingPort:
         self._rows = row_kernel(coding, counter is not None and coding.neuron)
         self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
         self._neuron = coding.neuron
+        self.keeps = not coding.tokenwise and counter is None
         self._short = ShortKernel(
             coding, own, counter is not None and coding.neuron, tables or Tables()
         )

@@ -16,12 +16,12 @@ from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.neurons.channels import left_out, unscaled
 from stages.neurons.spikes import Params
-from stages.ports.attention import View
 from stages.ports.coded import coded
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import masked_softmax
 from stages.ports.planes import Planes, check_ternary, planes, timed
 from stages.ports.port import count
+from stages.ports.visibility import View
 
 EXECUTIONS = ("fast", "stepped")
 
@@ -32,7 +32,7 @@ class SteppedPort:
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
 
-    plain = False
+    plain = keeps = False
 
     def __init__(
         self,

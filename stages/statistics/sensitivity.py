@@ -15,10 +15,10 @@ from stages.fits.sensitivity import CELLS, Sensitivity, cell
 from stages.model.offload import refuse_offloaded
 from stages.model.sites import Site, find_sites
 from stages.neurons.channels import per_channel
-from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.hooks import attached
 from stages.ports.port import DensePort
+from stages.ports.visibility import View
 from stages.statistics import measure
 
 

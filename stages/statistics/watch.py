@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.ports.attention import View
 from stages.ports.port import DensePort
+from stages.ports.visibility import View
 
 See = Callable[[Tensor], None]
 

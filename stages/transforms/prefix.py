@@ -22,10 +22,10 @@ from stages.model.experts import refuse_experts
 from stages.model.prefix import prefix_length, record_prefix
 from stages.model.rules import architecture
 from stages.model.sites import find_sites
-from stages.ports.attention import View
 from stages.ports.hooks import stream
 from stages.ports.passes import argument_names, decoder, named, new_tokens, positions
 from stages.ports.port import DensePort
+from stages.ports.visibility import View
 from stages.registry import register
 
 KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of every decoder layer

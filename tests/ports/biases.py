@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from stages.ports.attention import View
+from stages.ports.visibility import View
 
 
 def bias(mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from stages.codings.multigrain import Multigrain
 from stages.fitted import Conversion, Fit
 from stages.model.sites import find_sites
 from stages.neurons.spikes import decode
-from stages.ports import attention
+from stages.ports import attention, visibility
 from stages.ports.counters import Counters
 from stages.ports.hooks import attached
 from stages.ports.patched import patched
@@ -30,7 +30,7 @@ RIGHT = [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]]
 class Recorder:
     """Records what reaches a site and passes on what the stepped neuron makes of it."""
 
-    plain = False
+    plain = keeps = False
 
     def __init__(self, coding=None, params=None):
         self.coding, self.params, self.seen = coding, params, []
@@ -282,13 +282,13 @@ def test_masked_probabilities_do_not_spike_where_a_neuron_fires_at_zero(model, t
 
 
 def test_the_loop_tells_a_wrong_fan_out(model, tokens, convert, monkeypatch):
-    original = attention._visibility
+    original = visibility._visibility
 
     def pads_count(mask, real):
         return original(mask, None)
 
     conversion = convert(model, CODINGS[1])
     assert_counts(model, conversion, tokens, RIGHT, [7])
-    monkeypatch.setattr(attention, "_visibility", pads_count)
+    monkeypatch.setattr(visibility, "_visibility", pads_count)
     with pytest.raises(AssertionError):
         assert_counts(model, conversion, tokens, RIGHT, [7])

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from stages.codings.base import site_params
 from stages.fitted import Conversion
 from stages.model.sites import find_sites
-from stages.ports.attention import View
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.hooks import attached
 from stages.ports.port import SpikingPort
 from stages.ports.stepped import SteppedPort
+from stages.ports.visibility import View
 
 
 class Kept(SpikingPort):
