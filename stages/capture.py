@@ -14,7 +14,7 @@ from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.sites import Site
 from stages.ports.hooks import stream
-from stages.ports.kernels import masked_softmax
+from stages.ports.kernels import dense_softmax
 from stages.ports.visibility import View
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
 
@@ -124,7 +124,7 @@ class SketchPort:
         return None
 
     def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, None]:
-        probs = masked_softmax(scores, scaling, view.mask).to(scores.dtype)
+        probs = dense_softmax(scores, scaling, view.bias)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
         masked = probs.numel() - view.seen.sum() * probs.shape[1]
         self._add(probs, masked, _lowest(probs, view.mask))

@@ -21,7 +21,7 @@ from stages.errors import InputError
 
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24
-CHUNK = 1 << 20
+CHUNK = 1 << 22
 SUB_BITS = 3
 MOST_BITS = 13
 _MANTISSA = 23

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.run.assets import Asset, content
 from pipeline.run.fingerprint import folder_fingerprint
+from pipeline.run.memory import keep_freed_memory
 from pipeline.run.stage import Source, Stage
 from pipeline.store.provenance import libraries
 from pipeline.store.step import Step, code_hash
@@ -91,6 +92,7 @@ class ModelSource:
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and tokenizer; one model at a time stays in memory."""
+        keep_freed_memory()
         spec, source = self.spec, self.source
         revision = self._revision(source)
         origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map, self.offload)

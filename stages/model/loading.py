@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.model.offload import Offload
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION = "eager"  # the sites q, k, v and probs exist in no other implementation
+ATTENTION = None  # what transformers chooses, SDPA where there is one; ports bring their own
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _DOWNLOADED: dict[str, Any] = {
     "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"],

@@ -177,7 +177,7 @@ class Weights:
         return groups
 
 
-def skeleton(config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def skeleton(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """Make the model of a config, weights on the meta device, buffers (such as RoPE frequencies) real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

@@ -94,6 +94,20 @@ def _softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     return power / power.sum(-1, keepdim=True)
 
 
+def _in_place(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
+    return scores.copy_(_softmax(scores, scaling, bias))
+
+
+_dense_softmax = fused(_in_place)
+
+
+def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
+    """Probabilities in the place of scores [B, H, Q, K], with the bias of `softmax_kernel`."""
+    made = _in_place if scores.numel() < EAGER_BELOW else _dense_softmax
+    probs: Tensor = made(scores, scaling, bias)
+    return probs
+
+
 @functools.lru_cache(maxsize=64)
 def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
     """Make (scores [B, H, Q, K], scaling, bias, parameters) -> (coded probabilities, spikes [B, H, Q]).

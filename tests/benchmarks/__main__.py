@@ -1,7 +1,8 @@
-"""`make bench`: the speed of every stage as ratios measured in one run, on the default model.
+"""`make bench`: what spiking costs, as ratios to the dense model of the same process on the default model.
 
-Each figure is the median of a few repetitions taken in turn with what it is compared with, so that a
-machine whose speed drifts moves both. Nothing is asserted here.
+The dense model is the one that a user runs: transformers' default attention (SDPA) and nothing attached.
+Each ratio is the median over rounds in which both run in turn, so that a machine whose speed drifts moves
+both. Nothing is asserted here. `python -m tests.benchmarks prefill_2048 decode` measures these rows only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +23,87 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+import stages
 from pipeline.run import runner
+from pipeline.run.memory import keep_freed_memory
 from pipeline.run.settings import Settings
 from pipeline.run.texts import load_tokens
-from stages.codings.base import site_params
+from stages.api import bind, fit, restore
+from stages.codings.base import Coding
 from stages.compiler import compiled
-from stages.distribution import Densities, Distribution
+from stages.evaluation import perplexity
 from stages.fitted import Conversion
-from stages.model.sites import find_sites, select
-from stages.neurons.spikes import decode
-from stages.ports.kernels import row_kernel
+from stages.model.sites import find_sites
+from stages.ports.counters import Counters
 from stages.ports.patched import patched
 from stages.text import corpus
-from tests.benchmarks import timed
+from tests.benchmarks import peaks, timed
 
 CONF = Path(__file__).parents[2] / "conf"
-REPEATS = 3
+ROUNDS = 5
+OTHERS = ("signed_price", "gated_budget", "timed", "multigrain")
+CALIBRATION = (8, 512)
+PROMPT, GENERATED = 128, 64
+STEPPED = 512
+Work = Callable[[], Any]
+
+
+class Bench:
+    """The default model, its text, and the ratios that were measured so far."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        settings = configured(["coding=gated", "coding.timesteps=6", "coding.grains=2", *overrides])
+        run = runner.start(settings)
+        self.folder = Path(run.store.root)
+        self.settings = settings
+        self.model, _ = run.model.load()
+        text = run.chain.tokens[settings.calibration.corpus, "calibration"]
+        self.ids = load_tokens(text.build(run.store, run.runtime))
+        self.windows = corpus.windows(self.ids, *CALIBRATION)
+        self.figures: dict[str, Any] = {"threads": torch.get_num_threads()}
+        self.conversion = self.fitted(settings.coding, CALIBRATION[0])
+
+    def fitted(self, coding: Any, windows: int) -> Conversion:
+        return fit(self.model, self.windows[:windows], coding)
+
+    def text(self, tokens: int) -> Tensor:
+        return self.ids[None, :tokens].long().to(self.model.device)
+
+    def prefill(self, ids: Tensor) -> None:
+        with torch.inference_mode():
+            self.model(ids, use_cache=False, logits_to_keep=1)
+
+    def spiking(self, ids: Tensor, conversion: Conversion, counted: bool = False) -> None:
+        counters = Counters(find_sites(self.model), ids.device) if counted else None
+        with patched(self.model, conversion, counters):
+            self.prefill(ids)
+
+    def show(self, name: str, value: float, goal: str = "") -> None:
+        self.figures[name] = round(value, 3)
+        print(f"{name:40s} {value:9.3f}   {goal}", flush=True)
+
+    def ratio(self, name: str, dense: Work, work: Work, goal: str, rounds: int = ROUNDS) -> None:
+        """Median ratio of the second to the first, after one run of each."""
+        dense(), work()
+        pairs = [(timed(dense)[0], timed(work)[0]) for _ in range(rounds)]
+        self.show(f"{name}_s", statistics.median(pair[1] for pair in pairs))
+        self.show(name, statistics.median(b / a for a, b in pairs), f"goal {goal}")
 
 
 def main() -> None:
     """Prints one line a figure, and all of them as json at the end."""
     # An empty cache, so that compilation is measured and not read from disk.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
-    settings = configured(["coding=gated", *sys.argv[1:]])
-    run = runner.start(settings)
-    model, _ = run.model.load()
-    spec = settings.calibration
-    tokens = run.chain.tokens[spec.corpus, "calibration"].build(run.store, run.runtime)
-    ids = corpus.windows(load_tokens(tokens), spec.windows, spec.length)
-    figures: dict[str, Any] = {"threads": torch.get_num_threads()}
-    with torch.inference_mode():
-        densities = capture(figures, settings, model, ids)
-    fitted = fitting(figures, densities)
-    with torch.inference_mode():
-        forward(figures, model, load_tokens(tokens), fitted["gated"])
-        fast_path(figures, densities, fitted["gated"], model.device)
-    print(json.dumps(figures, indent=1))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
+    keep_freed_memory()
+    chosen = [word for word in sys.argv[1:] if "=" not in word]
+    unknown = set(chosen) - set(ROWS)
+    if unknown:
+        sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    bench = Bench([word for word in sys.argv[1:] if "=" in word])
+    for name in chosen or ROWS:
+        ROWS[name](bench)
+    bench.figures["compiled"] = compiled()
+    print(json.dumps(bench.figures, indent=1))
 
 
 def configured(overrides: list[str]) -> Settings:
@@ -63,84 +111,127 @@ def configured(overrides: list[str]) -> Settings:
         return instantiate(compose("config", ["experiment=none", *overrides]))
 
 
-def in_turn(*works: Callable[[], Any]) -> list[float]:
-    """Median seconds of each, measured in turn."""
-    rounds = [[timed(work)[0] for work in works] for _ in range(REPEATS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+def prefill(tokens: int, goals: tuple[str, str], rounds: int) -> Callable[[Bench], None]:
+    def rows(bench: Bench) -> None:
+        ids, neurons = bench.text(tokens), bench.conversion
+        first = timed(lambda: bench.spiking(ids, neurons))[0]
+        for suffix, counted, goal in zip(("", "_counted"), (False, True), goals, strict=True):
+            bench.ratio(
+                f"prefill_{tokens}{suffix}_over_sdpa",
+                lambda: bench.prefill(ids),
+                lambda counted=counted: bench.spiking(ids, neurons, counted),
+                goal,
+                rounds,
+            )
+        if not suffix:
+            bench.show("compilation_s", first - bench.figures[f"prefill_{tokens}_over_sdpa_s"])
+
+    return rows
 
 
-def show(figures: dict[str, Any], name: str, value: float, goal: str) -> None:
-    figures[name] = round(value, 3)
-    print(f"{name:46s} {value:9.3f}   goal {goal}", flush=True)
+def memory(bench: Bench) -> None:
+    """Largest resident sizes of processes of their own, over one pass of 8192 tokens."""
+    folder = Path(tempfile.mkdtemp())
+    bind(bench.model, bench.conversion)
+    stages.save(bench.model, folder)
+    restore(bench.model)
+    torch.save(bench.text(8192), folder / "ids.pt")
+    sizes = peaks.of(folder)
+    bench.show("memory_8192_GB", sizes["spiking"])
+    bench.show("memory_8192_over_sdpa", sizes["spiking"] / sizes["dense"], "goal <= 1.2")
 
 
-def capture(figures: dict[str, Any], settings: Settings, model: Any, ids: Tensor) -> Densities:
-    sites = select(find_sites(model), settings.sites)
-    batch = settings.runtime.batch
+def decode(bench: Bench) -> None:
+    """Tokens a second at batch 1, of a model that was converted before."""
+    prompt = bench.text(PROMPT)
+    settings = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
+
+    def generate() -> None:
+        bench.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+    generate()
+    pairs = []
+    for _ in range(3):
+        dense = statistics.mean(timed(generate)[0] for _ in range(2))
+        bind(bench.model, bench.conversion)
+        generate()  # the tables of codes are made
+        pairs.append((dense, statistics.mean(timed(generate)[0] for _ in range(2))))
+        restore(bench.model)
+    spiking = GENERATED / statistics.median(pair[1] for pair in pairs)
+    bench.show("decode_tokens_per_s", spiking)
+    ratio = statistics.median(b / a for a, b in pairs)
+    bench.show("decode_dense_over_spiking", ratio, "goal <= 1.2")
+
+
+def capture(bench: Bench) -> None:
+    batch, sites = bench.settings.runtime.batch, find_sites(bench.model)
 
     def plain() -> None:
-        for window in ids.split(batch):
-            model(window.to(model.device), use_cache=False)
+        with torch.inference_mode():
+            for window in bench.windows.split(batch):
+                bench.model(window.long(), use_cache=False, logits_to_keep=1)
 
     def sketch() -> Any:
-        return settings.capture.run(model, ids, sites, batch)
+        return bench.settings.capture.run(bench.model, bench.windows, sites, batch)
 
-    show(figures, "capture_first_s", timed(sketch)[0], "with compilation")
-    dense, captured = in_turn(plain, sketch)
-    show(figures, "capture_s", captured, "-")
-    show(figures, "capture_over_plain_forward", captured / dense, "<= 2")
-    seconds, densities = timed(lambda: Distribution().run(sketch()))
-    show(figures, "distribution_s", seconds - captured, "-")
-    return densities
+    bench.ratio("capture_over_sdpa", plain, sketch, "<= 1.2", 3)
 
 
-def fitting(figures: dict[str, Any], densities: Densities) -> dict[str, Conversion]:
-    fitted = {}
-    for name, goal in (("gated", "<= 5"), ("multigrain", "<= 60")):
-        settings = configured([f"coding={name}", "coding.timesteps=6", "coding.grains=2"])
-        spec = settings.fitting.for_coding(settings.coding)  # type: ignore[arg-type]
-        seconds, found = timed(lambda s=settings, f=spec: f.run(densities, s.coding))
-        show(figures, f"fitting_{name}_s", seconds, goal)
-        fitted[name] = Conversion(settings.coding, found)  # type: ignore[arg-type]
-    return fitted
+def scored(bench: Bench) -> None:
+    ids = corpus.windows(bench.ids, 8, 1024)
+    works = [
+        lambda conversion=conversion: perplexity(bench.model, ids, conversion, 1, "calibration")
+        for conversion in (None, bench.conversion)
+    ]
+    bench.ratio("perplexity_over_dense", works[0], works[1], "<= 1.2", 3)
 
 
-def fast_path(
-    figures: dict[str, Any], densities: Densities, conversion: Conversion, device: torch.device
-) -> None:
-    """One layer's MLP input of 2048 tokens, coded both ways."""
-    coding = conversion.coding
-    params = site_params(conversion.neurons.fit.params, densities.roles.index("mlp.down"))
-    x = torch.randn(2048, 1536, generator=torch.Generator().manual_seed(0)).to(device)
-    params = {name: value.to(device) for name, value in params.items()}
-    kernel = row_kernel(coding, counted=True)
-    kernel(x, params)
+def stepped(bench: Bench) -> None:
+    ids, coding = bench.text(STEPPED), bench.conversion.coding
 
-    def stepped() -> Any:
-        spikes = coding.encode(x, params)
-        return decode(spikes, coding.table(params)), spikes.count.sum(-1)
+    def steps() -> None:
+        with patched(bench.model, bench.conversion, execution="stepped"):
+            bench.prefill(ids)
 
-    slow, fast = in_turn(stepped, lambda: kernel(x, params))
-    show(figures, "encode_decode_over_fast_path", slow / fast, ">= 5")
+    fast: Work = lambda: bench.spiking(ids, bench.conversion)  # noqa: E731
+    bench.ratio("stepped_over_fast", fast, steps, f"<= {1.5 * coding.timesteps}", 3)
 
 
-def forward(figures: dict[str, Any], model: Any, ids: Tensor, conversion: Conversion) -> None:
-    window = ids[None, :2048].to(model.device)
+def others(bench: Bench) -> None:
+    ids = bench.text(2048)
+    for name in OTHERS:
+        with brief(name) as coding:
+            conversion = bench.fitted(coding, 2)
+        bench.ratio(
+            f"prefill_2048_{name}_over_sdpa",
+            lambda: bench.prefill(ids),
+            lambda conversion=conversion: bench.spiking(ids, conversion),
+            "<= 1.3",
+            3,
+        )
 
-    def dense() -> None:
-        model(window, use_cache=False)
 
-    def spiking() -> None:
-        with patched(model, conversion):
-            model(window, use_cache=False)
+@contextmanager
+def brief(name: str) -> Iterator[Coding]:
+    """A coding whose sensitivity is measured on one window: what is timed does not ask for more."""
+    grains = ["coding.grains=2"] if name == "multigrain" else []
+    coding: Any = configured([f"coding={name}", *grains]).coding
+    sensitivity = getattr(coding, "sensitivity", None)
+    if sensitivity is not None:
+        coding = replace(coding, sensitivity=replace(sensitivity, windows=1))
+    yield coding
 
-    first = timed(spiking)[0]
-    plain, coded = in_turn(dense, spiking)
-    show(figures, "compilation_s", max(0.0, first - coded), "<= 30, once a process")
-    show(figures, "dense_forward_s", plain, "-")
-    show(figures, "patched_over_dense_forward", coded / plain, "<= 1.3")
-    figures["compiled"] = compiled()
 
+ROWS: dict[str, Callable[[Bench], None]] = {
+    "prefill_2048": prefill(2048, ("<= 1.25", "<= 1.4"), ROUNDS),
+    "decode": decode,
+    "capture": capture,
+    "perplexity": scored,
+    "stepped": stepped,
+    "others": others,
+    "prefill_8192": prefill(8192, ("<= 1.5", "<= 1.7"), 2),
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,41 @@
+"""`python -m tests.benchmarks.peaks FOLDER dense|spiking`: the memory of one pass, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import stages
+from pipeline.run.memory import keep_freed_memory
+
+KINDS = ("dense", "spiking")
+
+
+def of(folder: Path) -> dict[str, float]:
+    """Largest resident size in GB of the saved model's pass over `ids.pt` [1, S], dense and spiking."""
+    sizes = {}
+    for kind in KINDS:
+        command = [sys.executable, "-m", "tests.benchmarks.peaks", str(folder), kind]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        sizes[kind] = float(json.loads(done.stdout.splitlines()[-1]))
+    return sizes
+
+
+def main() -> None:
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    keep_freed_memory()
+    model = stages.load(folder)
+    if kind == "dense":
+        stages.restore(model)
+    with torch.inference_mode():
+        model(torch.load(folder / "ids.pt"), use_cache=False, logits_to_keep=1)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+
+
+if __name__ == "__main__":
+    main()
