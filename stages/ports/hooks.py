@@ -78,8 +78,22 @@ def stream(
 
     `after`, `through` and `logits` are those of `stages.model.forward.windows`.
     """
-    with torch.inference_mode(), attached(model, find_sites(model), ports):
+    with torch.inference_mode(), attached(model, find_sites(model), ports), _last_logits(model):
         windows(model, ids, batch, name, after=after, through=through, logits=logits)
+
+
+@contextmanager
+def _last_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Let the head multiply the last token of a window alone, behind its port: nobody reads logits."""
+
+    def cut(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][..., -1:, :], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _ported(sites: Sequence[Site], ports: Mapping[str, Port]) -> list[str]:
