@@ -44,11 +44,20 @@ CUT = {
     "paper": {"timesteps": "6", "rows": "dense,las,paper2,paper3"},
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
-    "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
+    "convergence": {"coding.algorithm1.rounds": "3"},
+    "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2"},
     "energy_models": {"energy.tokens": "16,32", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }
+# Cuts of few jobs: between them a bound, the paper's setting and training, all tables and the figures of
+# a sweep. The other cuts are slow.
+QUICK = ("compander", "convergence", "energy_table")
+CUTS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in EXPERIMENTS
+    if name != "none"
+]
 Command = Callable[..., Finished]
 COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
 
@@ -211,7 +220,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experiments")
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "none"])
+@pytest.mark.parametrize("experiment", CUTS)
 def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     first = {name: ",".join(values[:2]) for name, values in axes(experiment).items()}
     once = {} if experiment == "compander" else {"evaluation.replicates": "1"}  # its three in one
