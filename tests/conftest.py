@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline.run import hardware
 from stages.capture import Capture
@@ -63,6 +64,23 @@ LONGEST = (
     "codings/test_mixed.py",
     "stages/test_patching.py",
 )
+
+
+# Folders whose files share what takes long to make.
+TOGETHER = ("pipeline/tables", "pipeline/tracking")
+
+
+class _Scheduling(LoadFileScheduling):
+    """Gives a worker a whole file, or a whole folder of those that are TOGETHER."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((name for name in TOGETHER if f"/{name}/" in file), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling | None:
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
