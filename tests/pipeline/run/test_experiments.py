@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pipeline.results.rows import sweep_results
 from pipeline.run import shipped
 from pipeline.run.axes import swept
-from pipeline.run.composer import Composer
 from pipeline.run.overrides import spelled
-from tests.pipeline.conftest import CONF, GROUPS, Finished
+from tests.pipeline.composing import COMPOSER, composing
+from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MAIN = (
@@ -59,12 +59,11 @@ CUTS = [
     if name != "none"
 ]
 Command = Callable[..., Finished]
-COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
 
 
 @functools.cache
 def axes(experiment: str) -> dict[str, list[str]]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         whole = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     sweeper = whole.hydra.sweeper
     values = {name: str(value).split(",") for name, value in sweeper.params.items()}
@@ -75,7 +74,7 @@ def axes(experiment: str) -> dict[str, list[str]]:
 def composed(experiment: str, **choice: str) -> DictConfig:
     of, given = shipped.experiment(experiment), spelled([f"{k}={v}" for k, v in choice.items()])
     (job,) = swept(given, of.params, of.rows, "gated").jobs
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return COMPOSER([f"experiment={experiment}", *job.all])
 
 
