@@ -60,9 +60,16 @@ LONGEST = (
     "pipeline/run/test_parallel.py",
     "pipeline/commands/test_main.py",
     "pipeline/tracking/test_tracking_server.py",
+    "pipeline/tables/test_paper_files.py",
     "pipeline/run/test_config.py",
-    "codings/test_mixed.py",
-    "stages/test_patching.py",
+    "pipeline/run/test_faults.py",
+    "test_docs.py",
+    "pipeline/commands/test_report.py",
+    "pipeline/run/test_jobs.py",
+    "pipeline/run/test_overrides.py",
+    "pipeline/run/test_runner.py",
+    "pipeline/run/test_failures.py",
+    "ports/test_stepped.py",
 )
 
 

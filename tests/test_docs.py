@@ -190,6 +190,7 @@ def test_the_lines_of_python_run(
     assert stages.conversion(stages.load("spiking")).coding == stages.Gated()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NOTEBOOK.stat().st_size < 200_000
     notebook = nbformat.read(NOTEBOOK, 4)

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
@@ -24,17 +25,24 @@ def _parsed(file: str, changed: int) -> Any:
     return _load(file)
 
 
-def _copied(file: IO[str]) -> Any:
-    return copy.deepcopy(_parsed(file.name, os.stat(file.name).st_mtime_ns))
+def _copied(file: IO[str] | str | Path) -> Any:
+    name = str(getattr(file, "name", file))
+    if CONF not in Path(name).parents:
+        return _load(file)
+    return copy.deepcopy(_parsed(name, os.stat(name).st_mtime_ns))
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Each file of `conf/` is parsed once, which is most of what composing takes."""
+    with mock.patch.object(OmegaConf, "load", _copied):
+        yield
 
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Hydra as `conf/` initialises it; most of what it does is to parse the files."""
-    with (
-        initialize_config_dir(str(CONF), version_base="1.3"),
-        mock.patch.object(OmegaConf, "load", _copied),
-    ):
+    """Hydra on the files of `conf/`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"), parsed_once():
         yield
 
 

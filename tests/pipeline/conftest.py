@@ -83,6 +83,14 @@ class Finished:
         return [json.loads(path.read_text()) for path in paths]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def configuration_files() -> Iterator[None]:
+    from tests.pipeline.composing import parsed_once
+
+    with parsed_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(
     tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast

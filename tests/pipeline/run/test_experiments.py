@@ -45,7 +45,7 @@ CUT = {
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
     "convergence": {"coding.algorithm1.rounds": "3"},
-    "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2"},
+    "energy_table": {"timesteps": "6", "rows": "dense,integer,paper2"},
     "energy_models": {"energy.tokens": "16,32", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
