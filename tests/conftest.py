@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline.run import hardware
 from stages.capture import Capture
@@ -59,10 +60,34 @@ LONGEST = (
     "pipeline/run/test_parallel.py",
     "pipeline/commands/test_main.py",
     "pipeline/tracking/test_tracking_server.py",
+    "pipeline/tables/test_paper_files.py",
     "pipeline/run/test_config.py",
-    "codings/test_mixed.py",
-    "stages/test_patching.py",
+    "pipeline/run/test_faults.py",
+    "test_docs.py",
+    "pipeline/commands/test_report.py",
+    "pipeline/run/test_jobs.py",
+    "pipeline/run/test_overrides.py",
+    "pipeline/run/test_runner.py",
+    "pipeline/run/test_failures.py",
+    "ports/test_stepped.py",
 )
+
+
+# Folders whose files share what takes long to make.
+TOGETHER = ("pipeline/tables", "pipeline/tracking")
+
+
+class _Scheduling(LoadFileScheduling):
+    """Gives a worker a whole file, or a whole folder of those that are TOGETHER."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((name for name in TOGETHER if f"/{name}/" in file), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling | None:
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

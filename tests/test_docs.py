@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import re
@@ -17,15 +16,14 @@ import nbformat
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import stages
 from pipeline.commands.cli import cli
-from pipeline.run.composer import Composer
 from stages.model import rules
 from stages.model.sites import ROLES
+from tests.pipeline.composing import COMPOSER, composing
 from tests.pipeline.conftest import main_in
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,10 +78,9 @@ def test_every_key_and_choice_of_a_run_exists() -> None:
         words for words in commands() if not words or words[0] not in set(cli.commands) - {"plan"}
     ]
     assert len(runs) > 20
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composer = Composer(functools.partial(compose, "config"), [p.name for p in CONF.iterdir()])
+    with composing():
         for words in runs:
-            composer([word for word in composed(words) if not word.startswith("hydra")])
+            COMPOSER([word for word in composed(words) if not word.startswith("hydra")])
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -193,6 +190,7 @@ def test_the_lines_of_python_run(
     assert stages.conversion(stages.load("spiking")).coding == stages.Gated()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NOTEBOOK.stat().st_size < 200_000
     notebook = nbformat.read(NOTEBOOK, 4)

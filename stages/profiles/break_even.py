@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | No
     if not (spikes > 0 and dense > 0):
         return None
 
+    @functools.cache  # the search asks again for its ends
     def excess(factor: float) -> float:
         fired = part["entered"] > 0
         scaled = {name: part[name] * np.where(fired, factor, 1.0) for name in ("acs", "spikes")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -30,6 +31,7 @@ METRICS = ("acc", "acc_norm")
 SPLITS = ("validation", "test")
 QUESTIONS = "questions.parquet"
 _BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([^\"'\s#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -216,14 +218,39 @@ def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
 
 @cache
 def _index() -> dict[str, Any]:
-    """lm-eval's tasks by name; it reads thousands of files to find them, so once per process."""
+    """lm-eval's tasks, groups and tags by name; it parses thousands of files to find them."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index
 
 
+@cache
+def _named() -> dict[str, list[Path]]:
+    """lm-eval's files by the task or group that a line of theirs names."""
+    from lm_eval import tasks
+
+    files: dict[str, list[Path]] = {}
+    for path in Path(str(tasks.__file__)).parent.glob("**/*.yaml"):
+        for name in _NAME.findall(path.read_bytes()):
+            files.setdefault(name.decode(), []).append(path)
+    return files
+
+
+def _entry(task: str) -> Any:
+    """lm-eval's entry of a task, from its folder alone where one file only names it; None: no such."""
+    from lm_eval.tasks import TaskManager
+
+    files = _named().get(task, [])
+    if len(files) == 1:
+        index = TaskManager(include_path=files[0].parent, include_defaults=False).task_index
+        entry = index.get(task)
+        if entry is not None and entry.kind.name == "TASK" and entry.yaml_path == files[0]:
+            return entry
+    return _index().get(task)
+
+
 def _yaml_of(task: str) -> str:
-    entry = _index().get(task)
+    entry = _entry(task)
     if entry is None or entry.yaml_path is None:
         hint = nearest(task, _index()) or "`lm-eval ls tasks` lists them"
         raise InputError(f"lm-eval has no task {task!r}; {hint}")

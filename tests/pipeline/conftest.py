@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import logging
@@ -84,6 +83,14 @@ class Finished:
         return [json.loads(path.read_text()) for path in paths]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def configuration_files() -> Iterator[None]:
+    from tests.pipeline.composing import parsed_once
+
+    with parsed_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(
     tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast
@@ -138,17 +145,13 @@ def _save_model(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def settings(tiny_run: Tiny) -> Callable[..., Settings]:
     """Makes the settings of a tiny run with its store in a folder, as the command line would."""
-    from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from pipeline.run.composer import Composer
-
-    # composing takes longer than most of what is done with it
-    composer = Composer(functools.partial(compose, "config"), GROUPS)
+    from tests.pipeline.composing import COMPOSER, composing
 
     def make(store: Path, *overrides: str) -> Settings:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = composer(["experiment=none", *tiny_run.overrides, *overrides])
+        with composing():
+            config = COMPOSER(["experiment=none", *tiny_run.overrides, *overrides])
         config.store.path = str(store)
         return instantiate(config)
 

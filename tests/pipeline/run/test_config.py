@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pipeline.run.composer import Composer
 from pipeline.run.errors import one_line
 from pipeline.run.jobs import jobs
 from pipeline.run.options import settings
 from pipeline.run.settings import Settings
 from stages.codings.base import Coding
 from stages.errors import InputError
+from tests.pipeline.composing import COMPOSER, composing
 
 REPOSITORY = Path(__file__).parents[3]
 CONF = REPOSITORY / "conf"
@@ -34,15 +33,13 @@ OPTIONS = sorted(
     if path.parent not in (CONF, CONF / "table", CONF / "study")  # no parts of a job
 )
 GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
-# Composing takes longer than all else here.
-COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
 FREE = {"model.dims"}  # handed to transformers, whose configs take any key
 
 
 def composed(*overrides: str) -> DictConfig:
     chosen = {override.partition("=")[0] for override in overrides}
     calm = [] if "experiment" in chosen else ["experiment=none"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return COMPOSER([*calm, *overrides])
 
 
@@ -92,7 +89,7 @@ def test_every_shipped_option_becomes_settings_without_hydra_types(option):
 
 
 def test_the_main_job_is_a_sweep_over_the_six_codings_at_six_steps():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         hydra = compose("config", return_hydra_config=True).hydra
     assert hydra.mode.name == "MULTIRUN"
     settings = [job.settings for job in jobs([])]

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pipeline.results.rows import sweep_results
 from pipeline.run import shipped
 from pipeline.run.axes import swept
-from pipeline.run.composer import Composer
 from pipeline.run.overrides import spelled
-from tests.pipeline.conftest import CONF, GROUPS, Finished
+from tests.pipeline.composing import COMPOSER, composing
+from tests.pipeline.conftest import CONF, Finished
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MAIN = (
@@ -44,18 +44,26 @@ CUT = {
     "paper": {"timesteps": "6", "rows": "dense,las,paper2,paper3"},
     "grain_timestep": {"timesteps": "6", "rows": "dense,multigrain1,multigrain2,gated1,gated3"},
     "main_table": {"timesteps": "6", "rows": MAIN},
-    "energy_table": {"timesteps": "6", "rows": "dense,integer,two_spike,paper2,gated2"},
+    "convergence": {"coding.algorithm1.rounds": "3"},
+    "energy_table": {"timesteps": "6", "rows": "dense,integer,paper2"},
     "energy_models": {"energy.tokens": "16,32", "rows": "dense,integer8,gated2"},
     "calibration_ablation": {"calibration.windows": "4,8", "fitting.samples": "500"},
     "v0_ablation": {"timesteps": "6", "rows": "las,phase,multigrain2"},
 }
+# Cuts of few jobs: between them a bound, the paper's setting and training, all tables and the figures of
+# a sweep. The other cuts are slow.
+QUICK = ("compander", "convergence", "energy_table")
+CUTS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in EXPERIMENTS
+    if name != "none"
+]
 Command = Callable[..., Finished]
-COMPOSER = Composer(functools.partial(compose, "config"), GROUPS)
 
 
 @functools.cache
 def axes(experiment: str) -> dict[str, list[str]]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         whole = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     sweeper = whole.hydra.sweeper
     values = {name: str(value).split(",") for name, value in sweeper.params.items()}
@@ -66,7 +74,7 @@ def axes(experiment: str) -> dict[str, list[str]]:
 def composed(experiment: str, **choice: str) -> DictConfig:
     of, given = shipped.experiment(experiment), spelled([f"{k}={v}" for k, v in choice.items()])
     (job,) = swept(given, of.params, of.rows, "gated").jobs
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return COMPOSER([f"experiment={experiment}", *job.all])
 
 
@@ -211,7 +219,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experiments")
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "none"])
+@pytest.mark.parametrize("experiment", CUTS)
 def test_a_cut_of_every_experiment_runs(experiment, folder, command: Command):
     first = {name: ",".join(values[:2]) for name, values in axes(experiment).items()}
     once = {} if experiment == "compander" else {"evaluation.replicates": "1"}  # its three in one

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
-import time
+import re
+import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -18,25 +20,44 @@ from pipeline.run.settings import Settings
 from tests.pipeline.conftest import fork_server, half_written
 
 Make = Callable[..., Settings]
+Moment = tuple[str, int]
 REPOSITORY = Path(__file__).parents[3]
-ATTEMPTS = 3  # to kill a run in the middle of a stage
-CODING = ("coding=multigrain", "coding.algorithm1.rounds=4")  # its fitting takes a while
+CODING = ("coding=multigrain",)
 PRELOADED = ("pipeline.run.runner", "pyarrow.parquet", "transformers.models.llama.modeling_llama")
 # Folders of the store in the order of their building; the texts are tokenised in two of them.
 STAGES = ("tokens", "capture", "distribution", "fitting", "patching", "evaluation", "energy")
 
 
-def execute(settings: Settings, report: Path) -> None:
+def execute(settings: Settings, report: Path, kill: Moment | None) -> None:
     """What a process under test does: one run, on one core, its result into a file."""
     import torch
 
     from pipeline.run import runner
 
     torch.set_num_threads(1)
+    events = audited(kill)
     result, *_ = runner.execute(settings)
     aside = report.with_suffix(".part")
-    aside.write_text(json.dumps(result))
+    aside.write_text(json.dumps({"result": result, "events": events}))
     aside.rename(report)
+
+
+def audited(kill: Moment | None) -> Counter[str]:
+    """Counts what happens to files of an artifact that is being built: they are made, opened, renamed.
+
+    The process is killed before one of these events, which are numbered by artifact, STAGE/KEY.
+    """
+    events: Counter[str] = Counter()
+
+    def note(event: str, values: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename"):
+            for names in re.findall(r"/(\w+)/\.tmp-(\w+)-\d+", str(values[0])):
+                events[artifact := "/".join(names)] += 1
+                if (artifact, events[artifact]) == kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(note)
+    return events
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +72,9 @@ class Runs:
     def __init__(self, context: ForkServerContext, settings: Make, folder: Path) -> None:
         self.context, self.settings, self.folder = context, settings, folder
 
-    def start(self, store: Path) -> tuple[ForkServerProcess, Path]:
+    def start(self, store: Path, kill: Moment | None = None) -> tuple[ForkServerProcess, Path]:
         report = self.folder / f"{random.random()}.json"
-        arguments = (self.settings(store, *CODING), report)
+        arguments = (self.settings(store, *CODING), report, kill)
         process = self.context.Process(target=execute, args=arguments)
         process.start()
         return process, report
@@ -61,7 +82,9 @@ class Runs:
     def result(self, process: ForkServerProcess, report: Path) -> dict[str, Any]:
         process.join(60)
         assert process.exitcode == 0
-        return json.loads(report.read_text())
+        said = json.loads(report.read_text())
+        self.events = said["events"]
+        return said["result"]
 
     def complete(self, store: Path) -> dict[str, Any]:
         return self.result(*self.start(store))
@@ -74,8 +97,7 @@ def runs(processes, settings, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """A whole store and its result. The first run warms the processes up, the second counts."""
-    runs.complete(tmp_path_factory.mktemp("first"))
+    """A whole store and its result."""
     store = tmp_path_factory.mktemp("undisturbed")
     return store, runs.complete(store)
 
@@ -86,39 +108,21 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name not in moved}
 
 
-def seconds(store: Path, stage: str) -> float:
-    manifests = (store / stage).glob("*/manifest.json")
-    return max(json.loads(path.read_text())["seconds"] for path in manifests)
-
-
-def kill_while_building(runs: Runs, store: Path, stage: str, delay: float) -> list[str]:
-    """Kill -9, `delay` seconds after a stage begins; the stages that were left half built."""
-    process, _ = runs.start(store)
-    while process.is_alive() and not list((store / stage).glob("*")):
-        time.sleep(0.0005)
-    time.sleep(delay)
-    process.kill()
-    process.join()
-    return [path.parent.name for path in store.glob("*/.tmp-*")]
-
-
 def test_kill_9_in_any_stage_changes_no_number(runs, undisturbed, tmp_path):
-    """At a moment of each stage's building; again where the stage was over before the signal came."""
-    whole, expected = undisturbed
-    draw = random.Random(20)
-    interrupted: set[str] = set()
-    for stage, attempt in itertools.product(STAGES, range(ATTEMPTS)):
-        if stage in interrupted:
-            continue
-        store = tmp_path / f"{stage}{attempt}"
-        delay = draw.uniform(0, 0.8) * seconds(whole, stage)
-        interrupted |= {*kill_while_building(runs, store, stage, delay)}
-        damaged = [found for found in half_written(store) if "/.tmp-" not in found]
-        assert not damaged  # whatever has its final name is whole
-        result = runs.complete(store)
-        assert numbers(result) == numbers(expected), f"killed in {stage}"
-        assert not half_written(store)
-    assert len(interrupted) >= 5  # they did hit builds
+    """At a moment of each artifact's building; every run goes on from what the one before has left."""
+    _, expected = undisturbed
+    events, draw, store = runs.events, random.Random(20), tmp_path / "store"
+    assert {artifact.partition("/")[0] for artifact in events} == {*STAGES}
+    for artifact, count in events.items():
+        process, _ = runs.start(store, kill=(artifact, draw.randint(3, count)))
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        (found,) = half_written(store)  # all that has its final name is whole
+        assert f"/{artifact.replace('/', '/.tmp-')}-" in found
+    result = runs.complete(store)
+    assert numbers(result) == numbers(expected)
+    assert sum(not hit for hit in result["hits"].values()) == 1  # of what was killed last
+    assert not half_written(store)
 
 
 def test_two_processes_build_every_artifact_once(runs, undisturbed, tmp_path):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -28,28 +27,6 @@ AXES = {"coding": "gated", "grains": 2, "timesteps": 6, "seed": 0, "sites": ["at
 def local(folder: Path, experiment: str) -> TrackingSpec:
     uri = f"sqlite:///{folder}/mlflow/mlflow.db"
     return TrackingSpec(uri, experiment, str(folder / "mlflow" / "artifacts"))
-
-
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tracking")
-
-
-@pytest.fixture
-def spec(shared_folder, request) -> TrackingSpec:
-    """Give each test its experiment in one database, for a new database takes seconds."""
-    return local(shared_folder, request.node.name)
-
-
-@pytest.fixture
-def cold(tmp_path) -> TrackingSpec:
-    return local(tmp_path, "test")
-
-
-@pytest.fixture(autouse=True)
-def nothing_lost(monkeypatch):
-    """What a process remembers of servers that failed is not for the next test."""
-    monkeypatch.setattr(database, "_lost", set())
 
 
 def entry(name: str = "run", **changes) -> Entry:

@@ -16,7 +16,6 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.tracking import database
 from tests.pipeline.conftest import Finished
 
 PATIENCE = 120  # seconds for the server to start
@@ -89,11 +88,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder and store for all sweeps."""
     return tmp_path_factory.mktemp("sweeps")
-
-
-@pytest.fixture(autouse=True)
-def nothing_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_lost", set())
 
 
 @pytest.fixture(scope="module", autouse=True)

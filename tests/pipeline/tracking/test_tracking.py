@@ -17,17 +17,11 @@ from pipeline.tracking.entries import dataset
 from tests.pipeline.conftest import fork_server
 from tests.pipeline.tracking.databases import (
     AXES,
-    cold,
     entry,
     fetch,
     log_run,
     log_three,
-    nothing_lost,
-    shared_folder,
-    spec,
 )
-
-__all__ = ["cold", "nothing_lost", "shared_folder", "spec"]  # fixtures
 
 
 def test_axes_metrics_and_tags_come_back(spec):

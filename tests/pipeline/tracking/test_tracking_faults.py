@@ -12,9 +12,7 @@ from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from pipeline.tracking.database import Database
 from stages.errors import InputError
-from tests.pipeline.tracking.databases import cold, log_run, nothing_lost, shared_folder, spec
-
-__all__ = ["cold", "nothing_lost", "shared_folder", "spec"]  # fixtures
+from tests.pipeline.tracking.databases import log_run
 
 
 @pytest.fixture

@@ -13,17 +13,11 @@ from pipeline.commands.cli import main
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from tests.pipeline.tracking.databases import (
-    cold,
     entry,
     fetch,
     local,
     log_run,
-    nothing_lost,
-    shared_folder,
-    spec,
 )
-
-__all__ = ["cold", "nothing_lost", "shared_folder", "spec"]  # fixtures
 
 
 def artifacts(spec: TrackingSpec) -> dict[str, list[str]]:

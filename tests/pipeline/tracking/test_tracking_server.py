@@ -27,13 +27,12 @@ from tests.pipeline.tracking.servers import (
     SWEEP,
     busy_machine,
     folder,
-    nothing_lost,
     server,
     sweep,
     to,
 )
 
-__all__ = ["busy_machine", "folder", "nothing_lost", "server", "sweep"]  # fixtures
+__all__ = ["busy_machine", "folder", "server", "sweep"]  # fixtures
 
 
 def test_a_sweep_arrives_as_a_parent_with_its_jobs(server, sweep):
