@@ -8,14 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
 from stages.fitted import Conversion
@@ -24,9 +23,11 @@ from stages.model.offload import device_of, refuse_offloaded
 from stages.model.perturbation import Perturbation, perturbed
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, decoding
-from stages.ports.patched import patched
 from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_PASSES = 256  # of a model after each step of its neurons
 COUNTERS, WINDOWS = "counters.parquet", "windows.parquet"
@@ -137,6 +138,8 @@ def perplexity(
     `execution` and `steps` are those of `stages.ports.patched.patched`; `perturbation` is that of a
     replicate.
     """
+    from stages.ports.patched import patched  # takes seconds to import what it needs
+
     sites = find_sites(model)
     device = device_of(model)
     counters = Counters(sites, device)
@@ -223,6 +226,8 @@ def accuracy(
 ) -> dict[str, Answers]:
     """Measure zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
+    from stages.ports.patched import patched
+
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
     with perturbed(model, perturbation), patched(model, conversion, execution=execution):
         scores = zero_shot(model, tokenizer, tasks, items, batch)

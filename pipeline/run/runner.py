@@ -81,7 +81,9 @@ def start(settings: Settings, command: str = COMMAND) -> Run:
     use_compiler(settings.runtime.compile, (root / ".compiled").absolute())
     how = asdict(settings.runtime) | {"device": device}
     store = Store(root, runtime=how)
-    return Run(store, chain(settings, store, device), Running.of(settings.runtime, device, command))
+    steps = chain(settings, store, device)
+    checks.described(steps)
+    return Run(store, steps, Running.of(settings.runtime, device, command))
 
 
 def stored(settings: Settings) -> tuple[Run, list[str]]:

@@ -23,8 +23,6 @@ from stages.ports.kernels import masked_softmax
 from stages.ports.planes import Planes, check_ternary, planes, timed
 from stages.ports.port import allowed, real_rows
 
-EXECUTIONS = ("fast", "stepped")
-
 
 class SteppedPort:
     """Codes a value by its time-stepped neuron and passes its spikes on to what multiplies it.
