@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_PASSES = 256  # of a model after each step of its neurons
@@ -94,7 +94,7 @@ class Perplexity:
 
     Source: the protocol of GPTQ (Frantar et al. 2023) and its followers.
     `windows` has a row each: `window`, the sum `nll` of its tokens in nats, the number of `tokens`
-    that are predicted.
+    that are predicted. `counters` are empty where nothing was counted.
     """
 
     metrics: dict[str, Any]
@@ -108,6 +108,8 @@ class Perplexity:
 
     @classmethod
     def load(cls, folder: Path) -> Perplexity:
+        import pandas as pd
+
         metrics = json.loads((folder / "metrics.json").read_text())
         frames = (pd.read_parquet(folder / name) for name in (COUNTERS, WINDOWS))
         return cls(metrics, *frames)
@@ -115,6 +117,8 @@ class Perplexity:
 
 def window_nll(folder: Path) -> np.ndarray:
     """The negative log-likelihood of a token in every window [W], in nats, as a folder holds it."""
+    import pandas as pd
+
     return per_token(pd.read_parquet(folder / WINDOWS))
 
 
@@ -132,17 +136,20 @@ def perplexity(
     execution: str = "fast",
     steps: int | None = None,
     perturbation: Perturbation | None = None,
+    counted: bool = True,
 ) -> Perplexity:
     """Measure perplexity and counters on ids [windows, length]; a diverged model gives inf, no error.
 
     `execution` and `steps` are those of `stages.ports.patched.patched`; `perturbation` is that of a
-    replicate.
+    replicate. Where nothing is `counted` the same perplexity takes less time.
     """
+    import pandas as pd
+
     from stages.ports.patched import patched  # takes seconds to import what it needs
 
     sites = find_sites(model)
     device = device_of(model)
-    counters = Counters(sites, device)
+    counters = Counters(sites, device) if counted else None
     sums: list[Tensor] = []  # they stay on the device until all windows have passed
 
     def add(tokens: Tensor, logits: Tensor) -> None:
@@ -169,7 +176,8 @@ def perplexity(
     if perturbation is not None:
         metrics["perturbation"] = asdict(perturbation)
     by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
-    return Perplexity(metrics, counters.of(conversion), by_window)
+    counts = pd.DataFrame() if counters is None else counters.of(conversion)
+    return Perplexity(metrics, counts, by_window)
 
 
 def _sha256(ids: Tensor) -> str:
@@ -188,6 +196,8 @@ def anytime(
 
     Raises InputError where they take more than `MOST_PASSES` steps.
     """
+    import pandas as pd
+
     last = int(decoding(conversion)["steps"].max())
     if last > MOST_PASSES:
         raise InputError(

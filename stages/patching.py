@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import Tensor
 
 from stages.errors import InputError
@@ -15,6 +14,7 @@ from stages.model.sites import find_sites
 from stages.ports.counters import Counters, SiteCounter
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
 
