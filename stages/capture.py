@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.sites import Site
-from stages.ports.hooks import stream
 from stages.ports.kernels import dense_softmax
-from stages.ports.visibility import View
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.ports.visibility import View
 
 log = logging.getLogger(__name__)
 UNREACHED = ("error", "dense")
@@ -51,6 +54,8 @@ class Capture:
         Raises InputError where a site holds values that are not finite, or was not reached, and for
         a loaded spiking model.
         """
+        from stages.ports.hooks import stream  # takes seconds to import what it needs
+
         grid = Grid(self.mantissa_bits)
         exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
         ports = {site.name: SketchPort(grid, exact, site) for site in sites}

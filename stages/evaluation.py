@@ -8,14 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
 from stages.fitted import Conversion
@@ -24,9 +22,12 @@ from stages.model.offload import device_of, refuse_offloaded
 from stages.model.perturbation import Perturbation, perturbed
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, decoding
-from stages.ports.patched import patched
 from stages.text.corpus import ALL
 from stages.text.harness import Answers, TaskSpec, zero_shot
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_PASSES = 256  # of a model after each step of its neurons
 COUNTERS, WINDOWS = "counters.parquet", "windows.parquet"
@@ -93,7 +94,7 @@ class Perplexity:
 
     Source: the protocol of GPTQ (Frantar et al. 2023) and its followers.
     `windows` has a row each: `window`, the sum `nll` of its tokens in nats, the number of `tokens`
-    that are predicted.
+    that are predicted. `counters` are empty where nothing was counted.
     """
 
     metrics: dict[str, Any]
@@ -107,6 +108,8 @@ class Perplexity:
 
     @classmethod
     def load(cls, folder: Path) -> Perplexity:
+        import pandas as pd
+
         metrics = json.loads((folder / "metrics.json").read_text())
         frames = (pd.read_parquet(folder / name) for name in (COUNTERS, WINDOWS))
         return cls(metrics, *frames)
@@ -114,6 +117,8 @@ class Perplexity:
 
 def window_nll(folder: Path) -> np.ndarray:
     """The negative log-likelihood of a token in every window [W], in nats, as a folder holds it."""
+    import pandas as pd
+
     return per_token(pd.read_parquet(folder / WINDOWS))
 
 
@@ -131,15 +136,20 @@ def perplexity(
     execution: str = "fast",
     steps: int | None = None,
     perturbation: Perturbation | None = None,
+    counted: bool = True,
 ) -> Perplexity:
     """Measure perplexity and counters on ids [windows, length]; a diverged model gives inf, no error.
 
     `execution` and `steps` are those of `stages.ports.patched.patched`; `perturbation` is that of a
-    replicate.
+    replicate. Where nothing is `counted` the same perplexity takes less time.
     """
+    import pandas as pd
+
+    from stages.ports.patched import patched  # takes seconds to import what it needs
+
     sites = find_sites(model)
     device = device_of(model)
-    counters = Counters(sites, device)
+    counters = Counters(sites, device) if counted else None
     sums: list[Tensor] = []  # they stay on the device until all windows have passed
 
     def add(tokens: Tensor, logits: Tensor) -> None:
@@ -166,7 +176,8 @@ def perplexity(
     if perturbation is not None:
         metrics["perturbation"] = asdict(perturbation)
     by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
-    return Perplexity(metrics, counters.of(conversion), by_window)
+    counts = pd.DataFrame() if counters is None else counters.of(conversion)
+    return Perplexity(metrics, counts, by_window)
 
 
 def _sha256(ids: Tensor) -> str:
@@ -185,6 +196,8 @@ def anytime(
 
     Raises InputError where they take more than `MOST_PASSES` steps.
     """
+    import pandas as pd
+
     last = int(decoding(conversion)["steps"].max())
     if last > MOST_PASSES:
         raise InputError(
@@ -223,6 +236,8 @@ def accuracy(
 ) -> dict[str, Answers]:
     """Measure zero-shot accuracy of every task on its first `items` questions, without counters: lm-eval
     pads on the right without a mask, and pads must not enter spike counts."""
+    from stages.ports.patched import patched
+
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
     with perturbed(model, perturbation), patched(model, conversion, execution=execution):
         scores = zero_shot(model, tokenizer, tasks, items, batch)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.fitted import Conversion
 from stages.model.offload import device_of
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, SiteCounter
-from stages.ports.hooks import stream
-from stages.ports.patched import parameters
-from stages.ports.port import ErrorPort
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Patching:
         sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen, and the last two are
         those of the fit.
         """
+        from stages.ports.hooks import stream  # take seconds to import what they need
+        from stages.ports.patched import parameters
+        from stages.ports.port import ErrorPort
+
         sites = find_sites(model)
         converted = parameters(conversion, sites, device_of(model))
         kept = [site for site in sites if site.name in converted]

@@ -19,7 +19,6 @@ from pipeline.store import manifest
 from pipeline.store.manifest import Damaged
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
-from pipeline.tables.tables import check_columns
 from stages.text.corpus import ALL
 
 # What a build's time grows with, where its fields say so: tokens or questions.
@@ -74,8 +73,11 @@ def _short(names: Iterable[str]) -> str:
 
 def _checked(settings: Settings) -> Chain:
     """The steps of a job, which is refused where that needs no more than a look."""
-    read = settings.evaluation
-    check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
+    if settings.table.columns is not None:
+        from pipeline.tables.tables import check_columns  # with all that makes tables
+
+        read = settings.evaluation
+        check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
     steps = chain(settings, Store(Path(settings.store.path)))
     if steps.export is not None:
@@ -91,9 +93,6 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
     rows = []
     for steps in chains:
         store = steps.model.store
-        if store.root not in past:
-            past[store.root] = History(store)
-        history = past[store.root]
         model = steps.settings.model.name
         rows.append(row := Planned(f"{steps.settings.name} on {model}"))
         for label, step in (steps.sources | steps.steps).items():
@@ -104,7 +103,9 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
                 row.shared += 1
             else:
                 coming.add(key)
-                row.builds[label], same_model = history.estimate(step.step)
+                if store.root not in past:  # which reads every manifest of a store
+                    past[store.root] = History(store)
+                row.builds[label], same_model = past[store.root].estimate(step.step)
                 row.stages.append(step.name)
                 if not same_model:
                     row.borrowed.append(label)

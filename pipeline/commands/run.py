@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -91,11 +92,17 @@ def plan(overrides: tuple[str, ...], multirun: bool) -> int:
 
 
 def _show_plan(overrides: Sequence[str]) -> int:
-    from pipeline.commands.plan import show
-    from pipeline.run.errors import exit_status
+    gc.disable()  # all that is imported and composed stays, and looking for garbage takes a tenth
+    try:
+        from pipeline.commands.plan import show
+        from pipeline.run.errors import exit_status
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which jobs an option reaches
-    return exit_status(lambda: show(overrides))
+        logging.basicConfig(
+            level=logging.INFO, format="%(message)s"
+        )  # which jobs an option reaches
+        return exit_status(lambda: show(overrides))
+    finally:
+        gc.enable()
 
 
 def _typed(flag: click.Option, value: Any) -> Iterator[str]:

@@ -6,12 +6,14 @@ import io
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pipeline.figures import anytime, comparisons, convergence, hardware, levels, sites, style
+from pipeline.figures import anytime, comparisons, convergence, hardware, levels, sites
+from pipeline.figures.kept import Jobs, Kept, comparable
 from pipeline.results import naming
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import distinct, sweep_results
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-Jobs = Mapping[RunFolder, Mapping[str, Any]]  # results by the folder of the job
 MAPS = 24  # as many runs as one page has room for
 
 
@@ -32,7 +33,7 @@ def draw(folder: RunFolder, name: str, into: Path) -> list[Path]:
     convergence where the surrogate's slope varies, one of errors by quantile where the level
     density's exponent does; figures unless runtime.figures is false.
     """
-    results = sweep_results(folder.path)
+    results = {job: comparable(each) for job, each in sweep_results(folder.path).items()}
     kept = {id(result) for result in distinct(results.values())}
     jobs = {job: result for job, result in results.items() if id(result) in kept}
     made = {kind: each for kind, each in _tables(jobs).items() if len(each[0])}
@@ -41,8 +42,8 @@ def draw(folder: RunFolder, name: str, into: Path) -> list[Path]:
         written += tables.write(frame, into / f"{name}_{kind}", caption)
     if any(job.config.runtime.figures for job in jobs):
         frames = {kind: frame for kind, (frame, _) in made.items()}
-        for kind, figure in _figures(jobs, frames).items():
-            written += style.save(figure, into / f"{name}_{kind}")
+        draw = partial(_figures, jobs, frames)
+        written += Kept(jobs, ("png", "pdf")).save(draw, lambda kind: into / f"{name}_{kind}")
     return written
 
 
@@ -108,12 +109,9 @@ def job_figures(job: RunFolder) -> list[Path]:
     """The figures of one job, drawn into its folder unless runtime.figures is false."""
     if not job.config.runtime.figures or "fitting" not in job.result["keys"]:
         return []
-    drawn = sites.pictures(job)
     (job.path / "figures").mkdir(exist_ok=True)
-    return [
-        style.save(figure, job.path / "figures" / name, ("png",))[0]
-        for name, figure in drawn.items()
-    ]
+    kept = Kept({job: job.result}, ("png",))
+    return kept.save(partial(sites.pictures, job), lambda kind: job.path / "figures" / kind)
 
 
 def redrawn(folder: RunFolder, into: Path) -> list[Path]:

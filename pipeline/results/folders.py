@@ -15,14 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run.measured import KINDS, PARTS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its folder
 RESULT, FAILED = "result.json", "failed.json"
@@ -86,24 +88,26 @@ class RunFolder:
     @cached_property
     def sites(self) -> pd.DataFrame:
         """The per-site table of a job."""
+        import pandas as pd
+
         return pd.read_parquet(self.path / SITES)
 
     @cached_property
     def parts(self) -> pd.DataFrame:
         """Joules of a job by model, convention, phase, profile, operation and part."""
+        import pandas as pd
+
         return pd.read_csv(self.path / PARTS)
 
     @cached_property
     def config(self) -> DictConfig:
         """The configuration of a job, which nothing changes any more."""
-        file = (self.path / ".hydra/config.yaml").absolute()
-        return _config(file, file.stat().st_mtime_ns)
+        return _written(self.path / ".hydra/config.yaml")
 
     @property
     def choices(self) -> Mapping[str, Any]:
         """The file that each group of a job's configuration is of."""
-        hydra = OmegaConf.load(self.path / ".hydra/hydra.yaml").hydra
-        return dict(hydra.runtime.choices)
+        return dict(_written(self.path / ".hydra/hydra.yaml").hydra.runtime.choices)
 
     def artifact(self, stage: str) -> Path:
         """The folder in the store of an artifact that a job has used or made."""
@@ -123,7 +127,7 @@ class RunFolder:
 
     @cached_property
     def _multirun(self) -> Any:
-        return OmegaConf.load(self.path / MULTIRUN).hydra
+        return _written(self.path / MULTIRUN).hydra
 
     @property
     def experiment(self) -> str | None:
@@ -232,9 +236,14 @@ def enter() -> RunFolder:
     return RunFolder(folder)
 
 
-@functools.lru_cache(maxsize=512)
-def _config(file: Path, written: int) -> DictConfig:
-    """A file as it was written then: tables, figures and tracking each ask for that of every job."""
+def _written(file: Path) -> DictConfig:
+    """A file of Hydra's, read once: tables, figures and tracking each ask for those of every job."""
+    return _loaded(file.absolute(), file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(file: Path, written: int) -> DictConfig:
+    """A file as it was written then."""
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     OmegaConf.set_readonly(config, True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from pipeline.results.rows import RATIO, measures
 from pipeline.run.measured import BOOTSTRAP
@@ -18,6 +17,8 @@ def interval(frame: pd.DataFrame, measure: str, ratio: str) -> tuple[pd.Series, 
     The half widths of both are added in quadrature: that over text is measured, that over replicates is
     Student's t times the standard error of their mean. Unknown where the one over text is.
     """
+    from scipy import stats  # takes as long to import as all else of a table
+
     none = pd.Series(np.nan, frame.index)
     names = (f"{ratio}_low", f"{ratio}_high", ratio, f"{measure}_spread", "replicates")
     low, high, centre, spread, count = (

@@ -52,6 +52,12 @@ class Chain:
         below = (source for stage in self.steps.values() for source in sources(stage))
         return {source.label: source for source in below if source.key() not in steps}
 
+    @property
+    def stored(self) -> bool:
+        """Whether the store has a folder of every step; none of them is read."""
+        root = self.model.store.root
+        return all((root / step.name / step.key()).is_dir() for step in self.steps.values())
+
 
 def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
     """All stages of a run. Raises InputError where a model, text or file that it names is missing."""

@@ -19,10 +19,8 @@ from stages.errors import InputError
 from stages.model import limits
 from stages.model.loading import meta_model
 from stages.model.sites import Site, find_sites, select
-from stages.ports.stepped import check_steps
 from stages.text import corpus as text
 from stages.text.documents import check_head
-from stages.transforms.prefix import check_lengths
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +28,12 @@ log = logging.getLogger(__name__)
 def configured(settings: Settings) -> None:
     """Raises InputError for settings of which a later stage would say that they do not go together."""
     settings.check_offloaded()
-    positions(settings)
-    sites(settings)
     coding = settings.coding
     if not coding.converts:
         return
     if settings.runtime.execution == "stepped" or settings.evaluation.anytime:
+        from stages.ports.stepped import check_steps  # takes seconds to import what it needs
+
         check_steps(coding)
     if settings.fitting.neurons is not None:
         PaperNeurons.load(Path(settings.fitting.neurons).expanduser()).check(coding)
@@ -46,6 +44,20 @@ def configured(settings: Settings) -> None:
                 f"coding={coding.name} measures {statistic.name} on {windows} windows, and "
                 f"calibration.windows={settings.calibration.windows}: give as many, or lower the other"
             )
+
+
+def described(steps: Chain) -> None:
+    """Raises InputError where the config of the model tells that a stage would fail: windows too long,
+    sites that cannot be resolved.
+
+    Artifacts that are there have passed this when they were made: their keys have the lengths and the
+    sites. It takes seconds to import what reads a model, so that a job whose artifacts are all there is
+    spared it, but for a number of positions that the settings have changed, which no key has.
+    """
+    settings = steps.settings
+    if not steps.stored or settings.model.positions is not None:
+        positions(settings)
+        sites(settings)
 
 
 def positions(settings: Settings, prefix: int = 0) -> None:
@@ -61,6 +73,8 @@ def positions(settings: Settings, prefix: int = 0) -> None:
     model, config = settings.model, settings.model.config()
     limits.check_positions(config, lengths, model.name, model.positions, prefix)
     if settings.transform.search is not None:  # whose prefix has a token at least
+        from stages.transforms.prefix import check_lengths  # likewise
+
         lengths.pop("energy.tokens", None)  # which no pass reads
         check_lengths(config, max(prefix, 1), lengths)
 
@@ -88,6 +102,7 @@ def planned(chain: Chain) -> None:
     """Raises InputError for what the heads of local files and the settings tell; builds nothing."""
     settings = chain.settings
     configured(settings)
+    described(chain)
     for name, purpose in chain.tokens:
         corpus = settings.corpus[name]
         origin = corpus.origin(purpose)
@@ -107,8 +122,10 @@ def complete(steps: Chain, store: Store, runtime: Running) -> None:
 def _texts(steps: Chain, store: Store, runtime: Running) -> None:
     """Windows enough in every text, of tokens that the model has, and no document in two of them."""
     s, spec = steps.settings, steps.settings.calibration
-    vocabulary = limits.vocabulary(s.model.config())
-    s.model.check_begin(vocabulary)
+    vocabulary = None  # that artifacts which are there have been compared with when they were made
+    if not steps.stored:
+        vocabulary = limits.vocabulary(s.model.config())
+        s.model.check_begin(vocabulary)
     tokens = {part: stage.build(store, runtime) for part, stage in steps.tokens.items()}
     for (corpus, purpose), stage in steps.tokens.items():
         say_protocol(s.corpus[corpus], purpose, stage, tokens[corpus, purpose])
@@ -131,10 +148,10 @@ def _windows(
     name: str,
     windows: tuple[int | Literal["all"], int],
     length: int,
-    vocabulary: int,
+    vocabulary: int | None,
 ) -> None:
-    """Refuses a text that has not so many windows and then so many more, or not of the vocabulary; logs
-    what is left out where all are read."""
+    """Refuses a text that has not so many windows and then so many more, or not of the vocabulary, where
+    that is given; logs what is left out where all are read."""
     ids, (first, more) = load_tokens(tokens), windows
     begin = steps.settings.model.begin
     read = [text.windows(ids, first, length, 0, name, begin)]
@@ -143,7 +160,7 @@ def _windows(
         log.info("%s: all %d windows of %d tokens; %d fill none", name, count, length, rest)
     elif more:
         read.append(text.windows(ids, more, length, first * length, name, begin))
-    if any(int(each.max()) >= vocabulary for each in read):
+    if vocabulary is not None and any(int(each.max()) >= vocabulary for each in read):
         tokenizer = steps.model.tokenizer()
         for each in read:
             limits.check_tokens(each, vocabulary, f"the {name}", tokenizer)

@@ -7,9 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,11 +52,48 @@ class Composer:
         )
 
 
+@dataclass
+class FilesOnce:
+    """The files of a configuration, each parsed once for all compositions; Hydra parses all for each.
+
+    A composition changes what it is given, and gets a copy.
+    """
+
+    repository: IConfigRepository
+    parsed: dict[str, ConfigResult | None] = field(default_factory=dict)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self.parsed:
+            self.parsed[config_path] = self.repository.load_config(config_path)
+        return copy.deepcopy(self.parsed[config_path])
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        """Forgets the files: others may come before them now."""
+        self.repository.initialize_sources(config_search_path)
+        self.parsed.clear()
+
+    def __deepcopy__(self, memo: Any) -> FilesOnce:
+        return self  # for each composition Hydra copies its repository
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.repository, name)
+
+    def __reduce__(self) -> tuple[type, tuple[IConfigRepository]]:
+        return type(self), (self.repository,)
+
+
+def reading_once(loader: ConfigLoader) -> ConfigLoader:
+    """The same loader of Hydra, which parses each file once."""
+    once: Any = copy.copy(loader)
+    once.repository = FilesOnce(once.repository)
+    return once
+
+
 class SweepLoader:
     """The loader of Hydra's configurations that a launcher is given, with a composer for its jobs."""
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
-        self.loader, self.master = loader, master
+        self.loader, self.master = reading_once(loader), master
         self.composer = Composer(self._load, [*master.hydra.runtime.choices])
 
     def load_sweep_config(

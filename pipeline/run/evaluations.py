@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import pandas as pd
-
 from pipeline.run import neurobench, shipped
 from pipeline.run.measured import ANYTIME
 from pipeline.run.models import ModelSource
@@ -55,9 +53,8 @@ class Perplexity(Stage):
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
         neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
         noise = spec["perturbation"]
-        result = evaluation.perplexity(
-            model, ids, neurons, batch, name, execution, perturbation=noise
-        )
+        how: Any = {"perturbation": noise, "counted": noise is None}  # as only the first is read
+        result = evaluation.perplexity(model, ids, neurons, batch, name, execution, **how)
         result.metrics["all"] = spec["count"] == corpus.ALL
         result.save(out)
 
@@ -135,6 +132,8 @@ class Energy(Stage):
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        import pandas as pd
+
         energy, coding = spec["energy"], spec["coding"]
         model, _ = inputs["model"].load()
         measured = evaluation.Perplexity.load(inputs["evaluation"].path)

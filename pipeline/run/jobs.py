@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from pipeline.run.axes import of_sweeper, swept
-from pipeline.run.composer import Composer
+from pipeline.run.composer import Composer, reading_once
 from pipeline.run.grammar import parsed
 from pipeline.run.options import settings
 from pipeline.run.overrides import settled
@@ -52,6 +53,8 @@ def jobs(overrides: Sequence[str], conf: Path = CONF) -> list[Job]:
     """
     given = parsed(settled(overrides, conf=conf))
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        known = GlobalHydra.instance()
+        known.hydra.config_loader = reading_once(known.config_loader())  # type: ignore[union-attr]
         fixed = [o.input_line for o in given if not o.is_sweep_override() and o.input_line]
         hydra = compose("config", fixed, return_hydra_config=True).hydra
         lines = [str(o.input_line) for o in given if not str(o.key_or_group).startswith("hydra")]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import pandas as pd
 
 from pipeline.run.settings import Settings
 from pipeline.store.store import Artifact
@@ -17,6 +16,9 @@ from stages.codings.base import Coding
 from stages.energy import by_kind
 from stages.evaluation import Perplexity, per_token, window_nll
 from stages.text.harness import answers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LIBRARIES = ("torch", "transformers")
 # The stages that run a model; the others compute on the processor with what these have left.
@@ -98,6 +100,8 @@ class Measured(Generic[T]):
 def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
     """Counters of the first corpus, one row a site, with the error on held-out values and, of the
     calibration text, how far the error lies above the bound."""
+    import pandas as pd
+
     first = next(iter(measured.evaluated.perplexities.values()))[0]
     frame = Perplexity.load(first.path).counters.drop(columns=["error", "power"])
     frame["spikes_per_value"] = frame["spikes"] / frame["values"]
@@ -112,6 +116,8 @@ def per_site(measured: Measured[Artifact]) -> pd.DataFrame:
 def energy_tables(measured: Measured[Artifact]) -> dict[str, pd.DataFrame]:
     """By the name of their files: cost of every kind of operation by convention and phase, what became
     additions and what stays; joules of every operation by hardware profile, part and event."""
+    import pandas as pd
+
     kinds = by_kind(pd.read_parquet(measured.energy.path / "operations.parquet"))
     return {KINDS: kinds, PARTS: pd.read_parquet(measured.energy.path / "parts.parquet")}
 
@@ -162,6 +168,8 @@ def _accuracy(
 
 def _anytime(artifact: Artifact) -> dict[str, dict[str, float | None]]:
     """The perplexity after every step by its number, and its standard error."""
+    import pandas as pd
+
     steps = pd.read_parquet(artifact.path / ANYTIME).groupby("t")
     found = {str(t): intervals.perplexity(per_token(frame)[None]) for t, frame in steps}
     return {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pipeline.run import checks
 from pipeline.run.chain import Chain, chain
@@ -19,6 +17,9 @@ from pipeline.run.stage import Running, Stage
 from pipeline.store.store import Artifact, Store
 from stages.compiler import compiled, use_compiler
 from stages.fitted import Conversion, FittedNeurons
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 COMMAND = "python -m pipeline"
@@ -81,7 +82,9 @@ def start(settings: Settings, command: str = COMMAND) -> Run:
     use_compiler(settings.runtime.compile, (root / ".compiled").absolute())
     how = asdict(settings.runtime) | {"device": device}
     store = Store(root, runtime=how)
-    return Run(store, chain(settings, store, device), Running.of(settings.runtime, device, command))
+    steps = chain(settings, store, device)
+    checks.described(steps)
+    return Run(store, steps, Running.of(settings.runtime, device, command))
 
 
 def stored(settings: Settings) -> tuple[Run, list[str]]:

@@ -22,12 +22,12 @@ from stages.model.offload import Offload
 from stages.model.sites import SiteSelection
 from stages.model.spec import ModelSpec
 from stages.patching import Patching
-from stages.ports.stepped import EXECUTIONS
 from stages.text.corpus import Corpus
 from stages.text.harness import TaskSpec
 from stages.transforms.transform import Transform
 
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
+EXECUTIONS = ("fast", "stepped")  # those of `stages.ports.patched`
 MEANS = ("mean", "ppl_mean", "acc_mean")  # that a paper's tables call means over texts and tasks
 
 

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
 
 from stages.analysis.operations import operations
 from stages.atoms import Atoms
@@ -20,6 +19,9 @@ from stages.model.offload import OUTSIDE
 from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
 from stages.sketch import Accumulator, Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

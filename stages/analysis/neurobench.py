@@ -26,7 +26,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
 from stages.fitted import Conversion
@@ -37,6 +36,7 @@ from stages.ports.planes import planes
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
 VERSION = "2.3.0"
 PAIRS = (("q", "k"), ("probs", "v"))  # the operands of each product of attention

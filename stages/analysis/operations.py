@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, fused, matrix
 from stages.transforms.rotation import OnlineRotation, online_rotation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PRODUCTS = ("linear", "qk", "pv")
 ELEMENTWISE = ("norm", "rope", "softmax", "activation", "product", "residual")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from stages.analysis.operations import Operation, operations
 from stages.model.sites import find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REAL = {
     "norm": "normalisation",

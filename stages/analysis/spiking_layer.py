@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError, nearest
 from stages.fitted import Conversion
@@ -15,6 +15,9 @@ from stages.model.sites import Site
 from stages.ports.coded import Coded
 from stages.ports.patched import patched
 from stages.ports.planes import Planes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGEST = 127  # magnitude of a symmetric 8-bit weight
 ROUNDING = (

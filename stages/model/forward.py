@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from stages.model.offload import OUTSIDE, Weights, device_of, offloaded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Consume = Callable[[Tensor, Tensor], None]
 

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.model.files import Checkpoint, Stored, check_fit, keep_apart
 from stages.model.quantised import quantiser
 from stages.model.rules import architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BOUNDARIES = ("memory", "disk")
 OUTSIDE = -1  # what is in no decoder layer: embedding, final norm, head

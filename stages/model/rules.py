@@ -7,12 +7,14 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKAGE = "stages.model.architectures"
 FUSED = 3  # dimensions of a weight that holds one matrix an expert

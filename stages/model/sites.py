@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError, nearest
 from stages.model.experts import EXPERT_PORTS, check_experts
 from stages.model.rules import Architecture, Rule, architecture, multiplying
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROLES = (
     "attn.in",

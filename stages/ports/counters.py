@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from stages.fitted import Conversion
 from stages.model.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DECODING = ("decode_macs", "decode_acs", "comparisons", "steps")  # columns of what the code costs
 FIELDS = ("values", "spikes", "macs", "acs", "error", "power", "nonzero")
@@ -28,6 +31,8 @@ class Counters:
     def frame(self, coded: set[str]) -> pd.DataFrame:
         """Return one row a site; spikes and acs of sites that are not coded are missing, not zero, and so
         is nonzero where it is not counted."""
+        import pandas as pd
+
         frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
         frame.insert(0, "site", [site.name for site in self.sites])
         frame.insert(1, "role", [site.role for site in self.sites])
@@ -54,6 +59,8 @@ class Counters:
 
 def decoding(conversion: Conversion) -> pd.DataFrame:
     """What decoding costs at every site of a conversion, the columns of `Counters.of` by site."""
+    import pandas as pd
+
     costs = conversion.coding.decoding(conversion.neurons.fit.params)
     columns = (costs.macs, costs.acs, costs.comparisons, costs.steps)
     table = {name: t.cpu().numpy() for name, t in zip(DECODING, columns, strict=True)}

@@ -23,8 +23,6 @@ from stages.ports.planes import Planes, check_ternary, planes, timed
 from stages.ports.port import count
 from stages.ports.visibility import View
 
-EXECUTIONS = ("fast", "stepped")
-
 
 class SteppedPort:
     """Codes a value by its time-stepped neuron and passes its spikes on to what multiplies it.

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import brentq
 
 from stages.profiles.base import Profile
 
@@ -47,6 +46,8 @@ def break_even(part: pd.DataFrame, dense: float, profile: Profile) -> float | No
         fired = part["entered"] > 0
         scaled = {name: part[name] * np.where(fired, factor, 1.0) for name in ("acs", "spikes")}
         return profile.joules(part.assign(**scaled)) / dense - 1
+
+    from scipy.optimize import brentq  # which a configuration is read without
 
     silent, now = excess(0.0), excess(1.0)
     if not now > silent:

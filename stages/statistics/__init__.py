@@ -15,14 +15,16 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from stages.fits.statistics import Statistic
 from stages.model.sites import Site
 
-Measurement = Callable[[PreTrainedModel, Tensor, Sequence[Site], int], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    Measurement = Callable[[PreTrainedModel, Tensor, Sequence[Site], int], dict[str, Tensor]]
 
 
 @functools.singledispatch

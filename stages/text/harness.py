@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from stages.errors import InputError, nearest
 from stages.model.limits import check_tokens
@@ -24,6 +23,7 @@ from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
 
 if TYPE_CHECKING:
+    import pandas as pd
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,6 +79,8 @@ class Answers:
 
 def answers(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Which questions [N] are answered rightly, and what is chosen, as a folder holds it."""
+    import pandas as pd
+
     frame = pd.read_parquet(folder / QUESTIONS)
     return frame["correct"].to_numpy(float), frame["chosen"].to_numpy()
 
@@ -322,6 +324,8 @@ def _answers(spec: TaskSpec, task: Any, results: Any) -> Answers:
 
 def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
     """The answers to every question, in the order of the file."""
+    import pandas as pd
+
     samples = [each for each in results["samples"][spec.name] if each["filter"] == "none"]
     samples.sort(key=lambda each: each["doc_id"])
     rows = [

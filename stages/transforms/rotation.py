@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.model.experts import refuse_experts
 from stages.model.offload import refuse_offloaded
 from stages.model.rules import Architecture, architecture
 from stages.model.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RECORD = "online_rotation"
 _ROWS = 8192  # of an embedding, rotated in double precision at a time

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from stages.errors import InputError
 from stages.registry import register
-from stages.transforms.prefix import PrefixSearch, attach_prefix
 from stages.transforms.rotation import declare, fuse, rotate, rotate_online
+from stages.transforms.search import PrefixSearch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RECORD = "transform"
 
@@ -112,6 +113,8 @@ class RotatePrefix:
     search: PrefixSearch
 
     def apply(self, model: PreTrainedModel, prefix: tuple[int, ...]) -> None:
+        from stages.transforms.prefix import attach_prefix  # takes seconds to import what it needs
+
         rotate(model, self.seed)
         attach_prefix(model, prefix)
         _record(model, self)

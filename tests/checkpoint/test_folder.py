@@ -42,8 +42,8 @@ from stages.model.sites import find_sites
 from stages.patching import Patching
 from stages.ports.attachment import attachment
 from stages.ports.patched import patched
-from stages.transforms.prefix import PrefixSearch, attach_prefix
-from stages.transforms.transform import Rotate, RotatePrefix, Untouched
+from stages.transforms.prefix import attach_prefix
+from stages.transforms.transform import PrefixSearch, Rotate, RotatePrefix, Untouched
 from tests.codings.test_mixed import mixed
 from tests.conftest import FAMILIES
 

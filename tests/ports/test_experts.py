@@ -28,8 +28,8 @@ from stages.ports.hooks import attached
 from stages.ports.patched import patched
 from stages.ports.port import DensePort
 from stages.statistics import measuring
-from stages.transforms.prefix import PrefixSearch
 from stages.transforms.rotation import rotate
+from stages.transforms.search import PrefixSearch
 
 GATED = Gated("gated", 5, 2)
 HIDDEN = 24

@@ -19,7 +19,7 @@ from stages.codings.gated import Gated
 from stages.errors import InputError
 from stages.ports.attachment import attachment
 from stages.ports.patched import patched
-from stages.transforms.prefix import PrefixSearch
+from stages.transforms.search import PrefixSearch
 from stages.transforms.transform import RotatePrefix, Untouched, applied
 
 GATED = Gated("gated", 4, 2)

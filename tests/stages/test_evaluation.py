@@ -12,6 +12,7 @@ import torch
 from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.codings.lloyd_max import LloydMax
+from stages.codings.multigrain import Multigrain
 from stages.errors import InputError
 from stages.evaluation import (
     Evaluation,
@@ -135,6 +136,22 @@ def test_a_result_is_read_back_as_it_was(model, tokens, convert, tmp_path):
     assert again.windows.equals(found.windows) and list(window_nll(tmp_path)) == [
         nll / 7 for nll in found.windows["nll"]
     ]
+
+
+TWO = Multigrain("two", 4, 2, "half_step", False)
+
+
+@pytest.mark.parametrize("coding", [None, FINE, COARSE, TWO])
+def test_the_perplexity_is_the_same_where_nothing_is_counted(
+    coding, model, tokens, convert, tmp_path
+):
+    conversion, ids = None if coding is None else convert(model, coding), tokens(2, 9)
+    counted = perplexity(model, ids, conversion, 1, "text")
+    silent = perplexity(model, ids, conversion, 1, "text", counted=False)
+    assert silent.metrics == counted.metrics and silent.windows.equals(counted.windows)
+    assert len(counted.counters) and silent.counters.empty
+    silent.save(tmp_path)
+    assert Perplexity.load(tmp_path).counters.empty
 
 
 @pytest.mark.parametrize("change", [{"corpora": []}, {"windows": 0}, {"length": 1}, {"items": 0}])

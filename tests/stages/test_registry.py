@@ -19,7 +19,7 @@ from stages.codings.signed_digit import SignedDigit
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity
 from stages.registry import identity, lookup, register, registered
-from stages.transforms.prefix import PrefixSearch
+from stages.transforms.search import PrefixSearch
 from stages.transforms.transform import RotatePrefix
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,9 @@ from stages.ports.hooks import attached
 from stages.ports.patched import patched
 from stages.ports.port import DensePort
 from stages.text.harness import _in_memory
-from stages.transforms.prefix import PrefixSearch, attach_prefix
+from stages.transforms.prefix import attach_prefix
 from stages.transforms.rotation import rotate
+from stages.transforms.search import PrefixSearch
 
 PREFIX = (7, 3, 48)
 KINDS = {"llama": {}, "mistral": {"sliding_window": 19}, "qwen2": {}}  # just the longest text

@@ -144,3 +144,29 @@ def test_questions_are_read_only_where_their_accuracy_is_not_stored(
     first, *_ = runner.execute(made)
     assert asked == ["piqa"]
     assert runner.execute(made)[0]["acc_piqa"] == first["acc_piqa"] and asked == ["piqa"]
+
+
+def test_a_job_whose_artifacts_are_all_there_reads_no_config_of_its_model(
+    settings, tmp_path, monkeypatch
+):
+    made = settings(tmp_path, "coding=las", "timesteps=4")
+    read: list[str] = []
+    for name in ("positions", "sites"):
+        check = getattr(checks, name)
+        monkeypatch.setattr(
+            checks, name, lambda *a, name=name, check=check: read.append(name) or check(*a)
+        )
+    first, *_ = runner.execute(made)
+    assert read == ["positions", "sites"]
+    checks.planned(chain(made, Store(tmp_path)))
+    assert runner.execute(made)[0]["keys"] == first["keys"] and len(read) == 2
+    # a number of positions is in no key
+    ours = settings(tmp_path, "coding=las", "timesteps=4", "model.positions=40")
+    with pytest.raises(InputError, match=r"tiny has 40 positions"):
+        checks.planned(chain(ours, Store(tmp_path)))
+    with pytest.raises(InputError, match=r"tiny has 40 positions"):
+        runner.execute(ours)
+    # of what is not there it is read
+    other = settings(tmp_path, "coding=las", "timesteps=5")
+    checks.planned(chain(other, Store(tmp_path)))
+    assert read[4:] == ["positions", "sites"]

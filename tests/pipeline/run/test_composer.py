@@ -92,3 +92,17 @@ def test_another_process_is_sent_no_merged_files(loader, monkeypatch):
     there = pickle.loads(pickle.dumps(here))
     assert not there.composer.merged and there.load_sweep_config(master, job) == config
     assert there.list_groups("coding") == loader.list_groups("coding")
+
+
+def test_every_file_is_parsed_once(loader, monkeypatch):
+    monkeypatch.setenv("PIPELINE_RUN_ID", "run")
+    master = compose("config", ["experiment=none"], return_hydra_config=True)
+    read: list[str] = []
+    load = OmegaConf.load
+    monkeypatch.setattr(OmegaConf, "load", lambda file: read.append(file.name) or load(file))
+    sweep = SweepLoader(loader, master)
+    for coding in ("las", "gated", "las"):
+        sweep.load_sweep_config(master, [f"coding={coding}"])
+    ours = [name for name in read if name.startswith(str(CONF))]
+    assert len(ours) == len(set(ours)) > 10
+    assert {f"{CONF}/coding/{name}.yaml" for name in ("las", "gated")} <= set(ours)

@@ -19,6 +19,7 @@ from pipeline.run.measured import BOOTSTRAP
 from pipeline.run.settings import Settings
 from pipeline.store.store import Store
 from stages import evaluation
+from stages.evaluation import Perplexity
 from stages.model.perturbation import Perturbation
 
 Make = Callable[..., Settings]
@@ -76,6 +77,14 @@ def test_each_replicate_says_what_its_perturbation_was(thrice):
             assert (said is None) == (given is None)
             read.append(said)
         assert read == [None, {"seed": 1, "size": 2e-7}, {"seed": 2, "size": 2e-7}]
+
+
+def test_spikes_are_counted_in_the_first_alone(thrice):
+    _, run = thrice
+    for part in ("ppl_wikipedia", "dense ppl_wikipedia"):
+        labels = (f"evaluation {part}{number}" for number in ("", " 1", " 2"))
+        counters = [Perplexity.load(run.artifacts[label].path).counters for label in labels]
+        assert [len(frame) > 0 for frame in counters] == [True, False, False]
 
 
 def test_the_columns_of_a_text_follow_from_its_windows(thrice):
