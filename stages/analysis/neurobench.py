@@ -30,8 +30,9 @@ from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
 from stages.fitted import Conversion
+from stages.model.families import architecture
 from stages.model.offload import offloaded
-from stages.model.rules import FUSED, architecture
+from stages.model.rules import FUSED
 from stages.model.sites import Site, find_sites, fused
 from stages.ports.planes import planes
 

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.model.families import architecture
 from stages.model.prefix import prefix_length
-from stages.model.rules import Architecture, architecture
+from stages.model.rules import Architecture
 from stages.model.sites import Site, fused, matrix
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
@@ -88,9 +89,11 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     sites = _pooled(sites)
     plan = [_linear(name, s, modules[name], model.config) for s in sites for name in s.consumers]
     layers: dict[int, dict[str, Site]] = {}
+    shared: dict[int, dict[str, Site]] = {}  # of the expert that every token meets beside others
     for site in sites:
         if site.layer >= 0:
-            layers.setdefault(site.layer, {})[site.role] = site
+            roles = layers.setdefault(site.layer, {})
+            (shared.setdefault(site.layer, {}) if site.role in roles else roles)[site.role] = site
     prefix = prefix_length(model)
     shapes = {i: _shape(model.config, modules, roles, prefix) for i, roles in layers.items()}
     plan += _norms(modules, rules, shapes)
@@ -104,6 +107,8 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
             layer, rules.activation_of(layer, roles["mlp.down"].expert is not None), roles, shape
         )
         plan += _gates(roles, shape)
+        if layer in shared:
+            plan += _shared(layer, shared[layer], shape, modules)
     head = next(site for site in sites if site.role == "head.in")
     return [
         *plan,
@@ -124,14 +129,33 @@ def _shape(
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = out.inputs // heads
     layer = roles["attn.q"].layer
-    # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    rotated = _rotated(config, layer, width)
+    window = _window(config, layer, attention)
+    rotated = _rotated(config, layer, width) if _has_rope(config, attention, window) else 0
     experts = modules[roles["mlp.down"].path]
     number = experts.num_experts if fused(experts) else 0
     routes = config.num_experts_per_tok if number else 0
     hidden, inner = out.outputs, down.inputs
     return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
+
+
+def _window(config: Any, layer: int, attention: Any) -> int | None:
+    """Keys that a query of a layer sees: its kind of layer says it (Qwen2), or its attention, or the
+    configuration for all (Mistral)."""
+    kinds = getattr(config, "layer_types", None)
+    of_all: int | None = getattr(config, "sliding_window", None)
+    if kinds is not None:
+        return of_all if kinds[layer] == "sliding_attention" else None
+    window: int | None = getattr(attention, "sliding_window", of_all)
+    return window
+
+
+def _has_rope(config: Any, attention: Any, window: int | None) -> bool:
+    """Return whether a layer rotates queries and keys: some of SmolLM3's and Llama 4's do not, nor
+    those of Cohere 2 and EXAONE 4 that see all keys where others see a window."""
+    if config.model_type in ("cohere2", "exaone4"):
+        mixed = config.sliding_window is not None or config.model_type == "cohere2"
+        return window is not None or not mixed
+    return bool(getattr(attention, "use_rope", True))
 
 
 def _rotated(config: Any, layer: int, width: int) -> int:
@@ -172,9 +196,9 @@ def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
 def _norms(
     modules: Mapping[str, Any], rules: Architecture, shapes: Mapping[int, Shape]
 ) -> Iterator[Operation]:
-    """Every RMSNorm and LayerNorm; one inside attention scales all heads of its role."""
+    """Every norm; one inside attention scales all heads of its role."""
     for name, module in modules.items():
-        if not (type(module).__name__.endswith("RMSNorm") or isinstance(module, nn.LayerNorm)):
+        if not _is_norm(module):
             continue
         layer, rest = rules.layer_of(name)
         if rest in rules.head_norms:
@@ -183,6 +207,13 @@ def _norms(
             yield Operation(name, "norm", layer, Amount(heads * shape.width))
         else:
             yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is an RMSNorm or a LayerNorm, not a list of those of every head."""
+    name = type(module).__name__
+    leaf = next(module.children(), None) is None
+    return leaf and ("RMSNorm" in name or "LayerNorm" in name)
 
 
 def _normalised(norm: Any) -> Sequence[int]:
@@ -242,6 +273,25 @@ def _elementwise(
         summed = Amount((shape.routes - 1) * shape.hidden)
         yield Operation(f"{mlp}:sum", "residual", layer, summed)
     yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
+
+
+def _shared(
+    layer: int, roles: Mapping[str, Site], shape: Shape, modules: Mapping[str, Any]
+) -> Iterator[Operation]:
+    """An expert that every token meets: its activation, its product, and its sum with the others'.
+
+    Where a gate weights its output, that is a sigmoid and one product a value.
+    """
+    mlp = roles["mlp.down"].path.rpartition(".")[0]
+    inner = Amount(modules[roles["mlp.down"].path].in_features)
+    yield Operation(roles["mlp.act"].path, "activation", layer, inner)
+    yield Operation(f"{mlp}:product", "product", layer, inner)
+    if f"{mlp}_gate" in modules:
+        yield Operation(f"{mlp}_gate:sigmoid", "activation", layer, Amount(1))
+        yield Operation(f"{mlp}:weighting", "product", layer, Amount(shape.hidden))
+    yield Operation(f"{mlp}:sum", "residual", layer, Amount(shape.hidden))
+    for site in roles.values():
+        yield _gate(site, inner)
 
 
 def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
+from stages.model.families import architecture
 from stages.model.files import Checkpoint, Stored, check_fit, keep_apart
 from stages.model.quantised import quantiser
-from stages.model.rules import architecture
 
 BOUNDARIES = ("memory", "disk")
 OUTSIDE = -1  # what is in no decoder layer: embedding, final norm, head

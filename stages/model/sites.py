@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import InputError, nearest
 from stages.model.experts import EXPERT_PORTS, check_experts
-from stages.model.rules import Architecture, Rule, architecture, multiplying
+from stages.model.families import architecture
+from stages.model.rules import Architecture, Rule, multiplying
 
 ROLES = (
     "attn.in",
@@ -97,7 +99,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     sites = []
     for index in range(count):
         prefix = f"{rules.layers}.{index}."
-        for role, rule in _layer_rules(rules, prefix, modules).items():
+        for role, rule in _layer_rules(rules, prefix, modules):
             sites += _sites(rule, role, index, prefix, modules)
     sites += _sites(rules.head, "head.in", -1, "", modules)
     missing = [s.name for s in sites if s.path not in modules]
@@ -124,10 +126,8 @@ class Matrix:
 
 def matrix(module: Any, site: Site, config: Any) -> Matrix:
     """Return the matrix of a consumer, or of experts the matrices that a token is routed to."""
-    if isinstance(module, nn.Linear):
-        return Matrix(module.in_features, module.out_features, module.out_features)
-    if isinstance(getattr(module, "weight", None), nn.Parameter):  # a router
-        outputs, inputs = module.weight.shape
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        outputs, inputs = rows(module).shape
         return Matrix(inputs, outputs, outputs)
     routes = config.num_experts_per_tok
     if site.expert is None:
@@ -135,6 +135,13 @@ def matrix(module: Any, site: Site, config: Any) -> Matrix:
         return Matrix(inputs, routes * outputs, routes * outputs)
     _, outputs, inputs = module.down_proj.shape
     return Matrix(routes * inputs, outputs, routes * outputs)
+
+
+def rows(module: Any) -> Tensor:
+    """Return the weight [outputs, inputs] of a linear module or router, itself or a view of it:
+    transformers' Conv1D keeps (inputs, outputs)."""
+    weight: Tensor = module.weight
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def fused(module: Any) -> bool:
@@ -172,11 +179,13 @@ def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
 
 def _layer_rules(
     rules: Architecture, prefix: str, modules: Mapping[str, nn.Module]
-) -> dict[str, Rule]:
-    """The rules of one layer: those of experts where it has the module that they name."""
+) -> list[tuple[str, Rule]]:
+    """The rules of one layer: those of experts where it has the module that they name, and those of
+    the expert that every token meets behind them."""
     paths = {prefix + rule.port.rpartition(":")[0] for rule in rules.experts.values()}
-    routed = bool(paths) and paths <= set(modules)
-    return {**rules.rules, **(rules.experts if routed else {})}
+    if not paths or not paths <= set(modules):
+        return list(rules.rules.items())
+    return [*{**rules.rules, **rules.experts}.items(), *rules.shared.items()]
 
 
 def _sites(

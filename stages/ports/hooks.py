@@ -130,7 +130,8 @@ def _hooks(
 
     module = modules[site.path]
     if site.port == "in":
-        readers = [modules[name] for name in dict.fromkeys((site.path, *site.consumers))]
+        around = site.path not in site.consumers  # a module with all consumers inside
+        readers = [modules[name] for name in ((site.path,) if around else site.consumers)]
         shared = _Shared(passed, readers)
         return [reader.register_forward_pre_hook(shared.enter) for reader in readers]
     if site.port == "out":

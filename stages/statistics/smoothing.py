@@ -16,8 +16,8 @@ from stages.codings.gif import Gif
 from stages.errors import InputError
 from stages.fits.statistics import Saliency, Smoothing
 from stages.model.experts import refuse_experts
+from stages.model.families import architecture
 from stages.model.offload import refuse_offloaded
-from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
 from stages.ports.hooks import attached, stream
 from stages.ports.port import DensePort

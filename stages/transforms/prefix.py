@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stages.errors import InputError
 from stages.model.experts import refuse_experts
+from stages.model.families import architecture
 from stages.model.prefix import prefix_length, record_prefix
-from stages.model.rules import architecture
 from stages.model.sites import find_sites
 from stages.ports.attention import View
 from stages.ports.hooks import stream

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.model.experts import refuse_experts
+from stages.model.families import architecture
 from stages.model.offload import refuse_offloaded
-from stages.model.rules import Architecture, architecture
+from stages.model.rules import Architecture
 from stages.model.sites import Site, find_sites
 
 _RECORD = "online_rotation"

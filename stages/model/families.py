@@ -1,0 +1,49 @@
+"""Which architecture a model has: the file of its family, or the roles that its module names say."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.model.inferred import Unsaid, infer
+from stages.model.recurrence import refuse_recurrence
+from stages.model.rules import Architecture, multiplying, shortened
+
+PACKAGE = "stages.model.architectures"
+
+
+def module_name(model_type: str) -> str | None:
+    """Return the module of a family's rules, None where there is none."""
+    name = f"{PACKAGE}.{model_type.replace('-', '_')}"
+    return name if importlib.util.find_spec(name) else None
+
+
+def known() -> list[str]:
+    """List every `model_type` that has rules."""
+    package = importlib.import_module(PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def architecture(model: PreTrainedModel) -> Architecture:
+    """Return the role rules of a model: those of its family's file, or inferred from module names.
+
+    Raises InputError, with what has no place, where neither says them.
+    """
+    kind = model.config.model_type
+    name = module_name(kind)
+    if name is not None:
+        rules: Architecture = importlib.import_module(name).ARCHITECTURE
+        return rules
+    refuse_recurrence(model)
+    try:
+        return infer(model)
+    except Unsaid as missing:
+        raise InputError(
+            f"no role rules for model_type={kind!r} (known: {', '.join(known())}), and its modules do "
+            f"not say them: {missing}; modules that could not be placed: "
+            f"{shortened(multiplying(model))}; rules are one file in {PACKAGE.replace('.', '/')}/"
+        ) from missing

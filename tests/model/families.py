@@ -1,0 +1,90 @@
+"""Random models of families without a file of rules, with odd settings of their configurations."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 48,
+    "eos_token_id": 49,
+    "pad_token_id": 49,
+}
+WINDOW = 5
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+WIDE = {"hidden_size": 32, "head_dim": 8}  # whose heads are hidden_size / num_attention_heads wide
+
+
+def partial(share: float) -> dict[str, Any]:
+    """A part of every head alone carries its position."""
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": share,
+        }
+    }
+
+
+# `model_type`, with a number where a family has more than one row, and what it needs beside TINY.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 14},
+    "olmo": {"clip_qkv": 2.0, "attention_bias": True, "rope_parameters": LINEAR},
+    "olmo2": {"attention_bias": True},
+    "olmo3": SLIDING | {"rope_parameters": YARN},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "clip_qkv": 3.0}
+    | {"head_dim": 6},
+    "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "smollm3 2": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
+    "stablelm": partial(0.5) | WIDE | {"use_qkv_bias": True},
+    "stablelm 2": partial(0.25) | WIDE | {"qk_layernorm": True, "use_parallel_residual": True},
+    "starcoder2": {"sliding_window": WINDOW, "use_bias": True},
+    "starcoder2 2": {"use_bias": False, "tie_word_embeddings": True, "sliding_window": None},
+    "phi": partial(0.4),
+    "phi 2": partial(0.5) | WIDE | {"qk_layernorm": True},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True}
+    | {"lm_head_bias": True, "sliding_window": WINDOW},
+    "cohere": {"logit_scale": 0.3, "tie_word_embeddings": True},
+    "cohere 2": {"use_qk_norm": True, "attention_bias": True},
+    "cohere2": SLIDING | {"logit_scale": 0.3},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+    | {"embedding_multiplier": 2.0, "attention_bias": True, "mlp_bias": True},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.4}
+    | {"attention_multiplier": 0.2, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "glm4": partial(0.6) | {"attention_bias": True},
+    "exaone4": SLIDING | {"sliding_window_pattern": 2},
+    "exaone4 2": {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+    | {"tie_word_embeddings": True},
+    "nemotron": partial(0.6) | {"attention_bias": True, "mlp_bias": True},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    | {"shared_expert_intermediate_size": 28, "mlp_only_layers": [0]},
+}
+
+
+def made(name: str, seed: int = 0, **more: Any) -> Any:
+    """Make a model of a row of FAMILIES, norms and biases random like weights."""
+    torch.manual_seed(seed)
+    kind = name.partition(" ")[0]
+    config = AutoConfig.for_model(kind, **(TINY | FAMILIES[name] | more))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # norms and biases start as ones and zeros, which hides mistakes
+            scale = "norm" in path and path.endswith("weight")
+            torch.nn.init.normal_(parameter, mean=float(scale), std=0.2)
+        elif parameter.dim() == 3 or "router" in path or path.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model

@@ -1,0 +1,201 @@
+"""Families whose roles are inferred: each is dense as transformers has it, coded, counted and stepped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import stages
+from stages.analysis.operations import PRODUCTS, operations
+from stages.checkpoint.folder import save
+from stages.codings.gated import Gated
+from stages.energy import Energy, account
+from stages.evaluation import perplexity
+from stages.fitted import Conversion
+from stages.model.loading import meta_model
+from stages.model.sites import ROLES, find_sites
+from stages.ports.counters import Counters
+from stages.ports.hooks import attached
+from stages.ports.patched import patched
+from stages.ports.port import DensePort
+from stages.transforms.transform import Untouched
+from tests.model.families import FAMILIES, made
+from tests.ports.products import real_products, watched
+from tests.transforms.held import compare
+
+GATED = Gated("gated", 5, 2)
+PLAIN = {"starcoder2", "phi", "nemotron"}  # MLPs without a product of two activations
+Draws = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A random model of a row of FAMILIES and neurons fitted to it."""
+
+    name: str
+    model: Any
+    conversion: Conversion
+
+    @property
+    def kind(self) -> str:
+        return str(self.model.config.model_type)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, convert: Callable[..., Conversion]) -> Family:
+    model = made(request.param)
+    return Family(request.param, model, convert(model, GATED))
+
+
+def test_all_roles_are_inferred_and_every_matrix_is_fed(family: Family) -> None:
+    sites = find_sites(family.model)
+    absent = {"mlp.act", "mlp.up"} if family.kind in PLAIN else set()
+    assert {site.role for site in sites} == set(ROLES) - absent
+    every = family.model.named_parameters(remove_duplicate=False)  # a head may be tied
+    names = {name for name, p in every if p.dim() > 1}
+    names = {name for name in names if not any(part in name for part in ("emb", "norm"))}
+    fed = {name for site in sites for name in site.consumers}
+    assert {name.rpartition(".")[0] for name in names} == fed
+
+
+def test_the_dense_model_behind_ports_is_that_of_transformers(
+    family: Family, tokens: Draws
+) -> None:
+    assert difference(family.model, tokens(2, 20)) < 1e-5
+
+
+def difference(model: Any, ids: Tensor) -> float:
+    """The largest difference of logits between the ports and eager attention, by the largest logit."""
+    sites = find_sites(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with attached(model, sites, {site.name: DensePort() for site in sites}):
+            found = model(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_change_neither_logits_nor_counters(family: Family, tokens: Draws, side: str) -> None:
+    ids, pads = tokens(1, 9), tokens(1, 4, seed=5)
+    mask, none = torch.ones_like(ids), torch.zeros_like(pads)
+    order = [(pads, none), (ids, mask)] if side == "left" else [(ids, mask), (pads, none)]
+    padded, marked = (torch.cat(parts, 1) for parts in zip(*order, strict=True))
+    plain, behind = counted(family, ids, mask), counted(family, padded, marked)
+    real = slice(4, None) if side == "left" else slice(0, 9)
+    assert torch.allclose(behind[0][:, real], plain[0], atol=1e-4)
+    assert torch.equal(behind[1], plain[1])
+
+
+def counted(family: Family, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    counters = Counters(find_sites(family.model), "cpu")
+    with torch.no_grad(), patched(family.model, family.conversion, counters):
+        logits = family.model(ids, attention_mask=mask).logits
+    return logits, counters.sums[:, :4]
+
+
+def test_every_role_is_seen_in_the_logits_and_no_future_token_is(
+    family: Family, tokens: Draws, convert: Callable[..., Conversion]
+) -> None:
+    model, ids = family.model, tokens(1, 12)
+    other = ids.clone()
+    other[0, 8] = (other[0, 8] + 1) % 40
+    with torch.no_grad():
+        dense = model(ids).logits
+        with patched(model, family.conversion):
+            a, b = model(ids).logits, model(other).logits
+        for role in {site.role for site in find_sites(model)}:
+            with patched(model, convert(model, Gated("gated", 2, 1), (role,))):
+                assert not torch.allclose(model(ids).logits, dense, atol=1e-3), role
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-5)
+    assert not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-3)
+    assert (a - dense).abs().max() < 0.5 * dense.abs().max()
+
+
+def test_generation_on_a_cache_is_that_without(family: Family, tokens: Draws) -> None:
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad(), patched(family.model, family.conversion):
+        cached = family.model.generate(tokens(2, 7), **options)
+        whole = family.model.generate(tokens(2, 7), use_cache=False, **options)
+    assert torch.equal(cached, whole)
+
+
+def test_it_can_be_stepped(family: Family, tokens: Draws) -> None:
+    found = compare(family.model, family.conversion, tokens(2, 9))
+    assert max(found.far.values()) < 1e-5 and found.logits < 1e-5
+    assert torch.equal(*found.counters)
+    stepped = patched(family.model, family.conversion, execution="stepped")
+    with watched(family.model) as seen, torch.no_grad(), stepped:
+        family.model(tokens(2, 9), use_cache=False)
+    assert not real_products(seen)
+
+
+def test_it_comes_back_from_a_folder(family: Family, tokens: Draws, tmp_path: Path) -> None:
+    save(family.model, family.conversion, Untouched(), (), tmp_path / "spiking")
+    with torch.no_grad():
+        with patched(family.model, family.conversion):
+            expected = family.model(tokens(2, 11)).logits
+        assert torch.equal(stages.load(tmp_path / "spiking")(tokens(2, 11)).logits, expected)
+
+
+def test_products_are_those_that_pytorch_and_the_ports_count(
+    family: Family, tokens: Draws, energy: Energy
+) -> None:
+    model = family.model
+    model.config._experts_implementation = "eager"
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens(1, 11), use_cache=False)
+    flops = counter.get_flop_counts()
+    positions = sum(sum(c.values()) for name, c in flops.items() if name.endswith("rotary_emb"))
+    plan = operations(model, find_sites(model))
+    cost = account(plan, energy, 11)
+    rows = cost[(cost["phase"] == "prefill") & cost["kind"].isin(PRODUCTS)]
+    by_convention = rows.groupby("convention")["macs"].sum()
+    assert 2 * by_convention["paper"] == sum(flops["Global"].values()) - positions
+    sites = perplexity(model, tokens(2, 11), None, 2, "text").counters
+    # Both operands of a product of attention count it; the plan has the pairs that a window allows.
+    once = sites[~sites["role"].isin(("attn.k", "attn.v"))]
+    assert once["macs"].sum() / 2 == pytest.approx(by_convention["causal"])
+
+
+class Queries(DensePort):
+    """Passes queries and keeps them."""
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        self.seen = x
+        return x
+
+
+def test_the_dimensions_that_carry_positions_are_those_that_a_shift_moves(
+    family: Family, tokens: Draws
+) -> None:
+    """All positions moved alike change nothing but what is rotated by them."""
+    model, ids = family.model, tokens(1, 9)
+    if not getattr(model.config, "rope_parameters", None):
+        pytest.skip("positions are added, not rotated")
+    sites = [site for site in find_sites(model) if site.role == "attn.q"]
+    ports = {site.name: Queries() for site in sites}
+    queries = []
+    for start in (0, 40):
+        with torch.no_grad(), attached(model, find_sites(model), ports):
+            model(ids, position_ids=torch.arange(start, start + 9)[None])
+        queries.append([ports[site.name].seen for site in sites])
+    plan = {
+        o.layer: o.work.per_token for o in operations(model, find_sites(model)) if o.kind == "rope"
+    }
+    config = model.config
+    heads = config.num_attention_heads + getattr(config, "num_key_value_heads", 0)
+    for layer, (here, there) in enumerate(zip(*queries, strict=True)):
+        moved = int(((here - there).abs().amax((0, 1, 2)) > 1e-4).sum())
+        assert plan.get(layer, 0) == heads * moved
+
+
+def test_operations_need_no_weights(family: Family) -> None:
+    bare = meta_model(family.model.config.to_dict())
+    plan = operations(family.model, find_sites(family.model))
+    assert operations(bare, find_sites(bare)) == plan
