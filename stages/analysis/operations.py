@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from stages.model.families import architecture
 from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture
-from stages.model.sites import Site, fused, matrix
+from stages.model.sites import Site, fused, key_heads, matrix
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
 PRODUCTS = ("linear", "qk", "pv")
@@ -126,7 +126,7 @@ def _shape(
         for role in ("attn.out", "mlp.down")
     )
     heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = key_heads(attention, heads)
     width = out.inputs // heads
     layer = roles["attn.q"].layer
     window = _window(config, layer, attention)
@@ -141,6 +141,8 @@ def _shape(
 def _window(config: Any, layer: int, attention: Any) -> int | None:
     """Keys that a query of a layer sees: its kind of layer says it (Qwen2), or its attention, or the
     configuration for all (Mistral)."""
+    if getattr(attention, "attention_type", None) == "local":  # GPT-Neo
+        return int(config.window_size)
     kinds = getattr(config, "layer_types", None)
     of_all: int | None = getattr(config, "sliding_window", None)
     if kinds is not None:
@@ -152,6 +154,8 @@ def _window(config: Any, layer: int, attention: Any) -> int | None:
 def _has_rope(config: Any, attention: Any, window: int | None) -> bool:
     """Return whether a layer rotates queries and keys: some of SmolLM3's and Llama 4's do not, nor
     those of Cohere 2 and EXAONE 4 that see all keys where others see a window."""
+    if getattr(config, "alibi", False):  # Falcon has the parameters all the same
+        return False
     if config.model_type in ("cohere2", "exaone4"):
         mixed = config.sliding_window is not None or config.model_type == "cohere2"
         return window is not None or not mixed
@@ -161,8 +165,8 @@ def _has_rope(config: Any, attention: Any, window: int | None) -> bool:
 def _rotated(config: Any, layer: int, width: int) -> int:
     """Dimensions of a head that carry its position: all, a part, or none where it is added."""
     rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return 0
+    if not rope:  # GPT-J says it by itself
+        return int(getattr(config, "rotary_dim", None) or 0)
     if "rope_type" not in rope:  # one for every type of layer
         rope = rope[config.layer_types[layer]]
     return int(width * rope.get("partial_rotary_factor", 1.0))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+# Classes of attention that multiply by themselves, for which `stages.ports.rewritten` has another pass.
+REWRITTEN = ("GPTNeoSelfAttention", "BloomAttention", "MptAttention", "FalconAttention")
 FUSED = 3  # dimensions of a weight that holds one matrix an expert
 
 

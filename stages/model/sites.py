@@ -144,6 +144,13 @@ def rows(module: Any) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def key_heads(attention: Any, heads: int) -> int:
+    """Return the number of heads of keys and values of an attention module with `heads` of queries."""
+    if hasattr(attention, "num_key_value_groups"):  # queries of each
+        return heads // int(attention.num_key_value_groups)
+    return int(getattr(attention, "num_kv_heads", heads))
+
+
 def fused(module: Any) -> bool:
     """Return whether a module holds the matrices of all its experts."""
     return isinstance(getattr(module, "down_proj", None), nn.Parameter)

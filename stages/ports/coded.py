@@ -53,6 +53,8 @@ class Coded(Tensor):
                 return _product(args[0], args[1], torch.mul)
             elif name == "linear":
                 return _linear(*args, **kwargs)
+            elif name == "addmm" and isinstance(args[1], Coded):  # Conv1D: (bias, x, weight [C, O])
+                return _linear(args[1], args[2].t(), args[0])
             result = func(*args, **kwargs)
         parts = result if isinstance(result, tuple) else (result,)
         if name == "type_as" and not isinstance(args[0], Coded):  # the dtype alone is read

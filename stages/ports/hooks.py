@@ -15,11 +15,12 @@ from stages.model.forward import windows
 from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
-from stages.ports.attention import NAME, AttentionPorts, ForwardState, Port, set_ports
+from stages.ports.attention import AttentionPorts, ForwardState, Port, set_ports
 from stages.ports.experts import NAME as EXPERTS
 from stages.ports.experts import ExpertPorts, set_expert_ports, switch_experts
 from stages.ports.passes import Pass, decoder
 from stages.ports.port import DensePort
+from stages.ports.rewritten import rewritten
 
 
 @contextmanager
@@ -55,8 +56,8 @@ def attached(
         for path, bank in experts.items():
             set_expert_ports(modules[path], bank)
             undo.callback(set_expert_ports, modules[path], None)
-        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-        model.set_attn_implementation(NAME)
+        attention = [modules[site.path] for site in sites if site.port == "q"]
+        undo.enter_context(rewritten(model, attention))
         if experts:
             undo.callback(switch_experts, model, switch_experts(model, EXPERTS))
         undo.enter_context(pinned(model))

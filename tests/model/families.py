@@ -25,6 +25,10 @@ SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+ABSENT = object()  # what a configuration has no name for
+# Heads as wide as hidden_size / num_attention_heads, each with keys of its own.
+UNGROUPED = {"head_dim": ABSENT, "num_key_value_heads": ABSENT}
+ALIBI = UNGROUPED | {"max_position_embeddings": ABSENT, "intermediate_size": ABSENT}
 WIDE = {"hidden_size": 32, "head_dim": 8}  # whose heads are hidden_size / num_attention_heads wide
 
 
@@ -70,20 +74,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"tie_word_embeddings": True},
     "nemotron": partial(0.6) | {"attention_bias": True, "mlp_bias": True},
     "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "gpt2": UNGROUPED
+    | {"n_inner": 20, "scale_attn_by_inverse_layer_idx": True}
+    | {"tie_word_embeddings": True},
+    "gpt2 2": UNGROUPED | {"scale_attn_weights": False, "reorder_and_upcast_attn": True},
+    "gpt_bigcode": UNGROUPED | {"n_inner": 20, "multi_query": True},
+    "gpt_bigcode 2": UNGROUPED | {"multi_query": False, "tie_word_embeddings": True},
+    "gptj": UNGROUPED | {"n_inner": 20, "rotary_dim": 4},
+    "gptj 2": UNGROUPED | {"rotary_dim": 6},
+    "gpt_neo": UNGROUPED | {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "bloom": ALIBI | {"apply_residual_connection_post_layernorm": True},
+    "bloom 2": ALIBI | {"num_attention_heads": 3, "tie_word_embeddings": True},
+    "mpt": ALIBI
+    | {"max_seq_len": 64, "num_attention_heads": 3}
+    | {"attn_config": {"clip_qkv": 2.0, "softmax_scale": 0.3}},
+    "falcon": UNGROUPED
+    | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    | {"ffn_hidden_size": 20},
+    "falcon 2": UNGROUPED | {"multi_query": True, "parallel_attn": True},
+    "falcon 3": UNGROUPED
+    | {"alibi": True, "multi_query": False, "parallel_attn": False}
+    | {"bias": True},
+    "falcon 4": UNGROUPED
+    | {"new_decoder_architecture": True, "num_kv_heads": 1}
+    | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": True},
+    "gemma2": SLIDING
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    | {"query_pre_attn_scalar": 14},
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     | {"shared_expert_intermediate_size": 28, "mlp_only_layers": [0]},
 }
 
 
-def made(name: str, seed: int = 0, **more: Any) -> Any:
+def made(name: str, seed: int = 0, attention: str = "eager", **more: Any) -> Any:
     """Make a model of a row of FAMILIES, norms and biases random like weights."""
     torch.manual_seed(seed)
     kind = name.partition(" ")[0]
-    config = AutoConfig.for_model(kind, **(TINY | FAMILIES[name] | more))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    options = TINY | FAMILIES[name] | more
+    given = {option: value for option, value in options.items() if value is not ABSENT}
+    config = AutoConfig.for_model(kind, **given)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for path, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases start as ones and zeros, which hides mistakes
-            scale = "norm" in path and path.endswith("weight")
+            scale = ("norm" in path or "ln_" in path) and path.endswith("weight")
             torch.nn.init.normal_(parameter, mean=float(scale), std=0.2)
         elif parameter.dim() == 3 or "router" in path or path.endswith("mlp.gate.weight"):
             torch.nn.init.normal_(parameter, std=0.3)

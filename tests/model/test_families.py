@@ -29,7 +29,9 @@ from tests.ports.products import real_products, watched
 from tests.transforms.held import compare
 
 GATED = Gated("gated", 5, 2)
-PLAIN = {"starcoder2", "phi", "nemotron"}  # MLPs without a product of two activations
+LEARNED = {"gpt2", "gpt_bigcode", "gpt_neo"}  # positions are rows of a table
+# MLPs without a product of two activations.
+PLAIN = LEARNED | {"starcoder2", "phi", "nemotron", "gptj", "bloom", "mpt", "falcon"}
 Draws = Callable[..., Tensor]
 
 
@@ -56,27 +58,35 @@ def test_all_roles_are_inferred_and_every_matrix_is_fed(family: Family) -> None:
     sites = find_sites(family.model)
     absent = {"mlp.act", "mlp.up"} if family.kind in PLAIN else set()
     assert {site.role for site in sites} == set(ROLES) - absent
-    every = family.model.named_parameters(remove_duplicate=False)  # a head may be tied
-    names = {name for name, p in every if p.dim() > 1}
-    names = {name for name in names if not any(part in name for part in ("emb", "norm"))}
     fed = {name for site in sites for name in site.consumers}
-    assert {name.rpartition(".")[0] for name in names} == fed
+    assert fed == {
+        name
+        for name, module in family.model.named_modules()
+        if any(p.dim() > 1 for p in module.parameters(recurse=False))
+        and not isinstance(module, torch.nn.Embedding)
+        and "norm" not in name
+    }
 
 
 def test_the_dense_model_behind_ports_is_that_of_transformers(
     family: Family, tokens: Draws
 ) -> None:
-    assert difference(family.model, tokens(2, 20)) < 1e-5
+    assert difference(family.name, family.model, tokens(2, 20)) < 1e-5
 
 
-def difference(model: Any, ids: Tensor) -> float:
-    """The largest difference of logits between the ports and eager attention, by the largest logit."""
+def difference(name: str, model: Any, ids: Tensor) -> float:
+    """The largest difference of logits between ports and transformers, by the largest logit.
+
+    transformers' eager attention of Falcon adds ALiBi twice, its default (SDPA) once.
+    """
+    twice = model.config.model_type == "falcon" and model.config.alibi
     sites = find_sites(model)
     with torch.no_grad():
-        expected = model(ids).logits
+        before = model(ids).logits
         with attached(model, sites, {site.name: DensePort() for site in sites}):
             found = model(ids).logits
-        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, before)
+        expected = made(name, attention="sdpa")(ids).logits if twice else before
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -163,8 +173,8 @@ def test_products_are_those_that_pytorch_and_the_ports_count(
     assert once["macs"].sum() / 2 == pytest.approx(by_convention["causal"])
 
 
-class Queries(DensePort):
-    """Passes queries and keeps them."""
+class Seen(DensePort):
+    """Passes values and keeps them."""
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         self.seen = x
@@ -176,23 +186,22 @@ def test_the_dimensions_that_carry_positions_are_those_that_a_shift_moves(
 ) -> None:
     """All positions moved alike change nothing but what is rotated by them."""
     model, ids = family.model, tokens(1, 9)
-    if not getattr(model.config, "rope_parameters", None):
-        pytest.skip("positions are added, not rotated")
-    sites = [site for site in find_sites(model) if site.role == "attn.q"]
-    ports = {site.name: Queries() for site in sites}
-    queries = []
+    if family.kind in LEARNED:
+        pytest.skip("positions are added to embeddings")
+    sites = find_sites(model)
+    ports = {site.name: Seen() for site in sites if site.role in ("attn.q", "attn.k")}
+    seen = []
     for start in (0, 40):
-        with torch.no_grad(), attached(model, find_sites(model), ports):
+        with torch.no_grad(), attached(model, sites, ports):
             model(ids, position_ids=torch.arange(start, start + 9)[None])
-        queries.append([ports[site.name].seen for site in sites])
-    plan = {
-        o.layer: o.work.per_token for o in operations(model, find_sites(model)) if o.kind == "rope"
-    }
-    config = model.config
-    heads = config.num_attention_heads + getattr(config, "num_key_value_heads", 0)
-    for layer, (here, there) in enumerate(zip(*queries, strict=True)):
-        moved = int(((here - there).abs().amax((0, 1, 2)) > 1e-4).sum())
-        assert plan.get(layer, 0) == heads * moved
+        seen.append({site.name: ports[site.name].seen for site in sites if site.name in ports})
+    moved = dict.fromkeys(range(model.config.num_hidden_layers), 0)
+    for site in sites:
+        if site.name in ports:
+            here, there = (each[site.name] for each in seen)  # [B, H, S, D]
+            moved[site.layer] += int(((here - there).abs().amax((0, 2)) > 1e-4).sum())
+    rope = {o.layer: o.work.per_token for o in operations(model, sites) if o.kind == "rope"}
+    assert {layer: rope.get(layer, 0) for layer in moved} == moved
 
 
 def test_operations_need_no_weights(family: Family) -> None:
