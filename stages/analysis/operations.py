@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.analysis.shapes import Shape, shape_of
 from stages.model.families import architecture
 from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture
-from stages.model.sites import Site, fused, key_heads, matrix
+from stages.model.sites import Site, fused, matrix
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
 PRODUCTS = ("linear", "qk", "pv")
@@ -60,23 +61,6 @@ class Operation:
     cached: int = 0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
-    carry the position; `inner` is all that a token meets, in `routes` of so many `experts`."""
-
-    hidden: int
-    inner: int
-    heads: int
-    groups: int
-    width: int
-    rotated: int
-    window: int | None
-    prefix: int
-    experts: int
-    routes: int
-
-
 def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
     """List every operation of a model, whose weights may be on the meta device.
 
@@ -95,7 +79,7 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
             roles = layers.setdefault(site.layer, {})
             (shared.setdefault(site.layer, {}) if site.role in roles else roles)[site.role] = site
     prefix = prefix_length(model)
-    shapes = {i: _shape(model.config, modules, roles, prefix) for i, roles in layers.items()}
+    shapes = {i: shape_of(model.config, modules, roles, prefix) for i, roles in layers.items()}
     plan += _norms(modules, rules, shapes)
     online = online_rotation(model)
     if online is not None:
@@ -103,73 +87,16 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     for layer, roles in layers.items():
         shape = shapes[layer]
         plan += _attention(layer, roles, shape)
+        plan += _scores(layer, modules[roles["attn.q"].path], roles, shape)
         plan += _elementwise(
             layer, rules.activation_of(layer, roles["mlp.down"].expert is not None), roles, shape
         )
         plan += _gates(roles, shape)
         if layer in shared:
             plan += _shared(layer, shared[layer], shape, modules)
-    head = next(site for site in sites if site.role == "head.in")
-    return [
-        *plan,
-        _gate(head, Amount(matrix(modules[head.consumers[0]], head, model.config).inputs)),
-    ]
-
-
-def _shape(
-    config: Any, modules: Mapping[str, Any], roles: Mapping[str, Site], prefix: int
-) -> Shape:
-    """The dimensions of a layer, read off its modules where they tell them."""
-    attention = modules[roles["attn.q"].path]
-    out, down = (
-        matrix(modules[roles[role].consumers[0]], roles[role], config)
-        for role in ("attn.out", "mlp.down")
-    )
-    heads = config.num_attention_heads
-    groups = key_heads(attention, heads)
-    width = out.inputs // heads
-    layer = roles["attn.q"].layer
-    window = _window(config, layer, attention)
-    rotated = _rotated(config, layer, width) if _has_rope(config, attention, window) else 0
-    experts = modules[roles["mlp.down"].path]
-    number = experts.num_experts if fused(experts) else 0
-    routes = config.num_experts_per_tok if number else 0
-    hidden, inner = out.outputs, down.inputs
-    return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
-
-
-def _window(config: Any, layer: int, attention: Any) -> int | None:
-    """Keys that a query of a layer sees: its kind of layer says it (Qwen2), or its attention, or the
-    configuration for all (Mistral)."""
-    if getattr(attention, "attention_type", None) == "local":  # GPT-Neo
-        return int(config.window_size)
-    kinds = getattr(config, "layer_types", None)
-    of_all: int | None = getattr(config, "sliding_window", None)
-    if kinds is not None:
-        return of_all if kinds[layer] == "sliding_attention" else None
-    window: int | None = getattr(attention, "sliding_window", of_all)
-    return window
-
-
-def _has_rope(config: Any, attention: Any, window: int | None) -> bool:
-    """Return whether a layer rotates queries and keys: some of SmolLM3's and Llama 4's do not, nor
-    those of Cohere 2 and EXAONE 4 that see all keys where others see a window."""
-    if getattr(config, "alibi", False):  # Falcon has the parameters all the same
-        return False
-    if config.model_type in ("cohere2", "exaone4"):
-        mixed = config.sliding_window is not None or config.model_type == "cohere2"
-        return window is not None or not mixed
-    return bool(getattr(attention, "use_rope", True))
-
-
-def _rotated(config: Any, layer: int, width: int) -> int:
-    """Dimensions of a head that carry its position: all, a part, or none where it is added."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:  # GPT-J says it by itself
-        return int(getattr(config, "rotary_dim", None) or 0)
-    if "rope_type" not in rope:  # one for every type of layer
-        rope = rope[config.layer_types[layer]]
-    return int(width * rope.get("partial_rotary_factor", 1.0))
+    outside = [site for site in sites if site.layer < 0]
+    inputs = [matrix(modules[site.consumers[0]], site, model.config).inputs for site in outside]
+    return plan + [_gate(site, Amount(n)) for site, n in zip(outside, inputs, strict=True)]
 
 
 def _pooled(sites: Sequence[Site]) -> list[Site]:
@@ -256,6 +183,21 @@ def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[
     yield product(f"{path}:qk", "qk", operands=(q, k), outputs=scores, inputs=outputs)
     yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
     yield product(f"{path}:pv", "pv", operands=(probs, v), outputs=outputs, inputs=scores)
+
+
+def _scores(
+    layer: int, attention: Any, roles: Mapping[str, Site], shape: Shape
+) -> Iterator[Operation]:
+    """What stands between scores and softmax: the tanh of a soft-cap, and a sink, whose share is one
+    more product of every value that attention gives."""
+    path = roles["attn.q"].path
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        work = Amount(per_pair=shape.heads)
+        yield Operation(
+            f"{path}:softcap", "activation", layer, work, (), Amount(), shape.window, shape.prefix
+        )
+    if getattr(attention, "sinks", None) is not None:
+        yield Operation(f"{path}:sink", "product", layer, Amount(shape.heads * shape.width))
 
 
 def _elementwise(

@@ -31,6 +31,10 @@ def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
     listed = [names[kind] for kind in REAL if kind in kinds]
     if any(operation.name.endswith(":weighting") for operation in plan):
         listed.append("weights of the experts' outputs")
+    if any(operation.name.endswith(":softcap") for operation in plan):
+        listed.append("soft-cap of scores")
+    if any(operation.name.endswith(":sink") for operation in plan):
+        listed.append("shares of attention that sinks leave")
     return tuple(dict.fromkeys(listed))
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import InputError, nearest
-from stages.model.experts import EXPERT_PORTS, check_experts
+from stages.model.experts import EXPERT_PORTS, check_experts, expert_matrices
 from stages.model.families import architecture
 from stages.model.rules import Architecture, Rule, multiplying
 
@@ -87,7 +87,7 @@ class Site:
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
-    """Find every site of the model in forward order, the head last.
+    """Find every site of the model in forward order, those outside of layers and the head last.
 
     Raises InputError if a rule names a module the model lacks, or if a module that multiplies is fed
     by no site (it would silently stay dense).
@@ -101,7 +101,9 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
         prefix = f"{rules.layers}.{index}."
         for role, rule in _layer_rules(rules, prefix, modules):
             sites += _sites(rule, role, index, prefix, modules)
-    sites += _sites(rules.head, "head.in", -1, "", modules)
+    present = [rule for rule in rules.outside if set(rule.consumers) <= set(modules)]
+    for rule in (*present, rules.head):
+        sites += _sites(rule, "head.in", -1, "", modules)
     missing = [s.name for s in sites if s.path not in modules]
     missing += [c for s in sites for c in s.consumers if c not in modules]
     fed = {consumer for site in sites for consumer in site.consumers}
@@ -131,9 +133,9 @@ def matrix(module: Any, site: Site, config: Any) -> Matrix:
         return Matrix(inputs, outputs, outputs)
     routes = config.num_experts_per_tok
     if site.expert is None:
-        _, outputs, inputs = module.gate_up_proj.shape
+        _, outputs, inputs = expert_matrices(module)[0].shape
         return Matrix(inputs, routes * outputs, routes * outputs)
-    _, outputs, inputs = module.down_proj.shape
+    _, outputs, inputs = expert_matrices(module)[1].shape
     return Matrix(routes * inputs, outputs, routes * outputs)
 
 

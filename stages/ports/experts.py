@@ -1,7 +1,8 @@
 """Mixtures of experts whose operands pass through ports, one port an expert and role.
 
 transformers keeps the experts of a layer as fused weights, gate_up_proj [E, 2 I, H] and down_proj
-[E, H, I], so that no linear module could be hooked; so this function replaces that of the experts.
+[E, H, I] or their transposes, so that no linear module could be hooked; so this function replaces that
+of the experts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from stages.model.experts import expert_biases, expert_matrices, operands
 from stages.ports.attention import ForwardState, Port
 
 NAME = "ported"
@@ -55,16 +57,18 @@ def ported_experts(
     real = None if state is None else state.flatten()[token]
     output = torch.zeros_like(hidden)
     ends = torch.bincount(expert, minlength=module.num_experts).cumsum(0).tolist()
-    width = module.down_proj.shape[1]
+    gate_up_proj, down_proj = expert_matrices(module)
+    added, last = expert_biases(module)
+    width = down_proj.shape[1]
     for index, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
         if start == stop:
             continue
         mine = slice(start, stop)
         rows = None if real is None else real[mine]
-        gate, up = F.linear(hidden[token[mine]], module.gate_up_proj[index]).chunk(2, -1)
-        act = ports.act[index](module.act_fn(gate), rows, 0)
-        inner = act * ports.up[index](up.contiguous(), rows, 0)
-        value = F.linear(ports.down[index](inner, rows, width), module.down_proj[index])
+        gate_up = F.linear(hidden[token[mine]], gate_up_proj[index], added[index])
+        act, up = operands(module, gate_up)
+        inner = ports.act[index](act, rows, 0) * ports.up[index](up.contiguous(), rows, 0)
+        value = F.linear(ports.down[index](inner, rows, width), down_proj[index], last[index])
         output.index_add_(0, token[mine], (value * weight[mine]).to(output.dtype))
     return output
 

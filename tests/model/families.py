@@ -1,9 +1,19 @@
-"""Random models of families without a file of rules, with odd settings of their configurations."""
+"""Random models of families without a file of rules, with odd settings of their configurations.
 
+`python -m tests.model.families` prints the table of stages/README.md.
+"""
+
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.model.sites import find_sites
+from stages.ports.hooks import attached
+from stages.ports.port import DensePort
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -30,6 +40,9 @@ ABSENT = object()  # what a configuration has no name for
 UNGROUPED = {"head_dim": ABSENT, "num_key_value_heads": ABSENT}
 ALIBI = UNGROUPED | {"max_position_embeddings": ABSENT, "intermediate_size": ABSENT}
 WIDE = {"hidden_size": 32, "head_dim": 8}  # whose heads are hidden_size / num_attention_heads wide
+# Options that are sizes alone.
+SIZES = {"n_inner", "ffn_dim", "ffn_hidden_size", "num_local_experts", "num_experts", "max_seq_len"}
+SIZES |= {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
 
 
 def partial(share: float) -> dict[str, Any]:
@@ -101,6 +114,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": SLIDING
     | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     | {"query_pre_attn_scalar": 14},
+    "opt": UNGROUPED | {"ffn_dim": 20, "word_embed_proj_dim": 12, "do_layer_norm_before": False},
+    "opt 2": UNGROUPED
+    | {"ffn_dim": 20, "word_embed_proj_dim": 30, "enable_bias": False}
+    | {"tie_word_embeddings": True},
+    "gpt_oss": SLIDING
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
+    | {"rope_parameters": YARN},
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     | {"shared_expert_intermediate_size": 28, "mlp_only_layers": [0]},
 }
@@ -121,3 +141,53 @@ def made(name: str, seed: int = 0, attention: str = "eager", **more: Any) -> Any
         elif parameter.dim() == 3 or "router" in path or path.endswith("mlp.gate.weight"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def difference(name: str, model: Any, ids: Tensor) -> float:
+    """The largest difference of logits between ports and transformers, by the largest logit.
+
+    transformers' eager attention of Falcon adds ALiBi twice, its default (SDPA) once.
+    """
+    twice = model.config.model_type == "falcon" and model.config.alibi
+    sites = find_sites(model)
+    with torch.no_grad():
+        before = model(ids).logits
+        with attached(model, sites, {site.name: DensePort() for site in sites}):
+            found = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+        expected = made(name, attention="sdpa")(ids).logits if twice else before
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def settings(kind: str) -> str:
+    """What the rows of a family set beside its sizes."""
+    rows = [options for name, options in FAMILIES.items() if name.partition(" ")[0] == kind]
+    names = dict.fromkeys(
+        f"`{option}`"
+        for options in rows
+        for option, value in options.items()
+        if value is not ABSENT and option not in TINY and option not in SIZES
+    )
+    tied = any(options.get("tie_word_embeddings") for options in rows)
+    return " ".join([*names, *["tied"] * tied])
+
+
+def table() -> Iterator[str]:
+    """The rows of the table: family, settings, the largest difference of its models, rounded up."""
+    ids = torch.randint(0, 48, (2, 20), generator=torch.Generator().manual_seed(0))
+    for kind in sorted({name.partition(" ")[0] for name in FAMILIES}):
+        names = [name for name in FAMILIES if name.partition(" ")[0] == kind]
+        most = max(difference(name, made(name), ids) for name in names)
+        yield f"| `{kind}` | {settings(kind)} | {rounded(most)} |"
+
+
+def rounded(value: float) -> str:
+    """One digit, rounded up."""
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(value))
+    return f"{math.ceil(value / 10**power)}e{power}"
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

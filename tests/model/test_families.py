@@ -1,4 +1,4 @@
-"""Families whose roles are inferred: each is dense as transformers has it, coded, counted and stepped."""
+"""Families of decoders: each is dense as transformers has it, coded, counted, stepped, and comes back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from stages.codings.gated import Gated
 from stages.energy import Energy, account
 from stages.evaluation import perplexity
 from stages.fitted import Conversion
+from stages.model.families import TESTED, known
 from stages.model.loading import meta_model
 from stages.model.sites import ROLES, find_sites
 from stages.ports.counters import Counters
@@ -24,12 +25,13 @@ from stages.ports.hooks import attached
 from stages.ports.patched import patched
 from stages.ports.port import DensePort
 from stages.transforms.transform import Untouched
-from tests.model.families import FAMILIES, made
+from tests.model.families import FAMILIES, difference, made, settings
 from tests.ports.products import real_products, watched
 from tests.transforms.held import compare
 
 GATED = Gated("gated", 5, 2)
-LEARNED = {"gpt2", "gpt_bigcode", "gpt_neo"}  # positions are rows of a table
+ROOT = Path(__file__).parents[2]
+LEARNED = {"gpt2", "gpt_bigcode", "gpt_neo", "opt"}  # positions are rows of a table
 # MLPs without a product of two activations.
 PLAIN = LEARNED | {"starcoder2", "phi", "nemotron", "gptj", "bloom", "mpt", "falcon"}
 Draws = Callable[..., Tensor]
@@ -54,7 +56,7 @@ def family(request: pytest.FixtureRequest, convert: Callable[..., Conversion]) -
     return Family(request.param, model, convert(model, GATED))
 
 
-def test_all_roles_are_inferred_and_every_matrix_is_fed(family: Family) -> None:
+def test_all_roles_are_found_and_every_matrix_is_fed(family: Family) -> None:
     sites = find_sites(family.model)
     absent = {"mlp.act", "mlp.up"} if family.kind in PLAIN else set()
     assert {site.role for site in sites} == set(ROLES) - absent
@@ -74,20 +76,18 @@ def test_the_dense_model_behind_ports_is_that_of_transformers(
     assert difference(family.name, family.model, tokens(2, 20)) < 1e-5
 
 
-def difference(name: str, model: Any, ids: Tensor) -> float:
-    """The largest difference of logits between ports and transformers, by the largest logit.
-
-    transformers' eager attention of Falcon adds ALiBi twice, its default (SDPA) once.
-    """
-    twice = model.config.model_type == "falcon" and model.config.alibi
-    sites = find_sites(model)
-    with torch.no_grad():
-        before = model(ids).logits
-        with attached(model, sites, {site.name: DensePort() for site in sites}):
-            found = model(ids).logits
-        assert torch.equal(model(ids).logits, before)
-        expected = made(name, attention="sdpa")(ids).logits if twice else before
-    return float((found - expected).abs().max() / expected.abs().max())
+def test_the_table_of_families_is_that_of_these_models() -> None:
+    lines = (ROOT / "stages" / "README.md").read_text().splitlines()
+    start = lines.index(
+        "| `model_type` | settings that were tried | largest difference of logits |"
+    )
+    kinds = sorted({name.partition(" ")[0] for name in FAMILIES})
+    for kind, line in zip(kinds, lines[start + 2 :], strict=False):
+        row, _, number = line.removesuffix(" |").rpartition(" | ")
+        assert row == f"| `{kind}` | {settings(kind)}"
+        assert 0 <= float(number) < 1e-5
+    assert not lines[start + 2 + len(kinds)].startswith("|")
+    assert set(TESTED) == set(kinds) - set(known())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -186,9 +186,11 @@ def test_the_dimensions_that_carry_positions_are_those_that_a_shift_moves(
 ) -> None:
     """All positions moved alike change nothing but what is rotated by them."""
     model, ids = family.model, tokens(1, 9)
-    if family.kind in LEARNED:
-        pytest.skip("positions are added to embeddings")
     sites = find_sites(model)
+    rope = {o.layer: o.work.per_token for o in operations(model, sites) if o.kind == "rope"}
+    if family.kind in LEARNED:  # a shift moves all of their values
+        assert not rope
+        return
     ports = {site.name: Seen() for site in sites if site.role in ("attn.q", "attn.k")}
     seen = []
     for start in (0, 40):
@@ -200,7 +202,6 @@ def test_the_dimensions_that_carry_positions_are_those_that_a_shift_moves(
         if site.name in ports:
             here, there = (each[site.name] for each in seen)  # [B, H, S, D]
             moved[site.layer] += int(((here - there).abs().amax((0, 2)) > 1e-4).sum())
-    rope = {o.layer: o.work.per_token for o in operations(model, sites) if o.kind == "rope"}
     assert {layer: rope.get(layer, 0) for layer in moved} == moved
 
 
