@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.analysis.operations import Operation, operations
 from stages.model.sites import find_sites
+from stages.transforms.norms import has_scale
 
 REAL = {
     "norm": "normalisation",
@@ -25,7 +26,7 @@ def real_valued(model: PreTrainedModel) -> tuple[str, ...]:
     """List what a stepped run of the model computes on real values."""
     plan = operations(model, find_sites(model))
     names = dict(REAL)
-    if any(bool((norm.weight != 1).any()) for norm in _norms(model, plan)):
+    if any(has_scale(norm) for norm in _norms(model, plan)):
         names["norm"] += " and its scale (transform=fuse puts it into weights)"
     kinds = {operation.kind for operation in plan}
     listed = [names[kind] for kind in REAL if kind in kinds]
