@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import InputError, nearest
 from stages.fitted import Conversion
-from stages.model.sites import Site
+from stages.model.sites import Site, rows
 from stages.ports.coded import Coded
 from stages.ports.patched import patched
 from stages.ports.planes import Planes
@@ -149,7 +150,7 @@ def consumer_of(
             f"site={name}: the model has no such site; {near or 'sites are ' + _some(known)}"
         )
     modules = dict(model.named_modules())
-    readers = [c for c in known[name].consumers if isinstance(modules[c], nn.Linear)]
+    readers = [c for c in known[name].consumers if isinstance(modules[c], (nn.Linear, Conv1D))]
     if not readers or known[name].expert is not None:
         linear = {n for n, site in known.items() if site.consumers and site.expert is None}
         raise InputError(
@@ -178,7 +179,6 @@ def spiking_layer(
     if site not in conversion.neurons.sites:
         raise InputError(f"site={site} has no neurons in this model; choose one that is converted")
     module = model.get_submodule(consumer)
-    assert isinstance(module, nn.Linear)
     arrived: list[Planes] = []
 
     def watch(_: nn.Module, arguments: tuple[Coded, ...]) -> None:
@@ -192,5 +192,5 @@ def spiking_layer(
             watching.remove()
     (planes,) = arrived
     trains, unit = base2_trains(planes, conversion.coding.name)
-    weights, step = integer_weights(module.weight)
+    weights, step = integer_weights(rows(module))
     return SpikingLayer(trains, weights, step, unit)

@@ -74,7 +74,7 @@ def infer(model: PreTrainedModel) -> Architecture:
 
 def _layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """The decoder layers: the first list with as many modules as the config has layers."""
-    number = model.config.num_hidden_layers
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == number > 0:
             return name, list(module)

@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerBase
 
 import stages
 from stages.analysis.operations import PRODUCTS, operations
 from stages.checkpoint.folder import save
 from stages.codings.gated import Gated
 from stages.energy import Energy, account
+from stages.errors import InputError
 from stages.evaluation import perplexity
 from stages.fitted import Conversion
-from stages.model.families import TESTED, known
-from stages.model.loading import meta_model
+from stages.model.families import TESTED, architecture, known
+from stages.model.forward import TUPLES
+from stages.model.loading import load_offloaded, meta_model
+from stages.model.offload import Offload
 from stages.model.sites import ROLES, find_sites
 from stages.ports.counters import Counters
 from stages.ports.hooks import attached
@@ -203,6 +207,33 @@ def test_the_dimensions_that_carry_positions_are_those_that_a_shift_moves(
             here, there = (each[site.name] for each in seen)  # [B, H, S, D]
             moved[site.layer] += int(((here - there).abs().amax((0, 2)) > 1e-4).sum())
     assert {layer: rope.get(layer, 0) for layer in moved} == moved
+
+
+def test_a_layer_gives_what_runs_of_single_layers_expect(family: Family, tokens: Draws) -> None:
+    layers = family.model.get_submodule(architecture(family.model).layers)
+    kinds: list[type] = []
+    handle = layers[1].register_forward_hook(lambda _, args, out: kinds.append(type(out)))
+    with torch.no_grad():
+        family.model(tokens(1, 3))
+    handle.remove()
+    assert kinds == [tuple if type(layers[1]).__name__ in TUPLES else Tensor]
+
+
+def test_layers_from_disk_compute_what_the_model_in_memory_does(
+    family: Family, tokens: Draws, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    family.model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    where = {"dtype": "float32", "device": "cpu", "revision": None}
+    if family.kind == "opt":
+        with pytest.raises(InputError, match="projects its embeddings"):
+            load_offloaded(str(tmp_path), offload=Offload("memory"), **where)
+        return
+    lazy, _ = load_offloaded(str(tmp_path), offload=Offload("memory"), **where)
+    models, ids = (family.model, lazy), tokens(3, 14)
+    whole, layered = (perplexity(m, ids, family.conversion, 2, "text") for m in models)
+    assert whole.metrics == layered.metrics
+    assert whole.counters.equals(layered.counters)
 
 
 def test_operations_need_no_weights(family: Family) -> None:
