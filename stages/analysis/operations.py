@@ -73,11 +73,17 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     sites = _pooled(sites)
     plan = [_linear(name, s, modules[name], model.config) for s in sites for name in s.consumers]
     layers: dict[int, dict[str, Site]] = {}
+    latent: list[Site] = []
     shared: dict[int, dict[str, Site]] = {}  # of the expert that every token meets beside others
     for site in sites:
         if site.layer >= 0:
             roles = layers.setdefault(site.layer, {})
-            (shared.setdefault(site.layer, {}) if site.role in roles else roles)[site.role] = site
+            if site.role in roles and site.role == "attn.in":
+                latent.append(site)
+            elif site.role in roles:
+                shared.setdefault(site.layer, {})[site.role] = site
+            else:
+                roles[site.role] = site
     prefix = prefix_length(model)
     shapes = {i: shape_of(model.config, modules, roles, prefix) for i, roles in layers.items()}
     plan += _norms(modules, rules, shapes)
@@ -94,7 +100,7 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
         plan += _gates(roles, shape)
         if layer in shared:
             plan += _shared(layer, shared[layer], shape, modules)
-    outside = [site for site in sites if site.layer < 0]
+    outside = [*latent, *(site for site in sites if site.layer < 0)]
     inputs = [matrix(modules[site.consumers[0]], site, model.config).inputs for site in outside]
     return plan + [_gate(site, Amount(n)) for site, n in zip(outside, inputs, strict=True)]
 
@@ -171,18 +177,30 @@ def _rotation(online: OnlineRotation, sites: Sequence[Site]) -> Iterator[Operati
 def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
     path, window, prefix = roles["attn.q"].path, shape.window, shape.prefix
     q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
-    outputs = Amount(shape.heads * shape.width)
+    queries, values = shape.heads * shape.width, shape.heads * shape.value
     scores = Amount(per_pair=shape.heads)
     if shape.rotated:
-        rotated = Amount((shape.heads + shape.groups) * shape.rotated)
-        yield Operation(f"{path}:rope", "rope", layer, rotated)
-    work, cached = Amount(per_pair=shape.heads * shape.width), shape.groups * shape.width
-    product = partial(
-        Operation, layer=layer, work=work, window=window, prefix=prefix, cached=cached
+        yield Operation(f"{path}:rope", "rope", layer, Amount(shape.rotated))
+    product = partial(Operation, layer=layer, window=window, prefix=prefix)
+    yield product(
+        f"{path}:qk",
+        "qk",
+        work=Amount(per_pair=queries),
+        operands=(q, k),
+        outputs=scores,
+        inputs=Amount(queries),
+        cached=shape.groups * shape.width,
     )
-    yield product(f"{path}:qk", "qk", operands=(q, k), outputs=scores, inputs=outputs)
     yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
-    yield product(f"{path}:pv", "pv", operands=(probs, v), outputs=outputs, inputs=scores)
+    yield product(
+        f"{path}:pv",
+        "pv",
+        work=Amount(per_pair=values),
+        operands=(probs, v),
+        outputs=Amount(values),
+        inputs=scores,
+        cached=shape.groups * shape.value,
+    )
 
 
 def _scores(
@@ -197,7 +215,7 @@ def _scores(
             f"{path}:softcap", "activation", layer, work, (), Amount(), shape.window, shape.prefix
         )
     if getattr(attention, "sinks", None) is not None:
-        yield Operation(f"{path}:sink", "product", layer, Amount(shape.heads * shape.width))
+        yield Operation(f"{path}:sink", "product", layer, Amount(shape.heads * shape.value))
 
 
 def _elementwise(
@@ -242,14 +260,15 @@ def _shared(
 
 def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
     queries, keys = Amount(shape.heads * shape.width), Amount(shape.groups * shape.width)
+    values_kept, given = Amount(shape.groups * shape.value), Amount(shape.heads * shape.value)
     hidden, inner = Amount(shape.hidden), Amount(shape.inner)
     values = {
         "attn.in": hidden,
         "attn.q": queries,
         "attn.k": keys,  # of new tokens only: a cache holds spikes
-        "attn.v": keys,
+        "attn.v": values_kept,
         "attn.probs": Amount(per_pair=shape.heads),
-        "attn.out": queries,
+        "attn.out": given,
         "mlp.in": hidden,
         "mlp.act": inner,
         "mlp.up": inner,

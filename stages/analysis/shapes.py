@@ -11,14 +11,16 @@ from stages.model.sites import Site, fused, key_heads, matrix
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
-    carry the position; `inner` is all that a token meets, in `routes` of so many `experts`."""
+    """The dimensions of one decoder layer; `width` is that of a head of queries and keys, `value` that
+    of its values, `rotated` dimensions of all heads carry the position; `inner` is all that a token
+    meets, in `routes` of so many `experts`."""
 
     hidden: int
     inner: int
     heads: int
     groups: int
     width: int
+    value: int
     rotated: int
     window: int | None
     prefix: int
@@ -37,15 +39,20 @@ def shape_of(
     )
     heads = config.num_attention_heads
     groups = key_heads(attention, heads)
-    width = out.inputs // heads
+    value = out.inputs // heads
+    width = getattr(attention, "qk_head_dim", value)
     layer = roles["attn.q"].layer
     window = _window(config, layer, attention)
-    rotated = _rotated(config, layer, width) if _has_rope(config, attention, window) else 0
+    # One rotated part of keys is shared by all heads where keys come from latents.
+    keys = 1 if hasattr(attention, "qk_rope_head_dim") else groups
+    rotated = (heads + keys) * _rotated(config, layer, width, attention)
+    rotated = rotated if _has_rope(config, attention, window) else 0
     experts = modules[roles["mlp.down"].path]
     number = experts.num_experts if fused(experts) else 0
     routes = config.num_experts_per_tok if number else 0
     hidden, inner = out.outputs, down.inputs
-    return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
+    head = (heads, groups, width, value, rotated)
+    return Shape(hidden, inner, *head, window, prefix, number, routes)
 
 
 def _window(config: Any, layer: int, attention: Any) -> int | None:
@@ -72,8 +79,10 @@ def _has_rope(config: Any, attention: Any, window: int | None) -> bool:
     return bool(getattr(attention, "use_rope", True))
 
 
-def _rotated(config: Any, layer: int, width: int) -> int:
+def _rotated(config: Any, layer: int, width: int, attention: Any) -> int:
     """Dimensions of a head that carry its position: all, a part, or none where it is added."""
+    if hasattr(attention, "qk_rope_head_dim"):  # the rest of a head comes from latents
+        return int(attention.qk_rope_head_dim)
     rope = getattr(config, "rope_parameters", None)
     if not rope:  # GPT-J says it by itself
         return int(getattr(config, "rotary_dim", None) or 0)

@@ -24,6 +24,9 @@ PROJECTIONS = (
     ("c_attn",),
     ("Wqkv",),
 )
+# Of multi-head latent attention: what reads the layer's input, and what reads the latents.
+LATENT = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "kv_a_proj_with_mqa"))
+EXPANDED = ("q_b_proj", "kv_b_proj")
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 HEAD_NORMS = {
     "q_norm": "attn.q",
@@ -58,7 +61,7 @@ def infer(model: PreTrainedModel) -> Architecture:
     path, layers = _layers(model)
     routed = [layer for layer in layers if any(_is_experts(m) for m in layer.modules())]
     plain = [layer for layer in layers if layer not in routed]
-    attention, norms = _attention(layers[0])
+    attention, latent, norms = _attention(layers[0])
     rules = _mlp(plain[0]) if plain else {}
     experts, shared = _experts(routed[0]) if routed else ({}, {})
     return Architecture(
@@ -69,6 +72,7 @@ def infer(model: PreTrainedModel) -> Architecture:
         norms,
         experts,
         shared,
+        latent=latent,
     )
 
 
@@ -89,11 +93,12 @@ def _head(model: PreTrainedModel) -> Rule:
     raise Unsaid("it has no linear module as its head")
 
 
-def _attention(layer: nn.Module) -> tuple[Rules, dict[str, str]]:
-    """The rules of attention, and the norms of its queries and keys."""
+def _attention(layer: nn.Module) -> tuple[Rules, tuple[Rule, ...], dict[str, str]]:
+    """The rules of attention, those of its latents, and the norms of its queries and keys."""
     for path, module in layer.named_modules():
         children = dict(module.named_children())
-        names = next((each for each in PROJECTIONS if set(each) <= set(children)), None)
+        known = (*PROJECTIONS, *LATENT)
+        names = next((each for each in known if set(each) <= set(children)), None)
         out = next((name for name in OUTPUTS if name in children), None)
         if names is None or out is None:
             continue
@@ -103,9 +108,11 @@ def _attention(layer: nn.Module) -> tuple[Rules, dict[str, str]]:
         rules |= {f"attn.{port}": Rule(f"{path}:{port}") for port in ("q", "k", "v", "probs")}
         rules["attn.out"] = Rule(f"{path}.{out}:in", (f"{path}.{out}",))
         norms = {f"{path}.{n}": role for n, role in HEAD_NORMS.items() if n in children}
-        return rules, norms
-    known = ", ".join("+".join(names) for names in PROJECTIONS)
-    raise Unsaid(f"a layer has no attention with {known} beside {', '.join(OUTPUTS)}")
+        behind = EXPANDED if names in LATENT else ()
+        latent = [f"{path}.{name}" for name in behind if name in children]
+        return rules, tuple(Rule(f"{name}:in", (name,)) for name in latent), norms
+    listed = ", ".join("+".join(names) for names in (*PROJECTIONS, *LATENT))
+    raise Unsaid(f"a layer has no attention with {listed} beside {', '.join(OUTPUTS)}")
 
 
 def check_interface(path: str, module: nn.Module) -> None:

@@ -34,7 +34,8 @@ class Architecture:
     `activation` is the module of the nonlinearity, `head_norms` the norms inside attention by the role
     whose values they scale. `experts` replaces rules in layers whose MLP is a mixture of experts, and
     `shared` are those of an expert beside them that every token meets. `outside` are projections in
-    front of the head or behind the embedding, where a model has them (OPT-350m).
+    front of the head or behind the embedding, where a model has them (OPT-350m), `latent` what further
+    projections of attention read: latents of queries, or of keys and values (DeepSeek).
     """
 
     layers: str
@@ -45,6 +46,7 @@ class Architecture:
     experts: Mapping[str, Rule] = field(default_factory=dict)
     shared: Mapping[str, Rule] = field(default_factory=dict)
     outside: tuple[Rule, ...] = ()
+    latent: tuple[Rule, ...] = ()
 
     def layer_of(self, name: str) -> tuple[int, str]:
         """Return the decoder layer of a module or weight and its name in there; -1 outside of layers."""

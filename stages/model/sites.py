@@ -189,12 +189,13 @@ def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
 def _layer_rules(
     rules: Architecture, prefix: str, modules: Mapping[str, nn.Module]
 ) -> list[tuple[str, Rule]]:
-    """The rules of one layer: those of experts where it has the module that they name, and those of
-    the expert that every token meets behind them."""
+    """The rules of one layer: those of experts where it has the module that they name, those of latents,
+    and behind them those of the expert that every token meets."""
     paths = {prefix + rule.port.rpartition(":")[0] for rule in rules.experts.values()}
-    if not paths or not paths <= set(modules):
-        return list(rules.rules.items())
-    return [*{**rules.rules, **rules.experts}.items(), *rules.shared.items()]
+    routed = bool(paths) and paths <= set(modules)
+    own = {**rules.rules, **(rules.experts if routed else {})}
+    first = [("attn.in", own.pop("attn.in")), *(("attn.in", rule) for rule in rules.latent)]
+    return [*first, *own.items(), *(rules.shared.items() if routed else ())]
 
 
 def _sites(

@@ -126,6 +126,8 @@ def _hooks(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
+        if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
+            return port(rows, _fresh(rows, state), fanout)
         real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
         return port(rows, real, fanout).view(x.shape)
 
@@ -145,6 +147,15 @@ def _hooks(
         return torch.cat(pieces, -1)
 
     return [module.register_forward_hook(replaced)]
+
+
+def _fresh(x: Tensor, state: Pass) -> Tensor | None:
+    """The rows of latents [B, 1, S, C] that are new, real tokens, [B, 1, S]; None for all."""
+    old = x.shape[2] - state.length
+    if state.real is None and not old:
+        return None
+    new = torch.ones(len(x), state.length, dtype=torch.bool, device=x.device)
+    return nn.functional.pad(new if state.real is None else state.real, (old, 0))[:, None]
 
 
 class _Shared:

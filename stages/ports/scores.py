@@ -1,7 +1,7 @@
 """What stands between scores and softmax: a soft-cap, a bias of keys (ALiBi), a sink.
 
-The products of attention are those of `ported_attention`; this is a port around that of the
-probabilities, which is given changed scores.
+The products of attention are those of `ported_attention`; these are ports around those of the
+probabilities, which is given changed scores, and of values that are narrower than queries.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class ScoredPort:
     cap: float | None = None
     bias: Tensor | None = None  # [B, H, 1, K], added to scaled scores
     sink: Tensor | None = None
+    width: int | None = None  # of values, where it is not that of queries
     left: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
@@ -62,7 +63,27 @@ class ScoredPort:
             changed = changed + self.bias[..., : scores.shape[-1]]
         if self.sink is not None:
             self.left.append(outside_sink(changed, self.sink, view.mask))
-        return self.probs.softmax(changed.to(scores.dtype), 1.0, view, fanout)
+        width = fanout if self.width is None else self.width
+        return self.probs.softmax(changed.to(scores.dtype), 1.0, view, width)
+
+
+@dataclass
+class PaddedPort:
+    """The port of values of `width`, with zeros behind them that no product counts."""
+
+    values: Port
+    width: int
+    zeros: int
+
+    def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        return nn.functional.pad(self.values(x, real, fanout), (0, self.zeros))
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        lacking = self.values.constant(x[..., : self.width])
+        return None if lacking is None else nn.functional.pad(lacking, (0, self.zeros))
+
+    def softmax(self, scores: Tensor, scaling: float, view: View, fanout: int) -> Tensor:
+        return self.values.softmax(scores, scaling, view, fanout)
 
 
 def scored_attention(
@@ -90,18 +111,39 @@ def scored_attention(
             "not compute (it has a soft-cap, sinks and a bias of keys): this model cannot be converted"
         )
     plain = (module, query, key, value, attention_mask, scaling, dropout)
-    if softcap is None and s_aux is None and bias is None:
+    narrower = query.shape[-1] - value.shape[-1]
+    if softcap is None and s_aux is None and bias is None and not narrower:
         return ported_attention(*plain)
     ports: AttentionPorts = module.__dict__[_PORTS]
-    scored = ScoredPort(ports.probs, softcap, bias, s_aux)
-    module.__dict__[_PORTS] = replace(ports, probs=scored)
+    _check(module, ports, key, narrower, softcap is not None or s_aux is not None)
+    width = value.shape[-1]
+    scored = ScoredPort(ports.probs, softcap, bias, s_aux, width)
+    padded = PaddedPort(ports.v, width, narrower) if narrower else ports.v
+    module.__dict__[_PORTS] = replace(ports, probs=scored, v=padded)
     try:
         output, _ = ported_attention(*plain)
     finally:
         module.__dict__[_PORTS] = ports
+    output = output[..., :width]
     if s_aux is not None:  # the share of every query [B, H, Q, 1], for output [B, Q, H, D]
         output = output * torch.cat(scored.left, 2).transpose(1, 2).to(output.dtype)
     return output, None
+
+
+def _check(
+    module: nn.Module, ports: AttentionPorts, key: Tensor, narrower: int, shifts: bool
+) -> None:
+    """Refuse values wider than queries, and keys without their means where softmax sees a shift."""
+    if narrower < 0:
+        raise InputError(
+            f"{type(module).__name__} has values wider than its queries, which neurons' attention does "
+            "not compute: this model cannot be converted"
+        )
+    if shifts and ports.k.constant(key) is not None:
+        raise InputError(
+            f"{type(module).__name__} has a soft-cap or a sink, which sees the mean of keys that their "
+            "code leaves out: use coding.centre=none"
+        )
 
 
 AttentionInterface.register(NAME, scored_attention)

@@ -40,9 +40,19 @@ ABSENT = object()  # what a configuration has no name for
 UNGROUPED = {"head_dim": ABSENT, "num_key_value_heads": ABSENT}
 ALIBI = UNGROUPED | {"max_position_embeddings": ABSENT, "intermediate_size": ABSENT}
 WIDE = {"hidden_size": 32, "head_dim": 8}  # whose heads are hidden_size / num_attention_heads wide
+ABSENT_HEAD = {"head_dim": ABSENT, "num_key_value_heads": 4}
+LATENT = {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+LATENT |= {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT |= {"n_group": 2, "n_shared_experts": 2}
 # Options that are sizes alone.
 SIZES = {"n_inner", "ffn_dim", "ffn_hidden_size", "num_local_experts", "num_experts", "max_seq_len"}
-SIZES |= {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+SIZES |= {
+    *LATENT,
+    "q_lora_rank",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+}
 
 
 def partial(share: float) -> dict[str, Any]:
@@ -118,6 +128,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt 2": UNGROUPED
     | {"ffn_dim": 20, "word_embed_proj_dim": 30, "enable_bias": False}
     | {"tie_word_embeddings": True},
+    "deepseek_v3": ABSENT_HEAD
+    | LATENT
+    | {"q_lora_rank": 14, "rope_parameters": YARN}
+    | {"first_k_dense_replace": 1, "topk_group": 1},
+    "deepseek_v3 2": ABSENT_HEAD
+    | LATENT
+    | {"q_lora_rank": None, "first_k_dense_replace": 0}
+    | {"rope_interleave": False, "topk_group": 2, "attention_bias": True},
     "gpt_oss": SLIDING
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
     | {"rope_parameters": YARN},
@@ -186,7 +204,8 @@ def rounded(value: float) -> str:
     if value == 0:
         return "0"
     power = math.floor(math.log10(value))
-    return f"{math.ceil(value / 10**power)}e{power}"
+    digit = math.ceil(value / 10**power)
+    return f"{digit}e{power}" if digit < 10 else f"1e{power + 1}"
 
 
 if __name__ == "__main__":

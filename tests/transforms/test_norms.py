@@ -90,6 +90,7 @@ BOTH = "is read by more than linear modules"
 UNFUSED = {"olmo2": BEHIND, "olmo3": BEHIND, "exaone4": BEHIND, "exaone4 2": BEHIND, "bloom": BOTH}
 UNFUSED |= {"opt": BOTH}
 UNROTATED = UNFUSED | dict.fromkeys(("gemma2", "glm4", "bloom 2"), BEHIND)
+UNROTATED |= dict.fromkeys(("deepseek_v3", "deepseek_v3 2"), EXPERTS)
 UNROTATED |= dict.fromkeys(("olmoe", "phimoe", "granitemoe", "qwen2_moe", "gpt_oss"), EXPERTS)
 UNROTATED |= dict.fromkeys(("opt", "opt 2"), "embeddings are projected")
 UNROTATED |= {"olmo": CHANGED, "mpt": CHANGED}
