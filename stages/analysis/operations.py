@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.analysis.shapes import Shape, shape_of
+from stages.analysis.shapes import Chunk, Shape, shape_of
 from stages.model.families import architecture
 from stages.model.prefix import prefix_length
 from stages.model.rules import Architecture
@@ -140,7 +140,8 @@ def _norms(
         layer, rest = rules.layer_of(name)
         if rest in rules.head_norms:
             shape = shapes[layer]
-            heads = shape.heads if rules.head_norms[rest] == "attn.q" else shape.groups
+            both = {"attn.q": shape.heads, "attn.k": shape.groups}
+            heads = sum(both[role] for role in rules.head_norms[rest].split())
             yield Operation(name, "norm", layer, Amount(heads * shape.width))
         else:
             yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
@@ -150,7 +151,7 @@ def _is_norm(module: nn.Module) -> bool:
     """Return whether a module is an RMSNorm or a LayerNorm, not a list of those of every head."""
     name = type(module).__name__
     leaf = next(module.children(), None) is None
-    return leaf and ("RMSNorm" in name or "LayerNorm" in name)
+    return leaf and any(part in name for part in ("RMSNorm", "LayerNorm", "L2Norm"))
 
 
 def _normalised(norm: Any) -> Sequence[int]:
@@ -288,13 +289,19 @@ def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0
 def keys_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Different keys that the last `queries` positions of a context meet."""
     keys = prefix + context
-    return keys if attention == "full" else min(keys, (window or keys) + queries - 1)
+    if attention == "full":
+        return keys
+    if isinstance(window, Chunk):
+        return keys - (keys - queries) // window * window
+    return min(keys, (window or keys) + queries - 1)
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def pairs_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Pairs of the last `queries` positions of a context and the keys they meet."""
     if attention == "full":
         return queries * (prefix + context)
     seen = range(prefix + context - queries + 1, prefix + context + 1)
+    if isinstance(window, Chunk):
+        return sum((keys - 1) % window + 1 for keys in seen)
     return sum(min(keys, window or keys) for keys in seen)

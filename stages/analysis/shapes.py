@@ -9,6 +9,10 @@ from typing import Any
 from stages.model.sites import Site, fused, key_heads, matrix
 
 
+class Chunk(int):
+    """A window that begins anew at every multiple of its length (Llama 4)."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The dimensions of one decoder layer; `width` is that of a head of queries and keys, `value` that
@@ -62,6 +66,8 @@ def _window(config: Any, layer: int, attention: Any) -> int | None:
         return int(config.window_size)
     kinds = getattr(config, "layer_types", None)
     of_all: int | None = getattr(config, "sliding_window", None)
+    if kinds is not None and kinds[layer] == "chunked_attention":
+        return Chunk(config.attention_chunk_size)
     if kinds is not None:
         return of_all if kinds[layer] == "sliding_attention" else None
     window: int | None = getattr(attention, "sliding_window", of_all)

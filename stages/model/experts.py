@@ -11,6 +11,16 @@ from torch import Tensor
 from stages.errors import InputError
 
 EXPERT_PORTS = ("act", "up", "down")
+# The layout of experts that transformers says nothing of.
+_LAYOUTS = {
+    "Llama4TextExperts": {
+        "has_gate": True,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+        "is_transposed": True,
+        "is_concatenated": True,
+    }
+}
 _USUAL_GATE = "_default_apply_gate"  # of transformers.integrations.moe
 
 
@@ -24,11 +34,13 @@ def check_experts(name: str, module: Any) -> None:
     """Raise InputError on experts of another layout than two fused weights with a gate, or with a gate
     that is not known."""
     odd = [
-        flag
-        for flag, usual in (("has_gate", True), ("has_post_expert_norm", False))
-        if getattr(module, flag, None) is not usual
+        name
+        for name, usual in (("has_gate", True), ("has_post_expert_norm", False))
+        if flag(module, name) is not usual
     ]
     gate = getattr(type(module), "_apply_gate", None)
+    if type(module).__name__ in _LAYOUTS:
+        return
     if gate is None or (gate.__name__ != _USUAL_GATE and type(module).__name__ not in GATES):
         odd.append("a gate of its own")
     if odd:
@@ -39,16 +51,21 @@ def check_experts(name: str, module: Any) -> None:
         )
 
 
+def flag(module: Any, name: str) -> Any:
+    """Return what transformers says of the layout of experts, None where it says nothing."""
+    return getattr(module, name, _LAYOUTS.get(type(module).__name__, {}).get(name))
+
+
 def expert_matrices(module: Any) -> tuple[Tensor, Tensor]:
     """Return the weights of gate and up [E, 2 I, H] and of down [E, H, I], views where they are kept
     as [E, H, 2 I] and [E, I, H]."""
     gate_up, down = module.gate_up_proj, module.down_proj
-    return (gate_up.mT, down.mT) if module.is_transposed else (gate_up, down)
+    return (gate_up.mT, down.mT) if flag(module, "is_transposed") else (gate_up, down)
 
 
 def expert_biases(module: Any) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """Return the biases of gate and up and of down, by expert."""
-    if module.has_bias:
+    if flag(module, "has_bias"):
         return module.gate_up_proj_bias, module.down_proj_bias
     none = [None] * int(module.num_experts)
     return none, none
@@ -56,7 +73,7 @@ def expert_biases(module: Any) -> tuple[Sequence[Tensor | None], Sequence[Tensor
 
 def operands(module: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two factors of the gated product, act and up [..., I], of gate_up [..., 2 I]."""
-    if module.is_concatenated:
+    if flag(module, "is_concatenated"):
         gate, up = gate_up.chunk(2, -1)
     else:  # gate and up in turn
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]

@@ -19,7 +19,8 @@ PACKAGE = "stages.model.architectures"
 # Families without a file whose products tests hold against transformers (tests/model/families.py).
 TESTED = (
     "bloom", "cohere", "cohere2", "deepseek_v3", "exaone4", "falcon", "gemma", "gemma2", "glm4",
-    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_oss", "gptj", "granite", "granitemoe", "mpt", "nemotron",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_oss", "gptj", "granite", "granitemoe", "llama4_text", "mpt",
+    "nemotron",
     "olmo", "olmo2", "olmo3", "olmoe", "phi", "phimoe", "qwen2_moe", "seed_oss",
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip

@@ -33,6 +33,7 @@ HEAD_NORMS = {
     "k_norm": "attn.k",
     "q_layernorm": "attn.q",
     "k_layernorm": "attn.k",
+    "qk_norm": "attn.q attn.k",
 }
 GATED = ("gate_proj", "up_proj", "down_proj")
 JOINED = ("gate_up_proj", "down_proj")  # gate and up side by side

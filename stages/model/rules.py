@@ -10,6 +10,8 @@ from torch import nn
 
 # Classes of attention that multiply by themselves, for which `stages.ports.rewritten` has another pass.
 REWRITTEN = ("GPTNeoSelfAttention", "BloomAttention", "MptAttention", "FalconAttention")
+# So are these mixtures of experts, whose experts transformers calls in another way.
+REWRITTEN_EXPERTS = ("Llama4TextMoe",)
 FUSED = 3  # dimensions of a weight that holds one matrix an expert
 
 
@@ -32,10 +34,11 @@ class Architecture:
     """The role rules of one family; `head` is relative to the model, all else to a layer.
 
     `activation` is the module of the nonlinearity, `head_norms` the norms inside attention by the role
-    whose values they scale. `experts` replaces rules in layers whose MLP is a mixture of experts, and
-    `shared` are those of an expert beside them that every token meets. `outside` are projections in
-    front of the head or behind the embedding, where a model has them (OPT-350m), `latent` what further
-    projections of attention read: latents of queries, or of keys and values (DeepSeek).
+    whose values they scale, or two with a space between. `experts` replaces rules in layers whose MLP
+    is a mixture of experts, and `shared` are those of an expert beside them that every token meets.
+    `outside` are projections in front of the head or behind the embedding, where a model has them
+    (OPT-350m), `latent` what further projections of attention read: latents of queries, or of keys and
+    values (DeepSeek).
     """
 
     layers: str

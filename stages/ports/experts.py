@@ -47,8 +47,12 @@ def ported_experts(
     hidden: Tensor,  # [N, H], coded already
     top_k_index: Tensor,  # [N, k]
     top_k_weights: Tensor,  # [N, k]
+    inputs_weighted: bool = False,
 ) -> Tensor:
-    """Run every expert on the tokens that are routed to it, weighted and summed, [N, H]."""
+    """Run every expert on the tokens that are routed to it, weighted and summed, [N, H].
+
+    Where inputs are weighted instead of outputs, it is their product that is: the same number.
+    """
     ports: ExpertPorts = module.__dict__[_PORTS]
     expert, order = top_k_index.flatten().sort(stable=True)
     token = order // top_k_index.shape[1]
@@ -66,10 +70,11 @@ def ported_experts(
         mine = slice(start, stop)
         rows = None if real is None else real[mine]
         gate_up = F.linear(hidden[token[mine]], gate_up_proj[index], added[index])
-        act, up = operands(module, gate_up)
+        act, up = operands(module, gate_up * weight[mine] if inputs_weighted else gate_up)
         inner = ports.act[index](act, rows, 0) * ports.up[index](up.contiguous(), rows, 0)
         value = F.linear(ports.down[index](inner, rows, width), down_proj[index], last[index])
-        output.index_add_(0, token[mine], (value * weight[mine]).to(output.dtype))
+        value = value if inputs_weighted else value * weight[mine]
+        output.index_add_(0, token[mine], value.to(output.dtype))
     return output
 
 
@@ -80,4 +85,5 @@ def switch_experts(model: PreTrainedModel, name: str) -> str:
     """Make `name` the function of all experts; return the name of the one before."""
     before: str = model.config._experts_implementation
     model.set_experts_implementation(name)
+    model.config._experts_implementation_internal = name  # also where transformers has no choice
     return before

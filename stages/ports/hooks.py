@@ -57,7 +57,7 @@ def attached(
             set_expert_ports(modules[path], bank)
             undo.callback(set_expert_ports, modules[path], None)
         attention = [modules[site.path] for site in sites if site.port == "q"]
-        undo.enter_context(rewritten(model, attention))
+        undo.enter_context(rewritten(model, attention, bool(experts)))
         if experts:
             undo.callback(switch_experts, model, switch_experts(model, EXPERTS))
         undo.enter_context(pinned(model))

@@ -1,7 +1,8 @@
-"""Attention of families that multiply queries and keys by themselves, through ported attention.
+"""Attention of families that multiply queries and keys by themselves, through ported attention, and
+mixtures whose experts transformers calls in a way of their own.
 
-Each function is the forward pass of one class of transformers in which the two products are those of
-`scored_attention`; it stands in for that of the module while ports are attached.
+Each function is the forward pass of one class of transformers in which the products are those of
+`scored_attention` or `ported_experts`; it stands in for that of the module while ports are attached.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.model.rules import REWRITTEN
+from stages.model.rules import REWRITTEN, REWRITTEN_EXPERTS
 from stages.ports.attention import NAME
+from stages.ports.experts import ported_experts
 from stages.ports.scores import scored_attention
 
 
@@ -131,13 +133,23 @@ def falcon(
     return module.dense(output.flatten(2)), None
 
 
-_FORWARD: dict[str, Callable[..., tuple[Tensor, None]]] = {
+def llama4_moe(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Llama 4: experts see their tokens times the router's score, and no others."""
+    hidden = hidden_states.reshape(-1, module.hidden_dim)
+    scores, logits = module.router(hidden)
+    weights, experts = scores.topk(module.top_k, -1)
+    routed = ported_experts(module.experts, hidden, experts, weights, inputs_weighted=True)
+    return module.shared_expert(hidden) + routed, logits
+
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Any]]] = {
+    "Llama4TextMoe": llama4_moe,
     "GPTNeoSelfAttention": gpt_neo,
     "BloomAttention": bloom,
     "MptAttention": mpt,
     "FalconAttention": falcon,
 }
-assert set(_FORWARD) == set(REWRITTEN)
+assert set(_FORWARD) == {*REWRITTEN, *REWRITTEN_EXPERTS}
 
 
 def _dropout(module: nn.Module, dropout: Any) -> float:
@@ -145,32 +157,37 @@ def _dropout(module: nn.Module, dropout: Any) -> float:
 
 
 @contextmanager
-def rewritten(model: PreTrainedModel, attention: Sequence[nn.Module]) -> Iterator[None]:
-    """Let attention go through ports while the context is open.
+def rewritten(
+    model: PreTrainedModel, attention: Sequence[nn.Module], experts: bool
+) -> Iterator[None]:
+    """Let attention, and experts where they have ports, go through them while the context is open.
 
     transformers sets the implementation of those alone that go through its AttentionInterface.
     """
     before = model.config._attn_implementation
-    changed = [module for module in attention if type(module).__name__ in REWRITTEN]
-    if not changed:
-        model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(before)
-        return
+    own = [module for module in attention if type(module).__name__ in REWRITTEN]
+    if experts:
+        own += [m for m in model.modules() if type(m).__name__ in REWRITTEN_EXPERTS]
     # Where accelerate has placed layers, it calls this instead of the forward that is replaced.
-    inner = [("_old_forward" if hasattr(m, "_old_forward") else "forward") for m in changed]
-    kept = [module.__dict__.get(name) for module, name in zip(changed, inner, strict=True)]
+    names = ["_old_forward" if hasattr(module, "_old_forward") else "forward" for module in own]
+    kept = [module.__dict__.get(name) for module, name in zip(own, names, strict=True)]
     try:
-        model.config._attn_implementation_internal = NAME  # which makes the mask
-        for module, name in zip(changed, inner, strict=True):
+        _choose(model, attention, NAME)
+        for module, name in zip(own, names, strict=True):
             module.__dict__[name] = partial(_FORWARD[type(module).__name__], module)
         yield
     finally:
-        model.config._attn_implementation_internal = before
-        for module, name, forward in zip(changed, inner, kept, strict=True):
+        _choose(model, attention, before)
+        for module, name, forward in zip(own, names, kept, strict=True):
             if forward is None:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = forward
+
+
+def _choose(model: PreTrainedModel, attention: Sequence[nn.Module], name: str) -> None:
+    """Choose the implementation of attention, which makes the mask, too."""
+    if any(type(module).__name__ in REWRITTEN for module in attention):
+        model.config._attn_implementation_internal = name
+    else:
+        model.set_attn_implementation(name)

@@ -46,13 +46,8 @@ LATENT |= {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 LATENT |= {"n_group": 2, "n_shared_experts": 2}
 # Options that are sizes alone.
 SIZES = {"n_inner", "ffn_dim", "ffn_hidden_size", "num_local_experts", "num_experts", "max_seq_len"}
-SIZES |= {
-    *LATENT,
-    "q_lora_rank",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-}
+SIZES |= {"num_experts_per_tok", "shared_expert_intermediate_size", "intermediate_size_mlp"}
+SIZES |= {*LATENT, "q_lora_rank"}
 
 
 def partial(share: float) -> dict[str, Any]:
@@ -136,6 +131,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | LATENT
     | {"q_lora_rank": None, "first_k_dense_replace": 0}
     | {"rope_interleave": False, "topk_group": 2, "attention_bias": True},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 16}
+    | {"moe_layers": [1], "no_rope_layers": [1, 0], "attention_chunk_size": 6, "use_qk_norm": True},
+    "llama4_text 2": {"num_local_experts": 4, "num_experts_per_tok": 2, "use_qk_norm": False}
+    | {"attention_bias": True, "attention_chunk_size": None, "tie_word_embeddings": True},
     "gpt_oss": SLIDING
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
     | {"rope_parameters": YARN},

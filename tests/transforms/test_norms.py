@@ -88,9 +88,10 @@ CHANGED = "values are changed between .* and attention"
 BOTH = "is read by more than linear modules"
 # What of the families cannot be done, and why; all else gives the same logits.
 UNFUSED = {"olmo2": BEHIND, "olmo3": BEHIND, "exaone4": BEHIND, "exaone4 2": BEHIND, "bloom": BOTH}
-UNFUSED |= {"opt": BOTH}
+UNFUSED |= {"opt": BOTH, "llama4_text": BOTH, "llama4_text 2": BOTH}  # scaled for its experts
 UNROTATED = UNFUSED | dict.fromkeys(("gemma2", "glm4", "bloom 2"), BEHIND)
 UNROTATED |= dict.fromkeys(("deepseek_v3", "deepseek_v3 2"), EXPERTS)
+UNROTATED |= dict.fromkeys(("llama4_text", "llama4_text 2"), EXPERTS)
 UNROTATED |= dict.fromkeys(("olmoe", "phimoe", "granitemoe", "qwen2_moe", "gpt_oss"), EXPERTS)
 UNROTATED |= dict.fromkeys(("opt", "opt 2"), "embeddings are projected")
 UNROTATED |= {"olmo": CHANGED, "mpt": CHANGED}
