@@ -258,3 +258,24 @@ def test_operations_need_no_weights(family: Family) -> None:
     bare = meta_model(family.model.config.to_dict())
     plan = operations(family.model, find_sites(family.model))
     assert operations(bare, find_sites(bare)) == plan
+
+
+@pytest.mark.parametrize("name", ["opt 2", "nemotron"])
+def test_a_relu_leaves_half_of_the_values_and_fewer_spikes_in_front_of_down(
+    name: str, tokens: Draws, convert: Callable[..., Conversion]
+) -> None:
+    """The same random weights with ReLU and with SiLU."""
+    option = "activation_function" if name.startswith("opt") else "hidden_act"
+    nonzero, spikes = {}, {}
+    for activation in ("relu", "silu"):
+        model = made(name, **{option: activation})
+        coded, dense = (
+            perplexity(model, tokens(4, 16), conversion, 4, "text").counters.query(
+                "role == 'mlp.down'"
+            )
+            for conversion in (convert(model, Gated("gated", 6, 2)), None)
+        )
+        spikes[activation] = coded["spikes"].sum() / coded["values"].sum()
+        nonzero[activation] = dense["nonzero"].sum() / dense["values"].sum()
+    assert 0.35 < nonzero["relu"] < 0.65 and nonzero["silu"] > 0.99
+    assert spikes["relu"] < 0.8 * spikes["silu"]
