@@ -133,7 +133,9 @@ def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
 def _norms(
     modules: Mapping[str, Any], rules: Architecture, shapes: Mapping[int, Shape]
 ) -> Iterator[Operation]:
-    """Every norm; one inside attention scales all heads of its role."""
+    """Every norm; one inside attention scales all heads of its role. One that does not say its width
+    works on the stream."""
+    hidden = next(iter(shapes.values())).hidden
     for name, module in modules.items():
         if not _is_norm(module):
             continue
@@ -144,7 +146,7 @@ def _norms(
             heads = sum(both[role] for role in rules.head_norms[rest].split())
             yield Operation(name, "norm", layer, Amount(heads * shape.width))
         else:
-            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
+            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module, hidden))))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -154,10 +156,11 @@ def _is_norm(module: nn.Module) -> bool:
     return leaf and any(part in name for part in ("RMSNorm", "LayerNorm", "L2Norm"))
 
 
-def _normalised(norm: Any) -> Sequence[int]:
-    """The dimensions a norm works on; a LayerNorm may have no weight."""
-    shape: Sequence[int] = getattr(norm, "normalized_shape", None) or norm.weight.shape
-    return shape
+def _normalised(norm: Any, hidden: int) -> Sequence[int]:
+    """The dimensions a norm works on; it may have no weight."""
+    weight: Any = getattr(norm, "weight", None)
+    whole: Sequence[int] = (hidden,) if weight is None else weight.shape
+    return getattr(norm, "normalized_shape", None) or whole
 
 
 def untransformed(plan: Sequence[Operation]) -> list[Operation]:

@@ -51,11 +51,11 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
 
 
-def kind(path: str, norm: Any) -> tuple[int, bool]:
-    """Return offset and `centred` of a norm by what it makes of two inputs; InputError if it is neither
-    a LayerNorm nor an RMSNorm."""
+def kind(path: str, norm: Any, hidden: int) -> tuple[int, bool]:
+    """Return offset and `centred` of a norm of the stream, `hidden` wide, by what it makes of an input;
+    InputError if it is neither a LayerNorm nor an RMSNorm."""
     weight = getattr(norm, "weight", None)
-    width = math.prod(norm.normalized_shape) if weight is None else weight.numel()
+    width = _width(norm, hidden)
     like = torch.empty(()) if weight is None else weight
     with torch.no_grad():
         x = torch.linspace(-900, 1000, width, device=like.device).roll(width // 3).to(like.dtype)
@@ -80,7 +80,7 @@ def has_scale(norm: Any) -> bool:
     weight = getattr(norm, "weight", None)
     if weight is None or weight.dim() != 1:
         return weight is not None
-    return bool((weight + kind("", norm)[0] != 1).any())
+    return bool((weight + kind("", norm, len(weight))[0] != 1).any())
 
 
 def stream_norms(model: PreTrainedModel, sites: Sequence[Site]) -> list[StreamNorm]:
@@ -93,9 +93,9 @@ def stream_norms(model: PreTrainedModel, sites: Sequence[Site]) -> list[StreamNo
     readers = _readers(model, norms, {name: model.get_submodule(name) for name in linears})
     read = {path: names for path, names in readers.items() if names}
     _check_alone(model, read)
-    found = []
+    found, hidden = [], model.config.hidden_size
     for path, names in read.items():
-        norm = StreamNorm(path, norms[path], *kind(path, norms[path]), tuple(names))
+        norm = StreamNorm(path, norms[path], *kind(path, norms[path], hidden), tuple(names))
         scale = norm.scale()
         small = None if scale is None else scale.abs() < 1e-6 * scale.abs().max()
         if (
@@ -160,8 +160,7 @@ def _rescaled(model: PreTrainedModel, readers: Mapping[str, Sequence[str]]) -> T
     try:
         for path, names in readers.items():
             norm: Any = model.get_submodule(path)
-            with torch.no_grad():
-                width = _width(norm, model)
+            width = _width(norm, model.config.hidden_size)
             factor = 2.0 ** torch.randint(-1, 2, (width,), generator=generator)  # exact in any type
 
             def scale(_: nn.Module, args: Any, y: Tensor, factor: Tensor = factor) -> Tensor:
@@ -178,9 +177,9 @@ def _rescaled(model: PreTrainedModel, readers: Mapping[str, Sequence[str]]) -> T
             handle.remove()
 
 
-def _width(norm: Any, model: PreTrainedModel) -> int:
-    weight = getattr(norm, "weight", None)
-    return math.prod(norm.normalized_shape) if weight is None else int(weight.shape[-1])
+def _width(norm: Any, hidden: int) -> int:
+    weight, shape = getattr(norm, "weight", None), getattr(norm, "normalized_shape", None)
+    return int(weight.shape[-1]) if weight is not None else math.prod(shape or (hidden,))
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
