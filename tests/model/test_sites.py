@@ -105,6 +105,30 @@ def test_names_say_what_the_files_of_families_do(tiny, kind):
                 assert rule.port == theirs[role].port
 
 
+def test_a_family_that_no_test_has_seen_is_converted_with_a_warning(model, caplog):
+    expected = [(site.role, site.consumers) for site in find_sites(model)]
+    assert not caplog.records
+    model.config.model_type = "unseen"
+    assert [(site.role, site.consumers) for site in find_sites(model)] == expected
+    find_sites(model)  # it is said once
+    (record,) = caplog.records
+    assert "model_type='unseen' are inferred" in record.getMessage()
+
+
+def test_attention_that_multiplies_by_itself_is_refused(model, monkeypatch):
+    model.config.model_type = "nix"
+
+    def forward(self, hidden_states):
+        query = self.q_proj(hidden_states)
+        return self.o_proj(query @ self.k_proj(hidden_states).mT @ self.v_proj(hidden_states))
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
+    with pytest.raises(
+        InputError, match="self_attn .LlamaAttention. multiplies queries and keys by"
+    ):
+        find_sites(model)
+
+
 def test_a_layer_with_a_module_that_names_do_not_say_is_refused(model):
     model.config.model_type = "nix"
     model.model.layers[1].mlp.adapter = nn.Linear(4, 4)
