@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import stages
 from pipeline.commands.cli import cli
-from stages.model import rules
+from stages.model import families
 from stages.model.sites import ROLES
 from tests.pipeline.composing import COMPOSER, composing
 from tests.pipeline.conftest import main_in
@@ -273,8 +273,8 @@ def test_the_tables_of_codings_and_experiments_have_every_file() -> None:
 def architectures() -> list[str]:
     """One row a family or families with the same rules: where each role lives, – where it does not."""
     table: dict[str, list[str]] = {}
-    for name in rules.known():
-        family = importlib.import_module(f"{rules.PACKAGE}.{name}").ARCHITECTURE
+    for name in families.known():
+        family = importlib.import_module(f"{families.PACKAGE}.{name}").ARCHITECTURE
         kinds = [(family.rules, "")]
         kinds += [(family.rules | family.experts, ", experts")] * bool(family.experts)
         for roles, more in kinds:

@@ -17,6 +17,7 @@ from pipeline.run.shipped import CONF
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
     from stages.model.spec import ModelSpec
 
@@ -63,6 +64,7 @@ def _report(
     dtype = getattr(torch, spec.dtype)
     frame = site_plan(model, sites, capture.mantissa_bits, dtype, tokens)
     print(f"model {spec.name}\n")
+    _print_rules(model, selection.roles)
     _print_roles(frame)
     weights, sketch = resident(model, dtype), frame["sketch"]
     memory = {
@@ -83,6 +85,29 @@ def _report(
     length = min(512, spec.positions or positions(config) or 512)
     energy = ["python", "-m", "pipeline", "energy", *overrides, f"energy.tokens={length}"]
     print(f"\nenergy: {shlex.join(energy)}")
+
+
+def _print_rules(model: PreTrainedModel, roles: Sequence[str]) -> None:
+    """Where the chosen roles live in a decoder layer, and which modules read them."""
+    import pandas as pd
+
+    from stages.model.families import architecture, module_name
+
+    rules = architecture(model)
+    written = module_name(model.config.model_type)
+    source = f"of {written}" if written else "inferred from the names of modules"
+    print(f"roles in {rules.layers}.*, {source}\n")
+    kinds = [("", rules.rules), ("experts", rules.experts), ("shared expert", rules.shared)]
+    lines = [(kind, role, rule) for kind, each in kinds for role, rule in each.items()]
+    lines += [("outside", "head.in", rule) for rule in (*rules.outside, rules.head)]
+    rows = [
+        (role, kind, rule.port, " ".join(name.partition(".")[2] or name for name in rule.consumers))
+        for kind, role, rule in lines
+        if role in roles
+    ]
+    shown = pd.DataFrame(rows, columns=["role", "layers with", "operand", "read by"])
+    widths = [None, None, None, 60]
+    print(shown.to_markdown(index=False, tablefmt="simple", maxcolwidths=widths), end="\n\n")
 
 
 def _print_roles(frame: pd.DataFrame) -> None:

@@ -15,8 +15,8 @@ from stages.analysis.operations import operations
 from stages.atoms import Atoms
 from stages.codings.base import Coding
 from stages.fits.algorithm1 import Algorithm1
+from stages.model.families import architecture
 from stages.model.offload import OUTSIDE
-from stages.model.rules import architecture
 from stages.model.sites import Site, find_sites
 from stages.sketch import Accumulator, Grid
 

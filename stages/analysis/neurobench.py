@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from stages.codings.base import site_params
 from stages.fitted import Conversion
+from stages.model.experts import expert_matrices
+from stages.model.families import architecture
 from stages.model.offload import offloaded
-from stages.model.rules import FUSED, architecture
-from stages.model.sites import Site, find_sites, fused
+from stages.model.rules import FUSED
+from stages.model.sites import Site, find_sites, fused, rows
 from stages.ports.planes import planes
 
 if TYPE_CHECKING:
@@ -253,11 +255,11 @@ def _weights(model: PreTrainedModel, site: Site) -> Iterator[Tensor]:
     for name in site.consumers:
         module: Any = model.get_submodule(name)
         if not fused(module):
-            yield module.weight
+            yield rows(module)
         elif site.expert is None:
-            yield module.gate_up_proj
+            yield expert_matrices(module)[0]
         else:
-            yield module.down_proj[site.expert[1]]
+            yield expert_matrices(module)[1][site.expert[1]]
 
 
 def _matrix(weight: Tensor) -> Matrix:

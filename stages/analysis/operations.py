@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stages.analysis.shapes import Chunk, Shape, shape_of
+from stages.model.families import architecture
 from stages.model.prefix import prefix_length
-from stages.model.rules import Architecture, architecture
+from stages.model.rules import Architecture
 from stages.model.sites import Site, fused, matrix
 from stages.transforms.rotation import OnlineRotation, online_rotation
 
@@ -61,23 +63,6 @@ class Operation:
     cached: int = 0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of one decoder layer; `width` is that of an attention head, of which `rotated`
-    carry the position; `inner` is all that a token meets, in `routes` of so many `experts`."""
-
-    hidden: int
-    inner: int
-    heads: int
-    groups: int
-    width: int
-    rotated: int
-    window: int | None
-    prefix: int
-    experts: int
-    routes: int
-
-
 def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]:
     """List every operation of a model, whose weights may be on the meta device.
 
@@ -90,11 +75,19 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     sites = _pooled(sites)
     plan = [_linear(name, s, modules[name], model.config) for s in sites for name in s.consumers]
     layers: dict[int, dict[str, Site]] = {}
+    latent: list[Site] = []
+    shared: dict[int, dict[str, Site]] = {}  # of the expert that every token meets beside others
     for site in sites:
         if site.layer >= 0:
-            layers.setdefault(site.layer, {})[site.role] = site
+            roles = layers.setdefault(site.layer, {})
+            if site.role in roles and site.role == "attn.in":
+                latent.append(site)
+            elif site.role in roles:
+                shared.setdefault(site.layer, {})[site.role] = site
+            else:
+                roles[site.role] = site
     prefix = prefix_length(model)
-    shapes = {i: _shape(model.config, modules, roles, prefix) for i, roles in layers.items()}
+    shapes = {i: shape_of(model.config, modules, roles, prefix) for i, roles in layers.items()}
     plan += _norms(modules, rules, shapes)
     online = online_rotation(model)
     if online is not None:
@@ -102,48 +95,16 @@ def operations(model: PreTrainedModel, sites: Sequence[Site]) -> list[Operation]
     for layer, roles in layers.items():
         shape = shapes[layer]
         plan += _attention(layer, roles, shape)
+        plan += _scores(layer, modules[roles["attn.q"].path], roles, shape)
         plan += _elementwise(
             layer, rules.activation_of(layer, roles["mlp.down"].expert is not None), roles, shape
         )
         plan += _gates(roles, shape)
-    head = next(site for site in sites if site.role == "head.in")
-    return [
-        *plan,
-        _gate(head, Amount(matrix(modules[head.consumers[0]], head, model.config).inputs)),
-    ]
-
-
-def _shape(
-    config: Any, modules: Mapping[str, Any], roles: Mapping[str, Site], prefix: int
-) -> Shape:
-    """The dimensions of a layer, read off its modules where they tell them."""
-    attention = modules[roles["attn.q"].path]
-    out, down = (
-        matrix(modules[roles[role].consumers[0]], roles[role], config)
-        for role in ("attn.out", "mlp.down")
-    )
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = out.inputs // heads
-    layer = roles["attn.q"].layer
-    # One layer may differ from the next (Qwen2), else the configuration speaks for all (Mistral).
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    rotated = _rotated(config, layer, width)
-    experts = modules[roles["mlp.down"].path]
-    number = experts.num_experts if fused(experts) else 0
-    routes = config.num_experts_per_tok if number else 0
-    hidden, inner = out.outputs, down.inputs
-    return Shape(hidden, inner, heads, groups, width, rotated, window, prefix, number, routes)
-
-
-def _rotated(config: Any, layer: int, width: int) -> int:
-    """Dimensions of a head that carry its position: all, a part, or none where it is added."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return 0
-    if "rope_type" not in rope:  # one for every type of layer
-        rope = rope[config.layer_types[layer]]
-    return int(width * rope.get("partial_rotary_factor", 1.0))
+        if layer in shared:
+            plan += _shared(layer, shared[layer], shape, modules)
+    outside = [*latent, *(site for site in sites if site.layer < 0)]
+    inputs = [matrix(modules[site.consumers[0]], site, model.config).inputs for site in outside]
+    return plan + [_gate(site, Amount(n)) for site, n in zip(outside, inputs, strict=True)]
 
 
 def _pooled(sites: Sequence[Site]) -> list[Site]:
@@ -174,23 +135,34 @@ def _linear(name: str, site: Site, module: Any, config: Any) -> Operation:
 def _norms(
     modules: Mapping[str, Any], rules: Architecture, shapes: Mapping[int, Shape]
 ) -> Iterator[Operation]:
-    """Every RMSNorm and LayerNorm; one inside attention scales all heads of its role."""
+    """Every norm; one inside attention scales all heads of its role. One that does not say its width
+    works on the stream."""
+    hidden = next(iter(shapes.values())).hidden
     for name, module in modules.items():
-        if not (type(module).__name__.endswith("RMSNorm") or isinstance(module, nn.LayerNorm)):
+        if not _is_norm(module):
             continue
         layer, rest = rules.layer_of(name)
         if rest in rules.head_norms:
             shape = shapes[layer]
-            heads = shape.heads if rules.head_norms[rest] == "attn.q" else shape.groups
+            both = {"attn.q": shape.heads, "attn.k": shape.groups}
+            heads = sum(both[role] for role in rules.head_norms[rest].split())
             yield Operation(name, "norm", layer, Amount(heads * shape.width))
         else:
-            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module))))
+            yield Operation(name, "norm", layer, Amount(math.prod(_normalised(module, hidden))))
 
 
-def _normalised(norm: Any) -> Sequence[int]:
-    """The dimensions a norm works on; a LayerNorm may have no weight."""
-    shape: Sequence[int] = getattr(norm, "normalized_shape", None) or norm.weight.shape
-    return shape
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is an RMSNorm or a LayerNorm, not a list of those of every head."""
+    name = type(module).__name__
+    leaf = next(module.children(), None) is None
+    return leaf and any(part in name for part in ("RMSNorm", "LayerNorm", "L2Norm"))
+
+
+def _normalised(norm: Any, hidden: int) -> Sequence[int]:
+    """The dimensions a norm works on; it may have no weight."""
+    weight: Any = getattr(norm, "weight", None)
+    whole: Sequence[int] = (hidden,) if weight is None else weight.shape
+    return getattr(norm, "normalized_shape", None) or whole
 
 
 def untransformed(plan: Sequence[Operation]) -> list[Operation]:
@@ -211,18 +183,45 @@ def _rotation(online: OnlineRotation, sites: Sequence[Site]) -> Iterator[Operati
 def _attention(layer: int, roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
     path, window, prefix = roles["attn.q"].path, shape.window, shape.prefix
     q, k, probs, v = (roles[f"attn.{port}"].name for port in ("q", "k", "probs", "v"))
-    outputs = Amount(shape.heads * shape.width)
+    queries, values = shape.heads * shape.width, shape.heads * shape.value
     scores = Amount(per_pair=shape.heads)
     if shape.rotated:
-        rotated = Amount((shape.heads + shape.groups) * shape.rotated)
-        yield Operation(f"{path}:rope", "rope", layer, rotated)
-    work, cached = Amount(per_pair=shape.heads * shape.width), shape.groups * shape.width
-    product = partial(
-        Operation, layer=layer, work=work, window=window, prefix=prefix, cached=cached
+        yield Operation(f"{path}:rope", "rope", layer, Amount(shape.rotated))
+    product = partial(Operation, layer=layer, window=window, prefix=prefix)
+    yield product(
+        f"{path}:qk",
+        "qk",
+        work=Amount(per_pair=queries),
+        operands=(q, k),
+        outputs=scores,
+        inputs=Amount(queries),
+        cached=shape.groups * shape.width,
     )
-    yield product(f"{path}:qk", "qk", operands=(q, k), outputs=scores, inputs=outputs)
     yield Operation(f"{path}:softmax", "softmax", layer, scores, (), Amount(), window, prefix)
-    yield product(f"{path}:pv", "pv", operands=(probs, v), outputs=outputs, inputs=scores)
+    yield product(
+        f"{path}:pv",
+        "pv",
+        work=Amount(per_pair=values),
+        operands=(probs, v),
+        outputs=Amount(values),
+        inputs=scores,
+        cached=shape.groups * shape.value,
+    )
+
+
+def _scores(
+    layer: int, attention: Any, roles: Mapping[str, Site], shape: Shape
+) -> Iterator[Operation]:
+    """What stands between scores and softmax: the tanh of a soft-cap, and a sink, whose share is one
+    more product of every value that attention gives."""
+    path = roles["attn.q"].path
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        work = Amount(per_pair=shape.heads)
+        yield Operation(
+            f"{path}:softcap", "activation", layer, work, (), Amount(), shape.window, shape.prefix
+        )
+    if getattr(attention, "sinks", None) is not None:
+        yield Operation(f"{path}:sink", "product", layer, Amount(shape.heads * shape.value))
 
 
 def _elementwise(
@@ -246,16 +245,36 @@ def _elementwise(
     yield Operation(f"{mlp}:residual", "residual", layer, Amount(shape.hidden))
 
 
+def _shared(
+    layer: int, roles: Mapping[str, Site], shape: Shape, modules: Mapping[str, Any]
+) -> Iterator[Operation]:
+    """An expert that every token meets: its activation, its product, and its sum with the others'.
+
+    Where a gate weights its output, that is a sigmoid and one product a value.
+    """
+    mlp = roles["mlp.down"].path.rpartition(".")[0]
+    inner = Amount(modules[roles["mlp.down"].path].in_features)
+    yield Operation(roles["mlp.act"].path, "activation", layer, inner)
+    yield Operation(f"{mlp}:product", "product", layer, inner)
+    if f"{mlp}_gate" in modules:
+        yield Operation(f"{mlp}_gate:sigmoid", "activation", layer, Amount(1))
+        yield Operation(f"{mlp}:weighting", "product", layer, Amount(shape.hidden))
+    yield Operation(f"{mlp}:sum", "residual", layer, Amount(shape.hidden))
+    for site in roles.values():
+        yield _gate(site, inner)
+
+
 def _gates(roles: Mapping[str, Site], shape: Shape) -> Iterator[Operation]:
     queries, keys = Amount(shape.heads * shape.width), Amount(shape.groups * shape.width)
+    values_kept, given = Amount(shape.groups * shape.value), Amount(shape.heads * shape.value)
     hidden, inner = Amount(shape.hidden), Amount(shape.inner)
     values = {
         "attn.in": hidden,
         "attn.q": queries,
         "attn.k": keys,  # of new tokens only: a cache holds spikes
-        "attn.v": keys,
+        "attn.v": values_kept,
         "attn.probs": Amount(per_pair=shape.heads),
-        "attn.out": queries,
+        "attn.out": given,
         "mlp.in": hidden,
         "mlp.act": inner,
         "mlp.up": inner,
@@ -275,13 +294,19 @@ def _gate(site: Site, values: Amount, window: int | None = None, prefix: int = 0
 def keys_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Different keys that the last `queries` positions of a context meet."""
     keys = prefix + context
-    return keys if attention == "full" else min(keys, (window or keys) + queries - 1)
+    if attention == "full":
+        return keys
+    if isinstance(window, Chunk):
+        return keys - (keys - queries) // window * window
+    return min(keys, (window or keys) + queries - 1)
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def pairs_met(queries: int, context: int, attention: str, window: int | None, prefix: int) -> int:
     """Pairs of the last `queries` positions of a context and the keys they meet."""
     if attention == "full":
         return queries * (prefix + context)
     seen = range(prefix + context - queries + 1, prefix + context + 1)
+    if isinstance(window, Chunk):
+        return sum((keys - 1) % window + 1 for keys in seen)
     return sum(min(keys, window or keys) for keys in seen)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stages.errors import InputError, nearest
 from stages.fitted import Conversion
-from stages.model.sites import Site
+from stages.model.sites import Site, rows
 from stages.ports.coded import Coded
 from stages.ports.patched import patched
 from stages.ports.planes import Planes
@@ -152,7 +152,9 @@ def consumer_of(
             f"site={name}: the model has no such site; {near or 'sites are ' + _some(known)}"
         )
     modules = dict(model.named_modules())
-    readers = [c for c in known[name].consumers if isinstance(modules[c], nn.Linear)]
+    readers = [
+        c for c in known[name].consumers if type(modules[c]).__name__ in ("Linear", "Conv1D")
+    ]
     if not readers or known[name].expert is not None:
         linear = {n for n, site in known.items() if site.consumers and site.expert is None}
         raise InputError(
@@ -181,7 +183,6 @@ def spiking_layer(
     if site not in conversion.neurons.sites:
         raise InputError(f"site={site} has no neurons in this model; choose one that is converted")
     module = model.get_submodule(consumer)
-    assert isinstance(module, nn.Linear)
     arrived: list[Planes] = []
 
     def watch(_: nn.Module, arguments: tuple[Coded, ...]) -> None:
@@ -195,5 +196,5 @@ def spiking_layer(
             watching.remove()
     (planes,) = arrived
     trains, unit = base2_trains(planes, conversion.coding.name)
-    weights, step = integer_weights(module.weight)
+    weights, step = integer_weights(rows(module))
     return SpikingLayer(trains, weights, step, unit)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Consume = Callable[[Tensor, Tensor], None]
+TUPLES = ("GPTNeoBlock", "BloomBlock", "MptBlock", "FalconDecoderLayer")  # layers that give one
 
 
 def windows(
@@ -69,7 +70,8 @@ def _layered(
             with weights.resident(index):
                 for tokens, hidden in zip(batches, boundary, strict=True):
                     args, kwargs = calls[len(tokens)][index]
-                    hidden.copy_(layer(hidden.to(weights.device), *args, **kwargs))
+                    out = layer(hidden.to(weights.device), *args, **kwargs)
+                    hidden.copy_(out[0] if isinstance(out, tuple) else out)
                     after()
             through(index)
         with weights.resident(OUTSIDE):
@@ -138,9 +140,16 @@ def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator
 
         return call
 
+    # Some decoders take the first of what a layer gives.
+    first = type(layers[0]).__name__ in TUPLES
+
+    def given(index: int) -> Callable[..., Any]:
+        call = bound(index)
+        return (lambda *args, **kwargs: (call(*args, **kwargs), None)) if first else call
+
     try:
         for index, layer in enumerate(layers):
-            layer.__dict__["forward"] = bound(index)
+            layer.__dict__["forward"] = given(index)
         yield
     finally:
         for layer in layers:

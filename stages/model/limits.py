@@ -18,7 +18,7 @@ def positions(config: PreTrainedConfig) -> int | None:
     `rope_type: dynamic` sets none: it rescales itself to the length of the text.
     """
     text: Any = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     ropes = _ropes(text)
     if most is None or any("dynamic" in str(rope.get("rope_type")) for rope in ropes):
         return None

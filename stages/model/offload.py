@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import InputError
+from stages.model.families import architecture
 from stages.model.files import Checkpoint, Stored, check_fit, keep_apart
 from stages.model.quantised import quantiser
-from stages.model.rules import architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,14 @@ class Weights:
         self._quantiser = quantiser(model)
         if self._quantiser is not None:
             self._mapping = self._quantiser.update_weight_conversions(self._mapping, model)
-        self._path = architecture(model).layers
+        rules = architecture(model)
+        self._path = rules.layers
+        modules = dict(model.named_modules())
+        if any(consumer in modules for rule in rules.outside for consumer in rule.consumers):
+            raise InputError(
+                f"runtime=offload: {checkpoint.source} projects its embeddings, which would be counted "
+                "twice where layers run one by one; load it whole, with runtime=default"
+            )
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._keys = self._grouped(checkpoint.tensors)
         self._tied: dict[str, str] = {}  # {a weight that is in no file, or equal: the one it is}

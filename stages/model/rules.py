@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stages.errors import InputError
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
-PACKAGE = "stages.model.architectures"
+# Classes of attention that multiply by themselves, for which `stages.ports.rewritten` has another pass.
+REWRITTEN = ("GPTNeoSelfAttention", "BloomAttention", "MptAttention", "FalconAttention")
+# So are these mixtures of experts, whose experts transformers calls in another way.
+REWRITTEN_EXPERTS = ("Llama4TextMoe",)
 FUSED = 3  # dimensions of a weight that holds one matrix an expert
 
 
@@ -25,8 +23,9 @@ class Rule:
     """Where one role lives in a decoder layer: `path:port`, and the modules that multiply it.
 
     Ports: `out` of a module, `in` its first argument (of every consumer that is given the same
-    tensor), `out[i/n]` the i-th of n equal parts of the last dimension of its output, the four of an
-    attention module, and `act`, `up`, `down` of a module of experts, each expert a site.
+    tensor, or of a module that has all of them inside), `out[i/n]` the i-th of n equal parts of the
+    last dimension of its output, the four of an attention module, and `act`, `up`, `down` of a module
+    of experts, each expert a site.
     """
 
     port: str
@@ -38,7 +37,11 @@ class Architecture:
     """The role rules of one family; `head` is relative to the model, all else to a layer.
 
     `activation` is the module of the nonlinearity, `head_norms` the norms inside attention by the role
-    whose values they scale. `experts` replaces rules in layers whose MLP is a mixture of experts.
+    whose values they scale, or two with a space between. `experts` replaces rules in layers whose MLP
+    is a mixture of experts, and `shared` are those of an expert beside them that every token meets.
+    `outside` are projections in front of the head or behind the embedding, where a model has them
+    (OPT-350m), `latent` what further projections of attention read: latents of queries, or of keys and
+    values (DeepSeek).
     """
 
     layers: str
@@ -47,6 +50,9 @@ class Architecture:
     activation: str
     head_norms: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Rule] = field(default_factory=dict)
+    shared: Mapping[str, Rule] = field(default_factory=dict)
+    outside: tuple[Rule, ...] = ()
+    latent: tuple[Rule, ...] = ()
 
     def layer_of(self, name: str) -> tuple[int, str]:
         """Return the decoder layer of a module or weight and its name in there; -1 outside of layers."""
@@ -63,32 +69,6 @@ class Architecture:
         return f"{self.layers}.{layer}.{inner}"
 
 
-def module_name(model_type: str) -> str | None:
-    """Return the module of a family's rules, None where there is none."""
-    name = f"{PACKAGE}.{model_type.replace('-', '_')}"
-    return name if importlib.util.find_spec(name) else None
-
-
-def known() -> list[str]:
-    """List every `model_type` that has rules."""
-    package = importlib.import_module(PACKAGE)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def architecture(model: PreTrainedModel) -> Architecture:
-    """Return the role rules of a model; InputError, with what has no place, where none is known."""
-    kind = model.config.model_type
-    name = module_name(kind)
-    if name is None:
-        raise InputError(
-            f"no role rules for model_type={kind!r} (known: {', '.join(known())}); modules that could "
-            f"not be placed: {_shortened(multiplying(model))}; rules are one file in "
-            f"{PACKAGE.replace('.', '/')}/"
-        )
-    rules: Architecture = importlib.import_module(name).ARCHITECTURE
-    return rules
-
-
 def multiplying(model: nn.Module) -> list[str]:
     """List the modules that hold the matrix of a product themselves: linear, routers, fused experts."""
     return [name for name, module in model.named_modules() if _multiplies(module)]
@@ -97,11 +77,12 @@ def multiplying(model: nn.Module) -> list[str]:
 def _multiplies(module: nn.Module) -> bool:
     weights: Any = [p for _, p in module.named_parameters(recurse=False)]
     matrices = any(p.dim() in (2, FUSED) for p in weights)
-    return matrices and not isinstance(module, nn.Embedding)
+    scales = "Norm" in type(module).__name__  # one for every value of every head (Cohere)
+    return matrices and not scales and not isinstance(module, nn.Embedding)
 
 
-def _shortened(names: Iterable[str]) -> str:
-    """Names with one star for their layer numbers, each once."""
+def shortened(names: Iterable[str]) -> str:
+    """Return names with one star for their layer numbers, each once."""
     starred = dict.fromkeys(
         ".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names
     )

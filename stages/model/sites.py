@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stages.errors import InputError, nearest
-from stages.model.experts import EXPERT_PORTS, check_experts
-from stages.model.rules import Architecture, Rule, architecture, multiplying
+from stages.model.experts import EXPERT_PORTS, check_experts, expert_matrices
+from stages.model.families import architecture
+from stages.model.rules import Architecture, Rule, multiplying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ class Site:
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
-    """Find every site of the model in forward order, the head last.
+    """Find every site of the model in forward order, those outside of layers and the head last.
 
     Raises InputError if a rule names a module the model lacks, or if a module that multiplies is fed
     by no site (it would silently stay dense).
@@ -99,9 +100,11 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     sites = []
     for index in range(count):
         prefix = f"{rules.layers}.{index}."
-        for role, rule in _layer_rules(rules, prefix, modules).items():
+        for role, rule in _layer_rules(rules, prefix, modules):
             sites += _sites(rule, role, index, prefix, modules)
-    sites += _sites(rules.head, "head.in", -1, "", modules)
+    present = [rule for rule in rules.outside if set(rule.consumers) <= set(modules)]
+    for rule in (*present, rules.head):
+        sites += _sites(rule, "head.in", -1, "", modules)
     missing = [s.name for s in sites if s.path not in modules]
     missing += [c for s in sites for c in s.consumers if c not in modules]
     fed = {consumer for site in sites for consumer in site.consumers}
@@ -126,17 +129,29 @@ class Matrix:
 
 def matrix(module: Any, site: Site, config: Any) -> Matrix:
     """Return the matrix of a consumer, or of experts the matrices that a token is routed to."""
-    if isinstance(module, nn.Linear):
-        return Matrix(module.in_features, module.out_features, module.out_features)
-    if isinstance(getattr(module, "weight", None), nn.Parameter):  # a router
-        outputs, inputs = module.weight.shape
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        outputs, inputs = rows(module).shape
         return Matrix(inputs, outputs, outputs)
     routes = config.num_experts_per_tok
     if site.expert is None:
-        _, outputs, inputs = module.gate_up_proj.shape
+        _, outputs, inputs = expert_matrices(module)[0].shape
         return Matrix(inputs, routes * outputs, routes * outputs)
-    _, outputs, inputs = module.down_proj.shape
+    _, outputs, inputs = expert_matrices(module)[1].shape
     return Matrix(routes * inputs, outputs, routes * outputs)
+
+
+def rows(module: Any) -> Tensor:
+    """Return the weight [outputs, inputs] of a linear module or router, itself or a view of it:
+    transformers' Conv1D keeps (inputs, outputs)."""
+    weight: Tensor = module.weight
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
+
+
+def key_heads(attention: Any, heads: int) -> int:
+    """Return the number of heads of keys and values of an attention module with `heads` of queries."""
+    if hasattr(attention, "num_key_value_groups"):  # queries of each
+        return heads // int(attention.num_key_value_groups)
+    return int(getattr(attention, "num_kv_heads", heads))
 
 
 def fused(module: Any) -> bool:
@@ -174,11 +189,14 @@ def select(sites: Iterable[Site], selection: SiteSelection) -> list[Site]:
 
 def _layer_rules(
     rules: Architecture, prefix: str, modules: Mapping[str, nn.Module]
-) -> dict[str, Rule]:
-    """The rules of one layer: those of experts where it has the module that they name."""
+) -> list[tuple[str, Rule]]:
+    """The rules of one layer: those of experts where it has the module that they name, those of latents,
+    and behind them those of the expert that every token meets."""
     paths = {prefix + rule.port.rpartition(":")[0] for rule in rules.experts.values()}
     routed = bool(paths) and paths <= set(modules)
-    return {**rules.rules, **(rules.experts if routed else {})}
+    own = {**rules.rules, **(rules.experts if routed else {})}
+    first = [("attn.in", own.pop("attn.in")), *(("attn.in", rule) for rule in rules.latent)]
+    return [*first, *own.items(), *(rules.shared.items() if routed else ())]
 
 
 def _sites(

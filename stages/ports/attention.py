@@ -31,11 +31,13 @@ class Port(Protocol):
     """What a value passes on its way into a matmul.
 
     plain: whether it passes probabilities as they are without looking at them; keeps: whether the code
-    of a key or a value may stand in a cache in its place.
+    of a key or a value may stand in a cache in its place; whole: whether a block of probabilities must
+    have all rows and heads.
     """
 
     plain: bool
     keeps: bool
+    whole: bool
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         """Pass x [..., C]; `real` marks the rows [...] that are new, real tokens (None: all);
@@ -97,9 +99,10 @@ def ported_attention(
     fresh = None if seen.fresh is None else seen.fresh[:, None]
     reads = seen.view.seen if rows is None else seen.view.seen * rows
     query = ports.q(query, real, reads[:, None])
-    watched = seen.watched[:, None] * groups
-    key = _cached(ports.k, key, fresh, watched, ports.state, queries).transpose(2, 3)
-    value = _cached(ports.v, value, fresh, watched, ports.state, queries)
+    watched, held = seen.watched[:, None] * groups, ports.state.holds(module, key)
+    kept = queries if held and ports.state.kept else None
+    key = _cached(ports.k, key, fresh, watched, held, kept).transpose(2, 3)
+    value = _cached(ports.v, value, fresh, watched, held, kept)
     lacking = ports.v.constant(value)
     added = None if lacking is None else lacking.repeat_interleave(groups, 0)  # [H, 1, D]
     if ports.probs.plain and _numbers(query, key, value):
@@ -126,13 +129,14 @@ def _cached(
     x: Tensor,  # [B, G, K, D]
     fresh: Tensor | None,
     watched: Tensor,
-    state: ForwardState,
-    queries: int,
+    held: bool,
+    new_tokens: int | None,
 ) -> Tensor:
-    """The codes of keys or values; in a cache that keeps them, only those of new tokens are made."""
-    if not (state.keeps and port.keeps):
+    """The codes of keys or values, in their place where a cache that keeps codes holds x; of new tokens
+    alone where all others are codes already."""
+    if not (held and port.keeps):
         return port(x, fresh, watched)
-    old = x.shape[2] - queries if state.kept else 0
+    old = 0 if new_tokens is None else x.shape[2] - new_tokens
     new = x[:, :, old:]
     real = None if fresh is None else fresh[..., old:]
     new.copy_(port(new, real, watched[..., old:]))
@@ -173,7 +177,8 @@ def _by_blocks(
     spikes: Tensor | None = None
     plain = _numbers(query, key, value)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    for rows, some, block in _blocks(batch, groups, share, seen.reach, query.device, plain):
+    wide = query.device.type != "cpu" or not plain or ports.probs.whole
+    for rows, some, block in _blocks(batch, groups, share, seen.reach, wide):
         keys = max(1, *seen.reach[block])
         view = seen.block(rows, block, keys)
         asking = grouped[rows, some, :, block]
@@ -200,10 +205,10 @@ def _by_blocks(
 
 
 def _blocks(
-    batch: int, groups: int, share: int, reach: Sequence[int], device: torch.device, plain: bool
+    batch: int, groups: int, share: int, reach: Sequence[int], wide: bool
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, groups of heads and queries of every block of scores."""
-    wide = device.type != "cpu" or not plain
+    """Rows of the batch, groups of heads and queries of every block of scores; all rows and heads of more
+    queries where it is `wide`."""
     size = QUERY_BLOCK * (WIDE if wide else 1)
     for start in range(0, len(reach), size):
         block = slice(start, min(start + size, len(reach)))

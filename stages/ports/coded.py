@@ -20,7 +20,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 LAYOUT = {
     "view", "reshape", "transpose", "permute", "flatten", "unsqueeze", "squeeze", "contiguous",
-    "__getitem__", "t",
+    "__getitem__", "t", "pad",
 }  # fmt: skip
 MADE = {"new_empty", "new_zeros", "zeros_like", "empty_like"}  # of its shape and dtype only
 
@@ -45,6 +45,8 @@ class Coded(Tensor):
             if isinstance(args[0], _Joined):
                 if name == "chunk" and args[1] == len(args[0].parts):
                     return args[0].parts
+            elif name == "type" and args[1:] == (args[0].dtype,):
+                return args[0]
             elif name in LAYOUT:
                 return _laid_out(func, args, kwargs)
             elif name in ("matmul", "__matmul__"):
@@ -53,8 +55,12 @@ class Coded(Tensor):
                 return _product(args[0], args[1], torch.mul)
             elif name == "linear":
                 return _linear(*args, **kwargs)
+            elif name == "addmm" and isinstance(args[1], Coded):  # Conv1D: (bias, x, weight [C, O])
+                return _linear(args[1], args[2].t(), args[0])
             result = func(*args, **kwargs)
         parts = result if isinstance(result, tuple) else (result,)
+        if name == "type_as" and not isinstance(args[0], Coded):  # the dtype alone is read
+            return result
         if name in MADE or not any(isinstance(part, Tensor) for part in parts):
             return result
         raise InputError(

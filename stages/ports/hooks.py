@@ -15,11 +15,12 @@ from stages.model.forward import windows
 from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
-from stages.ports.attention import NAME, AttentionPorts, Port, set_ports
+from stages.ports.attention import AttentionPorts, Port, set_ports
 from stages.ports.experts import NAME as EXPERTS
 from stages.ports.experts import ExpertPorts, set_expert_ports, switch_experts
 from stages.ports.passes import Pass, decoder
 from stages.ports.port import DensePort
+from stages.ports.rewritten import rewritten
 from stages.ports.visibility import ForwardState
 
 
@@ -56,8 +57,8 @@ def attached(
         for path, bank in experts.items():
             set_expert_ports(modules[path], bank)
             undo.callback(set_expert_ports, modules[path], None)
-        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-        model.set_attn_implementation(NAME)
+        attention = [modules[site.path] for site in sites if site.port == "q"]
+        undo.enter_context(rewritten(model, attention, bool(experts)))
         if experts:
             undo.callback(switch_experts, model, switch_experts(model, EXPERTS))
         undo.enter_context(pinned(model))
@@ -140,12 +141,15 @@ def _hooks(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
+        if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
+            return port(rows, _fresh(rows, state), fanout)
         real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
         return port(rows, real, fanout).view(x.shape)
 
     module = modules[site.path]
     if site.port == "in":
-        readers = [modules[name] for name in dict.fromkeys((site.path, *site.consumers))]
+        around = site.path not in site.consumers  # a module with all consumers inside
+        readers = [modules[name] for name in ((site.path,) if around else site.consumers)]
         shared = _Shared(passed, readers)
         return [reader.register_forward_pre_hook(shared.enter) for reader in readers]
     if site.port == "out":
@@ -158,6 +162,15 @@ def _hooks(
         return torch.cat(pieces, -1)
 
     return [module.register_forward_hook(replaced)]
+
+
+def _fresh(x: Tensor, state: Pass) -> Tensor | None:
+    """The rows of latents [B, 1, S, C] that are new, real tokens, [B, 1, S]; None for all."""
+    old = x.shape[2] - state.length
+    if state.real is None and not old:
+        return None
+    new = torch.ones(len(x), state.length, dtype=torch.bool, device=x.device)
+    return nn.functional.pad(new if state.real is None else state.real, (old, 0))[:, None]
 
 
 class _Shared:

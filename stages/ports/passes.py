@@ -130,6 +130,8 @@ class Pass(ForwardState):
         """
         super().__init__()
         self._number = next(_NUMBERS)
+        # Layers that read the keys of others would code them once more.
+        self._shares = bool(getattr(model.config, "num_kv_shared_layers", 0))
         self._held = held(model, ported)
         self._model, self._prefix, self._counted = model, prefix, counted
         self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
@@ -164,7 +166,10 @@ class Pass(ForwardState):
         """
         cache, before = given.get("cache"), cached_tokens(given)
         number, count = getattr(cache, _MARK, (self._number, 0))
-        self.keeps = _grows(cache) and not self._counted and not torch.is_grad_enabled()
+        self.keeps = _grows(cache) and not (
+            self._counted or self._shares or torch.is_grad_enabled()
+        )
+        self.cache = cache
         if count and (number != self._number or not self.keeps):
             raise InputError(
                 "this cache holds keys and values coded by other neurons, or by these without counters or "

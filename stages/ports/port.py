@@ -17,7 +17,7 @@ from stages.ports.visibility import View
 class DensePort:
     """Passes the value as it is and counts its multiplications."""
 
-    plain, keeps = True, False
+    plain, keeps, whole = True, False, False
 
     def __init__(self, counter: SiteCounter | None = None) -> None:
         self.counter = counter
@@ -42,7 +42,7 @@ class DensePort:
 class SpikingPort:
     """Replaces the value by its spike code and counts the spikes."""
 
-    plain = False
+    plain = whole = False
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class SteppedPort:
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
 
-    plain = keeps = False
+    plain = keeps = whole = False
 
     def __init__(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 MASK_ROWS = 256
@@ -69,11 +70,21 @@ class ForwardState:
     codes, and whether what was cached before it are codes."""
 
     keeps = kept = False
+    cache: Any = None
 
     def __init__(self) -> None:
         self.real: Tensor | None = None
         self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def holds(self, module: nn.Module, key: Tensor) -> bool:
+        """Whether the cache of this pass keeps codes, and the keys of an attention module are its own
+        memory: those that are made anew of what is cached hold no codes."""
+        index = getattr(module, "layer_idx", None)
+        if not self.keeps or not isinstance(index, int) or index >= len(self.cache.layers):
+            return False
+        cached: Tensor = self.cache.layers[index].keys
+        return cached.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
 
     def begin(self, attention_mask: Tensor | None, length: int) -> None:
         """Start a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""

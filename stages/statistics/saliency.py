@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import InputError
 from stages.fits.statistics import Saliency
-from stages.model.sites import Site, find_sites
+from stages.model.sites import Site, find_sites, rows
 from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import See, Watch, padded
@@ -27,7 +28,7 @@ def saliency(
     Raises InputError where other modules than linear ones multiply a site.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
     odd = [site.name for site in sites if not linear.issuperset(site.consumers)]
     if odd:
         raise InputError(
@@ -81,14 +82,14 @@ class _Sum:
 class _Linear:
     """Mean over tokens of X o (X W^T W), summed over windows."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
         self._linears, self.score = linears, _Sum()
 
     def see(self, x: Tensor) -> None:
         for window in x.float():  # one at a time: a vocabulary of outputs is wide
             back = torch.zeros_like(window)
             for linear in self._linears:
-                w = linear.weight.float()
+                w = rows(linear).float()
                 back += (window @ w.T) @ w
             self.score.add((window * back).mean(0))
 

@@ -16,9 +16,10 @@ from stages.codings.gif import Gif
 from stages.errors import InputError
 from stages.fits.statistics import Saliency, Smoothing
 from stages.model.experts import refuse_experts
+from stages.model.families import architecture
+from stages.model.forward import Call
 from stages.model.offload import refuse_offloaded
-from stages.model.rules import architecture
-from stages.model.sites import Site, find_sites
+from stages.model.sites import Site, find_sites, fused, key_heads, rows
 from stages.ports.hooks import attached, stream
 from stages.ports.port import DensePort
 from stages.statistics import measure
@@ -78,16 +79,16 @@ def _train(
     with attached(model, find_sites(model), ports):
         hidden, settings = _inputs(model, layers, ids)
         dense = coded = hidden
-        for layer, block, kwargs in zip(
+        for layer, block, call in zip(
             tqdm(layers, desc=statistic.name, unit="block", disable=None),
             blocks,
             settings,
             strict=True,
         ):
-            target = _through(layer, dense, kwargs)
+            target = _through(layer, dense, call)
             block.coded = True
-            losses.append(_descend(statistic, layer, block, coded, target, kwargs))
-            coded, dense = _through(layer, coded, kwargs), target
+            losses.append(_descend(statistic, layer, block, coded, target, call))
+            coded, dense = _through(layer, coded, call), target
     return losses
 
 
@@ -97,7 +98,7 @@ def _descend(
     block: Block,
     x: Tensor,
     target: Tensor,
-    kwargs: dict[str, Any],
+    call: Call,
 ) -> list[float]:
     """Adam on one block's log scales: x, target [W, S, C]."""
     logs = list(block.logs.values())
@@ -106,7 +107,7 @@ def _descend(
     for _ in range(statistic.epochs):
         total = 0.0
         for window, wanted in zip(x.split(1), target.split(1), strict=True):
-            loss = functional.mse_loss(layer(window, **kwargs).float(), wanted.float())
+            loss = functional.mse_loss(_called(layer, window, call).float(), wanted.float())
             grads = torch.autograd.grad(loss, logs, allow_unused=True)  # weights get none
             for log, grad in zip(logs, grads, strict=True):
                 log.grad = grad
@@ -159,23 +160,29 @@ def _straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def _through(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _through(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
     """The block's outputs, one window at a time, [W, S, C]."""
     with torch.no_grad():
-        return torch.cat([layer(window, **kwargs) for window in x.split(1)])
+        return torch.cat([_called(layer, window, call) for window in x.split(1)])
+
+
+def _called(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+    out = layer(x, *call[0], **call[1])
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 def _inputs(
     model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor
-) -> tuple[Tensor, list[dict[str, Any]]]:
+) -> tuple[Tensor, list[Call]]:
     """What the first block sees, [W, S, C], and the other arguments of every block, which are the
     same for every full window."""
     hidden: list[Tensor] = []
-    settings: list[dict[str, Any]] = [{} for _ in layers]
+    settings: list[Call] = [((), {}) for _ in layers]
 
     def note(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
-            settings[index] = kwargs
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            settings[index] = args[1:], kwargs
             if index == 0:
                 hidden.append(args[0])
 
@@ -210,11 +217,12 @@ def _blocks(model: PreTrainedModel, ids: Tensor, batch: int, alpha: float) -> li
 
     stream(model, ids, batch, {site.name: see(site.name) for site in sites}, "ranges")
     heads = model.config.num_attention_heads
-    groups = getattr(model.config, "num_key_value_heads", None) or heads  # OPT has no groups
+    attention = next(modules[site.path] for site in find_sites(model) if site.port == "q")
+    groups = key_heads(attention, heads)
     logs: dict[int, dict[str, Tensor]] = {}
     for site in sites:
-        linears = [m for m in map(modules.get, site.consumers) if isinstance(m, nn.Linear)]
-        weight = torch.stack([m.weight.detach().abs().amax(0).float() for m in linears]).amax(0)
+        linears = [modules[name] for name in site.consumers if not fused(modules[name])]
+        weight = torch.stack([rows(m).detach().abs().amax(0).float() for m in linears]).amax(0)
         pair = [largest[site.name].clone(), weight]
         if site.role == "attn.out":  # one scale for the query heads that read a value head
             pair = [t.view(groups, heads // groups, -1).amax(1).flatten() for t in pair]

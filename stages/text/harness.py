@@ -326,8 +326,8 @@ def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
     """The answers to every question, in the order of the file."""
     import pandas as pd
 
-    samples = [each for each in results["samples"][spec.name] if each["filter"] == "none"]
-    samples.sort(key=lambda each: each["doc_id"])
+    unfiltered = (each for each in results["samples"][spec.name] if each["filter"] == "none")
+    samples = sorted(unfiltered, key=lambda each: each["doc_id"])
     rows = [
         {
             "question": each["doc_id"],
@@ -340,8 +340,7 @@ def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
 
 
 def _chosen(spec: TaskSpec, task: Any, sample: Any) -> int:
-    """The choice of the largest log-likelihood, for acc_norm over its length in characters, as
-    `process_results` of lm-eval's ConfigurableTask has it."""
+    """The choice of the largest log-likelihood, for acc_norm over its characters, as lm-eval has it."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return int(sample[spec.metric])
     choices = task.doc_to_choice(sample["doc"])

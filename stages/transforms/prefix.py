@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stages.errors import InputError
+from stages.model.families import architecture
 from stages.model.prefix import prefix_length, record_prefix
-from stages.model.rules import architecture
 from stages.ports.passes import argument_names, decoder, named, new_tokens, positions
 from stages.ports.port import DensePort
 from stages.ports.visibility import View

@@ -1,8 +1,9 @@
 """Rotation: a model whose activations are rotated and whose logits are the same, to rounding.
 
-Source: QuaRot (Ashkboos et al. 2024). RMSNorm scales go into the weights behind them; the residual
+Source: QuaRot (Ashkboos et al. 2024). Scales of norms go into the weights behind them; the residual
 stream, and the values of every attention head, are rotated by orthogonal matrices that the weights
-absorb; only the input of down_proj is rotated while the model runs.
+absorb; only the input of down_proj is rotated while the model runs. Where a norm takes the mean of x
+away (LayerNorm), the rotation of the stream is one that leaves means as they are.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import InputError
-from stages.model.experts import refuse_experts
+from stages.model.experts import expert_matrices, refuse_experts
+from stages.model.families import architecture
 from stages.model.offload import refuse_offloaded
-from stages.model.rules import Architecture, architecture
-from stages.model.sites import Site, find_sites
+from stages.model.rules import Architecture
+from stages.model.sites import Site, find_sites, fused, matrix, rows
+from stages.transforms.norms import StreamNorm, evaluating, is_norm, same_logits, stream_norms
+from stages.transforms.orthogonal import Centred, Orthogonal
+from stages.transforms.values import Values, value_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,128 +59,126 @@ class OnlineRotation:
         return self.width * self.factor if self.factor > 1 else 0
 
 
-class Orthogonal:
-    """x [..., width] -> x · diag(signs) · (H kron O), orthogonal for any width.
-
-    H is the Hadamard matrix of the largest power of two in `width`, over its root; O a random
-    orthogonal matrix of the odd rest. Both are drawn from `generator`, in double precision.
-    """
-
-    def __init__(self, width: int, generator: torch.Generator, signs: bool = False) -> None:
-        block = width & -width
-        rest = width // block
-        # H of a power of two is the product of two smaller ones, applied one after the other.
-        sizes = [2**power for power in range(block.bit_length())]
-        left = min(sizes, key=lambda size: size + block // size * rest)
-        right = block // left
-        drawn = torch.randint(0, 2, (width,), generator=generator) if signs else torch.ones(width)
-        self.width = width
-        self._signs = drawn.double() * 2 - 1
-        self._left = _hadamard(left)
-        self._right = torch.kron(_hadamard(right), _orthogonal(rest, generator))
-        self._cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute in float32 at least and return the dtype of x."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        signs, left, right = self._on(x.device, dtype)
-        parts = (x.to(dtype) * signs).reshape(-1, left.shape[0], right.shape[0])
-        return (left @ (parts @ right)).view(x.shape).to(x.dtype)
-
-    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        if (device, dtype) not in self._cast:
-            with torch.inference_mode(False):  # what is kept must serve every later mode
-                signs, left, right = (
-                    t.to(device, dtype) for t in (self._signs, self._left, self._right)
-                )
-            self._cast[device, dtype] = signs, left, right
-        return self._cast[device, dtype]
-
-
-def _hadamard(size: int) -> Tensor:
-    """The symmetric orthogonal Hadamard matrix of a power of two (Sylvester)."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / size**0.5
-
-
-def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, uniform (the signs of R taken into Q); [[1]] for size 1."""
-    if size == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(normal)
-    return (q * r.diagonal().sign()).contiguous()
-
-
 def rotate(model: PreTrainedModel, seed: int) -> None:
     """Rotate a loaded model in place; embedding and head are untied.
 
-    Raises InputError on an architecture without rules, on weights that are quantised or absent,
-    and on norms that are not x / rms(x) * weight. ValueError if it is rotated already.
+    Raises InputError on an architecture without rules, on weights that are quantised or absent, and on
+    norms that are in the way. ValueError if it is rotated already.
     """
-    sites, norms = _rotatable(model)
+    with evaluating(model):
+        sites, norms = _rotatable(model)
+        values = value_rows(model, sites)
+        with same_logits(model, "a rotation"), torch.no_grad():
+            _rotate(model, sites, norms, values, seed)
+
+
+def _rotate(
+    model: PreTrainedModel, sites: list[Site], norms: list[StreamNorm], values: Values, seed: int
+) -> None:
     modules = dict(model.named_modules())
-    stream, head, online = _drawn(model, sites, seed)
-    with torch.no_grad():
-        _untie(model)
-        _map_rows(_weight(model.get_input_embeddings()), stream)
-        for site in sites:
-            linears = [modules[name] for name in site.consumers]
-            if site.path in norms:
-                _fuse(linears, modules[site.path], stream)
-            elif site.role == "attn.out":
-                _write(linears[0], stream, head)
-            elif site.role == "mlp.down":
-                _write(linears[0], stream, online)
-            if site.role == "attn.in":
-                # The order of the rule is q, k, v, of modules or of the rows of one.
-                _rotate_heads(linears[-1], head, model.config.num_key_value_heads)
-        _fuse([model.get_output_embeddings()], modules[norms[-1]], stream)
-        for name in norms:
-            modules[name].weight.fill_(1)
+    stream, head, online = _drawn(model, sites, seed, any(norm.centred for norm in norms))
+    _untie(model)
+    for table in _tables(model):
+        _map_rows(table.weight, stream)
+    for norm in norms:
+        _fuse(norm, modules, stream)
+    for site in sites:
+        linears = [modules[name] for name in site.consumers]
+        if site.role == "attn.out":
+            _write(linears[0], stream, head)
+        elif site.role == "mlp.down":
+            _write(linears[0], stream, online)
+        elif site.role == "attn.in":
+            _rotate_heads(linears[values.reader], head, values.rows)
     _rotate_online(model, sites, online)
 
 
 def fuse(model: PreTrainedModel) -> None:
     """Put the scales of the norms of a loaded model into the weights behind them, in place;
-    embedding and head are untied. Raises what `rotate` does."""
-    sites, norms = _rotatable(model)
+    embedding and head are untied. The shift of a LayerNorm stays, divided by the scale.
+
+    Norms in front of what is no linear module keep theirs. Raises what `rotate` does, and where there
+    is none else.
+    """
+    with evaluating(model):
+        sites = _in_memory(model)
+        norms = stream_norms(model, sites)
+    if not any(architecture(model).layer_of(norm.path)[0] >= 0 for norm in norms):
+        raise InputError(
+            "transform: no norm of a layer stands in front of linear modules (norms behind attention and "
+            "MLP scale the residual stream), so there is no scale to put into weights; use transform=none"
+        )
     modules = dict(model.named_modules())
-    with torch.no_grad():
+    with evaluating(model), same_logits(model, "fusing"), torch.no_grad():
         _untie(model)
-        for site in sites:
-            if site.path in norms:
-                _fuse([modules[name] for name in site.consumers], modules[site.path])
-        _fuse([model.get_output_embeddings()], modules[norms[-1]])
-        for name in norms:
-            modules[name].weight.fill_(1)
+        for norm in norms:
+            _fuse(norm, modules)
 
 
-def _rotatable(model: PreTrainedModel) -> tuple[list[Site], list[str]]:
-    """Sites and norms of a model whose scales can be fused; InputError says what is in the way."""
+def _in_memory(model: PreTrainedModel) -> list[Site]:
+    """The sites of a model whose weights can be changed; InputError says what is in the way."""
     refuse_offloaded(model, "a rotation", "use transform=none")
     sites = find_sites(model)
+    _check(model, dict(model.named_modules()), sites)
+    return sites
+
+
+def _rotatable(model: PreTrainedModel) -> tuple[list[Site], list[StreamNorm]]:
+    """Sites and norms of a model that can be rotated; InputError says what is in the way."""
+    sites = _in_memory(model)
     refuse_experts(sites, "a rotation", "use transform=none")
-    modules = dict(model.named_modules())
-    norms = _norms(architecture(model), modules, sites)
-    _check(model, modules, sites, norms)
+    rules = architecture(model)
+    if any(site.layer < 0 for site in sites[:-1]):
+        raise InputError(
+            "transform: embeddings are projected, and what is projected is not rotated; use "
+            "transform=none or transform=fuse"
+        )
+    norms = stream_norms(model, sites)
+    behind = {name for s in sites if s.role in ("attn.out", "mlp.down") for name in s.consumers}
+    inside = [norm.path for norm in norms if behind & set(norm.readers)]
+    read = {norm.path for norm in norms}
+    others = [n for n, module in model.named_modules() if is_norm(module) and n not in read]
+    odd = inside + [n for n in others if not _of_heads(rules, n)]
+    unread = _unread(norms, sites)
+    if odd or unread:
+        what = f"{len(odd)} norms beside those of attention and MLP ({odd[:4]})"
+        raw = f"modules without a norm in front ({unread[:4]})"
+        raise InputError(
+            f"transform: {what if odd else raw}, where norms in front of attention, MLP and head were "
+            "expected; use transform=none"
+        )
     return sites, norms
 
 
+def _of_heads(rules: Architecture, norm: str) -> bool:
+    """Return whether a norm is that of queries or keys, which come behind the projections."""
+    rest = rules.layer_of(norm)[1]
+    return any(rest == name or rest.startswith(f"{name}.") for name in rules.head_norms)
+
+
+def _unread(norms: list[StreamNorm], sites: list[Site]) -> list[str]:
+    """Readers of the stream that are behind no norm."""
+    behind = {name for norm in norms for name in norm.readers}
+    readers = [n for s in sites if s.role in ("attn.in", "mlp.in", "head.in") for n in s.consumers]
+    return [name for name in readers if name not in behind]
+
+
 def _drawn(
-    model: PreTrainedModel, sites: list[Site], seed: int
-) -> tuple[Orthogonal, Orthogonal, Orthogonal]:
+    model: PreTrainedModel, sites: list[Site], seed: int, centred: bool = False
+) -> tuple[Orthogonal | Centred, Orthogonal, Orthogonal]:
     """The rotations of the residual stream, of a head's values and of down_proj's input."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    modules = dict(model.named_modules())
-    width = next(modules[s.path].head_dim for s in sites if s.role == "attn.q")
-    return (
-        Orthogonal(config.hidden_size, generator, signs=True),
-        Orthogonal(width, generator, signs=True),
-        Orthogonal(config.intermediate_size, generator),
-    )
+    width = _inputs(model, sites, "attn.out") // config.num_attention_heads
+    stream = Orthogonal(config.hidden_size, generator, signs=True)
+    head = Orthogonal(width, generator, signs=True)
+    online = Orthogonal(_inputs(model, sites, "mlp.down"), generator)
+    return Centred(stream) if centred else stream, head, online
+
+
+def _inputs(model: PreTrainedModel, sites: list[Site], role: str) -> int:
+    """The width of what the matrix of a role reads."""
+    site = next(site for site in sites if site.role == role)
+    return matrix(model.get_submodule(site.consumers[0]), site, model.config).inputs
 
 
 def rotate_online(model: PreTrainedModel, seed: int) -> None:
@@ -193,7 +196,7 @@ def _rotate_online(model: PreTrainedModel, sites: list[Site], online: Orthogonal
 
 def declare(model: PreTrainedModel) -> None:
     """Record that the model rotates while it runs; alone for a model without weights."""
-    model.__dict__[_RECORD] = OnlineRotation(model.config.intermediate_size)
+    model.__dict__[_RECORD] = OnlineRotation(_inputs(model, find_sites(model), "mlp.down"))
 
 
 def online_rotation(model: PreTrainedModel) -> OnlineRotation | None:
@@ -206,53 +209,23 @@ def _online(rotation: Orthogonal) -> Callable[..., Any]:
     return lambda module, args: (rotation(args[0]), *args[1:])
 
 
-def _norms(rules: Architecture, modules: dict[str, Any], sites: list[Site]) -> list[str]:
-    """The paths of the norms of the stream; the last is the one behind the layers, which is no site.
-
-    Norms of the queries and keys of every head stay as they are: they come behind the projections.
-    """
-    paths = {site.path for site in sites if site.role in ("attn.in", "mlp.in")}
-    others = [name for name, m in modules.items() if "norm" in type(m).__name__.lower()]
-    inner = [name for name in others if rules.layer_of(name)[1] in rules.head_norms]
-    extra = [name for name in others if name not in paths and name not in inner]
-    if len(extra) != 1:
-        raise InputError(
-            f"transform: {len(extra)} norms beside those of attention and MLP ({extra[:4]}), where "
-            "one before the head was expected; use transform=none"
-        )
-    return [*sorted(paths), *extra]
-
-
-def _check(
-    model: PreTrainedModel, modules: dict[str, Any], sites: list[Site], norms: list[str]
-) -> None:
+def _check(model: PreTrainedModel, modules: dict[str, Any], sites: list[Site]) -> None:
     if online_rotation(model) is not None:
         raise ValueError("the model is rotated already")
     absent = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     odd = [n for n, p in model.named_parameters() if not p.is_floating_point()]
-    odd += [n for site in sites for n in site.consumers if not isinstance(modules[n], nn.Linear)]
+    odd += [n for site in sites for n in site.consumers if not _plain(modules[n])]
     if absent or odd or getattr(model.config, "quantization_config", None) is not None:
         raise InputError(
             f"transform: {'weights are not in memory' if absent else 'weights are quantised'} "
             f"({', '.join([*absent, *odd][:3])}); a rotation needs dense weights in memory: "
             "use transform=none or load the model without quantization and offloading"
         )
-    for name in norms:
-        _check_norm(name, modules[name])
 
 
-def _check_norm(name: str, norm: nn.Module) -> None:
-    """A rotation passes a norm only if all it does is to divide by the rms, then to scale."""
-    weight = _weight(norm)
-    with torch.no_grad():
-        x = torch.linspace(-900, 1000, weight.numel(), device=weight.device).to(weight.dtype)
-        exact = x.double() * x.double().square().mean().rsqrt() * weight.double()
-        error = (norm(x[None])[0].double() - exact).abs().max()
-    if getattr(norm, "bias", None) is not None or not error <= 0.02 * exact.abs().max():
-        raise InputError(
-            f"transform: {name} is a {type(norm).__name__}, which is not x / rms(x) * weight; only "
-            "models with RMSNorm can be rotated, use transform=none"
-        )
+def _plain(module: Any) -> bool:
+    """Return whether a module has its weight as numbers: linear, a router, or fused experts."""
+    return fused(module) or isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -269,6 +242,13 @@ def _weight(module: Any) -> Tensor:
     return weight
 
 
+def _tables(model: PreTrainedModel) -> list[Any]:
+    """What is added up to the stream in front of the layers: tokens, and learned positions."""
+    width = model.config.hidden_size
+    modules = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return [module for module in modules if module.embedding_dim == width]
+
+
 def _map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     """Replace the rows of weight [rows, width] in place, in double precision."""
     for part in weight.split(_ROWS):
@@ -276,35 +256,36 @@ def _map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def _fuse(
-    linears: list[Any], norm: Any, stream: Callable[[Tensor], Tensor] = lambda rows: rows
+    norm: StreamNorm,
+    modules: dict[str, Any],
+    stream: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> None:
     """Readers of the stream: W <- W diag(g) Q, so that they take the bare norm of x Q."""
-    scale = norm.weight.double()
-    for linear in linears:
-        _map_rows(linear.weight, lambda rows: stream(rows * scale))
+    scale = norm.scale()
+    for name in norm.readers:
+        module = modules[name]
+        for weight in expert_matrices(module)[0] if fused(module) else (rows(module),):
+            _map_rows(weight, lambda each: stream(each if scale is None else each * scale))
+    norm.make_plain(stream)
 
 
-def _write(linear: Any, stream: Orthogonal, inner: Orthogonal) -> None:
+def _write(linear: Any, stream: Callable[[Tensor], Tensor], inner: Orthogonal) -> None:
     """Writers to the stream: W <- Qᵀ W R, with R the rotation of every stretch of their input."""
 
     def rotated(columns: Tensor) -> Tensor:
         return stream(columns.t()).t()
 
-    weight = linear.weight
-    double = weight.double().view(weight.shape[0], -1, inner.width)
+    weight = rows(linear)
+    double = weight.double().reshape(weight.shape[0], -1, inner.width)
     weight.copy_(rotated(inner(double).view(weight.shape)))
     if linear.bias is not None:
         linear.bias.copy_(stream(linear.bias.double()))
 
 
-def _rotate_heads(linear: Any, head: Orthogonal, groups: int) -> None:
-    """The values of every key head: v <- v R, as rows of the weight and as parts of the bias.
-
-    They are all rows of a separate projection, and the last of one of q, k and v in turn.
-    """
-    rows = groups * head.width
-    for part in linear.weight[-rows:].split(head.width):
-        part.copy_(head(part.double().t()).t())
-    if linear.bias is not None:
-        values = linear.bias[-rows:]
-        values.copy_(head(values.double().view(-1, head.width)).flatten())
+def _rotate_heads(linear: Any, head: Orthogonal, values: Tensor) -> None:
+    """The values of every key head: v <- v R, as rows [G, D] of the weight and as parts of the bias."""
+    weight = rows(linear)
+    for part in values:
+        weight[part] = head(weight[part].double().t()).t().to(weight.dtype)
+        if linear.bias is not None:
+            linear.bias[part] = head(linear.bias[part].double()).to(weight.dtype)

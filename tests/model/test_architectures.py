@@ -17,7 +17,7 @@ from stages.codings.gated import Gated
 from stages.energy import Energy, account
 from stages.evaluation import perplexity
 from stages.fitted import Conversion
-from stages.model import rules
+from stages.model import families
 from stages.model.loading import load_offloaded, meta_model
 from stages.model.offload import Offload
 from stages.model.sites import ROLES, find_sites
@@ -39,7 +39,7 @@ def kind(model: PreTrainedModel) -> str:
 
 
 def test_every_family_with_rules_is_tested_here() -> None:
-    assert set(rules.known()) == set(FAMILIES)
+    assert set(families.known()) == set(FAMILIES)
 
 
 def test_all_roles_of_a_layer_are_found_and_every_matrix_is_fed(any_model: PreTrainedModel) -> None:

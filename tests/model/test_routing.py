@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_or_stays_dense_and_costs_multiplications(
 
 def test_experts_of_another_layout_are_refused(tiny: Callable[..., PreTrainedModel]) -> None:
     model = tiny("mixtral")
-    model.model.layers[0].mlp.experts.has_bias = True
-    with pytest.raises(InputError, match="another layout .has_bias."):
+    model.model.layers[0].mlp.experts.has_gate = False
+    with pytest.raises(InputError, match="another layout .has_gate."):
+        find_sites(model)
+
+
+def test_a_gate_that_is_not_known_is_refused(
+    tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("mixtral")
+
+    def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
+        return gate_up.chunk(2, -1)[1]
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "_apply_gate", _apply_gate)
+    with pytest.raises(InputError, match="another layout .a gate of its own."):
         find_sites(model)

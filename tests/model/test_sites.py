@@ -2,9 +2,14 @@
 
 import pytest
 from torch import nn
+from transformers import AutoConfig
 
 from stages.errors import InputError
+from stages.model.families import architecture
+from stages.model.inferred import infer
+from stages.model.loading import meta_model
 from stages.model.sites import ROLES, Site, SiteSelection, find_sites, select
+from tests.conftest import FAMILIES
 
 LAYER = [  # role, name in the layer, linear modules it feeds
     (
@@ -71,10 +76,87 @@ def test_a_model_without_layers_is_refused(model):
         find_sites(model)
 
 
-def test_an_unknown_model_type_is_refused_with_what_is_known(model):
-    model.config.model_type = "mamba"
-    with pytest.raises(InputError, match=r"'mamba'.*known: .*llama.*layers.\*.self_attn.q_proj"):
+def test_names_that_say_no_roles_are_refused_with_what_is_known(model):
+    model.config.model_type = "nix"
+    for layer in model.model.layers:
+        layer.self_attn.mixed = layer.self_attn._modules.pop("q_proj")
+    with pytest.raises(
+        InputError, match=r"'nix'.*known: .*llama.*no attention.*layers.\*.self_attn.mixed"
+    ):
         find_sites(model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_names_say_what_the_files_of_families_do(tiny, kind):
+    model = tiny(kind)
+    written, inferred = architecture(model), infer(model)
+    assert (inferred.layers, inferred.head) == (written.layers, written.head)
+    assert inferred.head_norms == written.head_norms
+    for mine, theirs in (
+        (inferred.rules | inferred.experts, written.rules | written.experts),
+        (inferred.experts, written.experts),
+    ):
+        assert list(mine) == list(theirs)
+        for role, rule in mine.items():
+            assert rule.consumers == theirs[role].consumers
+            if (
+                not rule.consumers
+            ):  # the others may be read in front of a norm's readers, or behind it
+                assert rule.port == theirs[role].port
+
+
+def test_a_family_that_no_test_has_seen_is_converted_with_a_warning(model, caplog):
+    expected = [(site.role, site.consumers) for site in find_sites(model)]
+    assert not caplog.records
+    model.config.model_type = "unseen"
+    assert [(site.role, site.consumers) for site in find_sites(model)] == expected
+    find_sites(model)  # it is said once
+    (record,) = caplog.records
+    assert "model_type='unseen' are inferred" in record.getMessage()
+
+
+def test_attention_that_multiplies_by_itself_is_refused(model, monkeypatch):
+    model.config.model_type = "nix"
+
+    def forward(self, hidden_states):
+        query = self.q_proj(hidden_states)
+        return self.o_proj(query @ self.k_proj(hidden_states).mT @ self.v_proj(hidden_states))
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
+    with pytest.raises(
+        InputError, match="self_attn .LlamaAttention. multiplies queries and keys by"
+    ):
+        find_sites(model)
+
+
+def test_a_layer_with_a_module_that_names_do_not_say_is_refused(model):
+    model.config.model_type = "nix"
+    model.model.layers[1].mlp.adapter = nn.Linear(4, 4)
+    with pytest.raises(InputError, match=r"fed by no site \['model.layers.1.mlp.adapter'\]"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "what"),
+    [
+        ("mamba", {}, r"backbone.layers.0.mixer is a state-space layer \(MambaMixer\)"),
+        ("falcon_h1", {}, r"layers.0.mamba is a state-space layer \(FalconH1Mixer\)"),
+        ("jamba", {}, r"layers.0.mamba is a state-space layer \(JambaMambaMixer\)"),
+        ("rwkv", {}, r"blocks.0.attention is a linear attention \(RWKV\)"),
+        ("qwen3_next", {}, r"linear_attn is a linear attention \(gated delta rule\)"),
+        (
+            "lfm2",
+            {"layer_types": ["full_attention", "conv"]},
+            r"is a gated convolution over tokens \(Lfm2ShortConv\)",
+        ),
+        ("recurrent_gemma", {}, r"is a recurrent layer \(RG-LRU\)"),
+    ],
+)
+def test_a_state_that_goes_from_token_to_token_is_refused_by_name(kind, more, what):
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, vocab_size=50, **more)
+    with pytest.raises(InputError, match=rf"'{kind}' cannot be converted: .*{what}") as raised:
+        find_sites(meta_model(config))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_selection_keeps_its_roles_in_forward_order(model):

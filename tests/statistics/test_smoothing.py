@@ -19,6 +19,7 @@ from stages.ports.attention import NAME
 from stages.ports.patched import patched
 from stages.statistics import measuring
 from tests.conftest import FAMILIES
+from tests.model.families import made
 
 SMOOTHING = Smoothing(8, 4, 0.02, 0.75, 2, 16, 0.0)
 PLANTED = (3, 17)
@@ -111,6 +112,14 @@ def test_every_family_without_experts_is_smoothed(tiny, ids, kind, changes) -> N
     rows = measuring(replace(SMOOTHING, epochs=1))(model, ids, sites, 2)["scale"]
     moved = {s.role for s, row in zip(sites, rows, strict=True) if bool((row != 1).any())}
     assert moved == {"attn.in", "attn.q", "attn.k", "attn.v", "attn.out", "mlp.in"}
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt_bigcode", "falcon", "bloom 2", "gpt_neo", "stablelm 2"]
+)
+def test_families_of_other_layouts_are_smoothed(ids, name) -> None:
+    """Matrices the other way round, key heads that a config does not name, layers that give tuples."""
+    test_the_first_loss_is_the_error_of_the_converted_block(made(name), ids)
 
 
 def test_scales_are_shared_as_the_products_need_them(outliers, ids) -> None:

@@ -10,6 +10,8 @@ from stages.model.sites import ROLES, SiteSelection, find_sites, select
 from stages.ports.hooks import attached
 from stages.statistics import measuring
 from stages.statistics.watch import Watch
+from tests.conftest import FAMILIES
+from tests.model.families import made
 
 HEADS, GROUPS, WIDTH, LENGTH = 4, 2, 10, 12
 
@@ -39,12 +41,24 @@ def scores(model, ids, batch=2, roles=ROLES) -> dict[str, Tensor]:
     return {s.name: row[~row.isnan()] for s, row in zip(sites, found["score"], strict=True)}
 
 
+def matrix(module) -> Tensor:
+    """What a linear module multiplies by, [outputs, inputs], from what it makes of unit vectors."""
+    with torch.no_grad():
+        unit = torch.eye(width(module))
+        return (module(unit) - module(torch.zeros_like(unit))).T
+
+
+def width(module) -> int:
+    """The inputs of a linear module, of a Conv1D the other side of its weight."""
+    return module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1]
+
+
 def expected(model, site, seen) -> Tensor:
     """Mean over tokens, then windows, of X o (X H), the matrix H of every head or consumer in full."""
     modules = dict(model.named_modules())
     x = seen[site.name].double()
     if site.port not in ("k", "v"):
-        w = torch.cat([modules[name].weight for name in site.consumers]).double()
+        w = torch.cat([matrix(modules[name]) for name in site.consumers]).double()
         return torch.stack([(own * (own @ (w.T @ w))).mean(0) for own in x]).mean(0)
     other = seen[f"{site.path}:{'q' if site.port == 'k' else 'probs'}"].double()
     windows = []
@@ -115,10 +129,10 @@ def test_running_maximum_over_blocks_of_queries(model, tokens) -> None:
         assert float(maximum) == pytest.approx(float((first + second).max() / 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["opt", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox", "phi3", "gpt2"])
 def test_of_other_families_against_what_their_modules_are_given(tiny, ids, kind) -> None:
-    """OPT gives its MLP the tokens of all windows in one row [B S, C]."""
-    model = tiny(kind)
+    """OPT gives its MLP the tokens of all windows in one row [B S, C]; GPT-2 keeps weights as [C, O]."""
+    model = tiny(kind) if kind in FAMILIES else made(kind)
     modules = dict(model.named_modules())
     sites = [s for s in find_sites(model) if s.role in ("attn.in", "mlp.in", "mlp.down", "head.in")]
     given: dict[str, Tensor] = {}

@@ -22,8 +22,6 @@ from tests.conftest import FAMILIES
 SHAPES = [(36, 60, 4, 2, 14), (24, 45, 4, 2, 10), (32, 64, 4, 1, 8)]
 REFUSED = {
     "gemma3_text": "norms beside those of attention and MLP",
-    "opt": "norms beside those of attention and MLP",
-    "gpt_neox": "is a LayerNorm",
     "mixtral": "not defined on experts",
     "qwen3_moe": "not defined on experts",
 }
@@ -104,7 +102,11 @@ def test_fused_scales_give_the_same_logits(tiny, kind):
     fuse(model)
     assert difference(model, before) < 1e-5
     assert online_rotation(model) is None
-    scales = [w for n, w in model.named_parameters() if n.endswith("layernorm.weight")]
+    scales = [
+        w
+        for n, w in model.named_parameters()
+        if n.endswith(("layernorm.weight", "layer_norm.weight"))
+    ]
     assert scales and all(bool((scale == 1).all()) for scale in scales)
 
 
@@ -125,9 +127,10 @@ def test_queries_and_keys_of_one_projection_with_the_values_stay(tiny):
     seen: list[Tensor] = []
     projection.register_forward_hook(lambda _, args, x: seen.append(x))
     logits(model)
+    before = seen.pop()
     rotate(model, seed=3)
     logits(model)
-    before, after = seen
+    after = seen.pop()
     torch.testing.assert_close(after[..., :-values], before[..., :-values], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(after[..., -values:], before[..., -values:], atol=1e-1)
 
@@ -158,7 +161,10 @@ def test_the_comparison_sees_a_missing_online_rotation(monkeypatch):
     monkeypatch.setattr(rotation, "_online", lambda _: lambda module, args: args)
     model = random_model()
     before = logits(model)
-    rotate(model, seed=3)
+    with pytest.raises(
+        InputError, match="a rotation changed the logits of .*'llama'.*load it again"
+    ):
+        rotate(model, seed=3)
     assert difference(model, before) > 1e-2
 
 
@@ -281,9 +287,16 @@ def test_a_model_is_rotated_once():
 
 
 def test_an_unknown_architecture_is_refused():
-    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9)
-    with pytest.raises(InputError, match="gpt2"):
+    config = AutoConfig.for_model("bert", num_hidden_layers=1, is_decoder=True)
+    with pytest.raises(InputError, match="bert"):
         rotate(AutoModelForCausalLM.from_config(config), seed=0)
+
+
+def test_a_model_in_training_stays_in_training():
+    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9)
+    model = AutoModelForCausalLM.from_config(config)
+    rotate(model, seed=0)  # dropout and all
+    assert model.training and all(module.training for module in model.modules())
 
 
 def test_weights_that_are_absent_or_quantised_are_refused_untouched():
@@ -298,25 +311,3 @@ def test_weights_that_are_absent_or_quantised_are_refused_untouched():
     with pytest.raises(InputError, match="quantised .*layers.1.mlp.down_proj"):
         rotate(model, seed=0)
     assert torch.equal(model.model.embed_tokens.weight, before)
-
-
-@pytest.mark.parametrize("norm", [nn.LayerNorm(36), nn.RMSNorm(36, elementwise_affine=True)])
-def test_only_a_norm_by_the_rms_can_be_passed(norm):
-    model = random_model()
-    model.model.layers[1].input_layernorm = norm
-    if isinstance(norm, nn.RMSNorm):
-        rotate(model, seed=0)
-    else:
-        with pytest.raises(InputError, match="layers.1.input_layernorm is a LayerNorm"):
-            rotate(model, seed=0)
-
-
-def test_a_norm_that_adds_one_to_its_scale_is_refused():
-    class ShiftedRMSNorm(nn.RMSNorm):
-        def forward(self, x):
-            return super().forward(x) + x / x.square().mean(-1, keepdim=True).sqrt()
-
-    model = random_model()
-    model.model.norm = ShiftedRMSNorm(36)
-    with pytest.raises(InputError, match="model.norm is a ShiftedRMSNorm"):
-        rotate(model, seed=0)

@@ -18,5 +18,9 @@ ARCHITECTURE = Architecture(
         "mlp.down": Rule("fc2:in", ("fc2",)),
     },
     head=HEAD,
+    outside=tuple(
+        Rule(f"model.decoder.{name}:in", (f"model.decoder.{name}",))
+        for name in ("project_in", "project_out")
+    ),
     activation="activation_fn",
 )

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.commands.sites import main
 from stages.model import loading
+from tests.model.families import made
 
 LARGE = ["model=llama2-70b"]
 
@@ -52,6 +53,23 @@ def test_roles_precision_and_coding_are_those_of_the_configuration(capsys):
     assert "neurons of gated_budget: known once its statistics are measured" in coarse
     name = "sketches of all sites while they are captured"
     assert sizes(coarse)[name] < sizes(paper)[name] / 4
+
+
+def test_inferred_roles_are_shown(capsys, tmp_path):
+    made("qwen2_moe").config.save_pretrained(tmp_path)
+    assert main([f"model.path={tmp_path}"]) == 0
+    output = capsys.readouterr().out
+    assert "roles in model.layers.*, inferred from the names of modules" in output
+    for line in (
+        r"attn.in +self_attn.q_proj:in +q_proj k_proj v_proj",
+        r"mlp.in +experts +mlp:in +gate experts shared_expert.gate_proj",
+        r"mlp.down +shared expert +mlp.shared_expert.down_proj:in",
+        r"head.in +outside +lm_head:in +lm_head",
+    ):
+        assert re.search(f"^{line}", output, re.MULTILINE), line
+    assert max(map(len, output.partition("values_a_token")[0].splitlines())) <= 120
+    assert main(LARGE) == 0
+    assert "of stages.model.architectures.llama" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
