@@ -171,18 +171,23 @@ def rewritten(
     # Where accelerate has placed layers, it calls this instead of the forward that is replaced.
     names = ["_old_forward" if hasattr(module, "_old_forward") else "forward" for module in own]
     kept = [module.__dict__.get(name) for module, name in zip(own, names, strict=True)]
+    collected = False
     try:
         _choose(model, attention, NAME)
         for module, name in zip(own, names, strict=True):
             module.__dict__[name] = partial(_FORWARD[type(module).__name__], module)
         yield
+    except GeneratorExit:
+        collected = True  # nobody has this model any more, but its config may be that of another
+        raise
     finally:
-        _choose(model, attention, before)
-        for module, name, forward in zip(own, names, kept, strict=True):
-            if forward is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = forward
+        if not collected:
+            _choose(model, attention, before)
+            for module, name, forward in zip(own, names, kept, strict=True):
+                if forward is None:
+                    del module.__dict__[name]
+                else:
+                    module.__dict__[name] = forward
 
 
 def _choose(model: PreTrainedModel, attention: Sequence[nn.Module], name: str) -> None:

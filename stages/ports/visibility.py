@@ -83,7 +83,9 @@ class ForwardState:
         index = getattr(module, "layer_idx", None)
         if not self.keeps or not isinstance(index, int) or index >= len(self.cache.layers):
             return False
-        cached: Tensor = self.cache.layers[index].keys
+        cached = self.cache.layers[index].keys
+        if cached is None:  # this layer writes into no cache
+            return False
         return cached.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
 
     def begin(self, attention_mask: Tensor | None, length: int) -> None:

@@ -169,7 +169,8 @@ def capture(bench: Bench) -> None:
     def plain() -> None:
         with torch.inference_mode():
             for window in bench.windows.split(batch):
-                bench.model(window.long(), use_cache=False, logits_to_keep=1)
+                ids = window.long().to(bench.model.device)
+                bench.model(ids, use_cache=False, logits_to_keep=1)
 
     def sketch() -> Any:
         return bench.settings.capture.run(bench.model, bench.windows, sites, batch)

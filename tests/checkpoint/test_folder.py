@@ -240,6 +240,7 @@ def test_lm_eval_reads_a_folder(spiking_llama: Path) -> None:
     assert found == same and found != dense
 
 
+@pytest.mark.slow
 def test_without_the_plug_in_a_dense_model_does_not_pass(saved) -> None:
     _, _, folder = saved()
     code = f"""

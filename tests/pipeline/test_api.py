@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -87,6 +88,21 @@ def test_a_converted_model_spikes_until_it_is_restored(
     assert sdpa.config._attn_implementation == "sdpa"
     assert not hasattr(sdpa.config, "quantization_config")
     assert {n for n, v in sdpa.state_dict().items() if torch.equal(v, weights[n])} == set(weights)
+
+
+def test_a_model_that_is_forgotten_leaves_others_of_its_config_spiking(
+    sdpa: PreTrainedModel, tokens: Draws
+) -> None:
+    def spiking() -> PreTrainedModel:
+        model: PreTrainedModel = type(sdpa)(sdpa.config).eval()
+        return stages.convert(model, tokens(2, 16), stages.Gated("gated", 4, 2))
+
+    forgotten, model = spiking(), spiking()
+    before = model(tokens(1, 8)).logits
+    del forgotten
+    gc.collect()
+    assert torch.equal(model(tokens(1, 8)).logits, before)
+    stages.restore(model)
 
 
 def test_a_block_of_spiking_behaviour(sdpa: PreTrainedModel, tokens: Draws) -> None:

@@ -131,6 +131,7 @@ def test_generation_is_that_of_stepped_neurons(model, tokens, convert):
     assert not torch.equal(expected, dense)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_the_stepped_neurons(model, tokens, convert, monkeypatch):
     conversion = convert(model, CODINGS[3])
     monkeypatch.setattr(kernels, "EAGER_BELOW", 0)

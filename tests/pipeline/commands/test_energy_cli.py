@@ -147,6 +147,7 @@ def test_a_bad_profile_is_one_line(conf, capsys, old, new, says):
         assert captured.err.startswith("error: ") and says in captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "conf/config.yaml").exists(), reason="conf/config.yaml is absent")
 def test_command_line_needs_no_hub(tmp_path, capsys):
     command = [sys.executable, "-m", "pipeline", "energy", "model=llama3-8b", "energy.tokens=512"]

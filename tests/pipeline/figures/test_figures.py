@@ -203,6 +203,7 @@ def test_files_have_the_width_of_a_page_and_embedded_fonts(tmp_path):
         assert b"/Type3" not in pdf and b"CreationDate" not in pdf
 
 
+@pytest.mark.slow
 def test_the_same_frame_gives_the_same_bytes_in_another_process(tmp_path):
     """Its sets have another order and its clock has gone on."""
     here, there = tmp_path / "here", tmp_path / "there"

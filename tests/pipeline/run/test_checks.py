@@ -31,7 +31,7 @@ def texts(tmp_path_factory, tiny_run: Tiny) -> Path:
     pair = {"sentence": "A _ is red.", "option1": "bag", "option2": "box", "answer": "2"}
     (folder / "winogrande.jsonl").write_text(json.dumps(pair) + "\n")
     (folder / "late.jsonl").write_text('{"text": "x"}\n{"body": "x"}\n')
-    for model_type, more in {"gpt2": {}, "mistral": {"sliding_window": 48}}.items():
+    for model_type, more in {"mamba": {}, "mistral": {"sliding_window": 48}}.items():
         AutoConfig.for_model(model_type, **more).save_pretrained(folder / model_type)
     for name, change in {
         "columns": {"sol2": None},
@@ -72,7 +72,7 @@ AT_ONCE = {
     "integers": (["coding=integer", "runtime.execution=stepped"], "integers have no spikes"),
     "bits": (["coding=integer", "timesteps=8", "evaluation.anytime=true"], "no steps in"),
     "anytime": (["coding=compander", "evaluation.anytime=true"], "no steps in"),
-    "family": (["model.path={texts}/gpt2"], "no role rules for model_type='gpt2'"),
+    "family": (["model.path={texts}/mamba"], "is a state-space layer"),
     "no such site": (
         ["sites.exclude=[lm_head:inn]"],
         "no site lm_head:inn; did you mean lm_head:in",

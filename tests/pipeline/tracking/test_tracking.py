@@ -235,6 +235,7 @@ def test_what_the_user_has_set_stands(spec, monkeypatch):
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
 
 
+@pytest.mark.slow
 def test_importing_does_not_load_mlflow():
     code = "import sys, pipeline.tracking.tracked; sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
