@@ -230,7 +230,7 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "perplexity": scored,
     "stepped": stepped,
     "others": others,
-    "prefill_8192": prefill(8192, ("<= 1.5", "<= 1.7"), 2),
+    "prefill_8192": prefill(8192, ("<= 1.5", "<= 1.7"), 1),
     "memory": memory,
 }
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from pipeline.results.columns import bounded_perplexity
 from pipeline.results.lookup import Row
 from pipeline.run import runner
