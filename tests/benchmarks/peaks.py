@@ -16,7 +16,7 @@ KINDS = ("dense", "spiking")
 
 
 def of(folder: Path) -> dict[str, float]:
-    """Largest resident size in GB during the saved model's pass over `ids.pt` [1, S], dense and spiking."""
+    """Largest resident size in GB during a pass of the saved model over `ids.pt` [1, S], of each kind."""
     sizes = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "tests.benchmarks.peaks", str(folder), kind]
