@@ -36,8 +36,20 @@ def compiled() -> bool:
     return _Compiler.enabled and _Compiler.failure is None
 
 
-def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `kernel` for all shapes; it runs eagerly once the compiler has failed at it."""
+# Inductor stores what many operations read, booleans among them, which a vector kernel writes slowly: the
+# code of a neuron is a third of the time where nothing is stored on the way.
+ONE_PASS = {
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "realize_opcount_threshold": 10000,
+}
+
+
+def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., Any]:
+    """Compile `kernel` for all shapes; it runs eagerly once the compiler has failed at it.
+
+    `one_pass`: nothing is stored between input and output, also what is then computed twice.
+    """
     # Compilations are counted per code object, and all codings share the code of one closure; a
     # copy of it keeps one coding from using up the count of the others.
     copy = types.FunctionType(
@@ -47,12 +59,13 @@ def fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
         None  # with the first call: the compiler's import takes seconds
     )
     broken = False
+    options: Any = ONE_PASS if one_pass else None
 
     def call(*args: Any) -> Any:
         nonlocal broken, fast
         if broken or not _Compiler.enabled:
             return kernel(*args)
-        fast = fast or torch.compile(copy, dynamic=True)
+        fast = fast or torch.compile(copy, dynamic=True, options=options)
         try:
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:

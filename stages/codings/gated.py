@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.atoms import Atoms
 from stages.codings.base import (
     MAX_TIMESTEPS,
+    Coding,
     Sensitive,
     check_prices,
     check_timesteps,
@@ -231,6 +232,11 @@ class Gated(Sensitive):
         costs = cost(scales, self._bank(scales, steps))
         pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
         return scales.gather(1, pick).squeeze(1)
+
+    def at_site(self, p: Params) -> tuple[Coding, Params]:
+        """The steps of every neuron are parameters here: a compiled kernel reads them in half the time
+        that it takes with constants, which it does not combine."""
+        return self, {"steps": torch.full_like(p["scale"], 2.0**self.timesteps), **p}
 
     def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
         return ranges.encode(x, p, self.timesteps, self.longest, self.signed, self.digit_bits)

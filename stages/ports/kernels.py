@@ -71,7 +71,7 @@ def row_kernel(coding: Coding, counted: bool) -> RowKernel:
 
     if coding.tokenwise and not coding.rowwise:  # its layout is part of the code
         return lambda x, p: kernel(x, None, None, p)
-    fast = fused(kernel)
+    fast = fused(kernel, one_pass=True)
 
     def call(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         scale, mean = unit(x, p), centre(x, p)
@@ -130,7 +130,7 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
         scores.copy_(value)
         return seen
 
-    fast = fused(kernel)
+    fast = fused(kernel, one_pass=True)
 
     def call(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         small = scores.numel() < EAGER_BELOW or scores.shape[2] == 1
