@@ -12,14 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import stages
 from stages.capture import Capture
@@ -199,7 +194,9 @@ def test_accelerate_places_it(saved, tokens: Draws) -> None:
 
 @pytest.fixture
 def spiking_llama(
-    tiny_llama: LlamaForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_llama: LlamaForCausalLM,
+    byte_tokenizer: transformers.PreTrainedTokenizerFast,
+    tmp_path: Path,
 ) -> Path:
     """A saved model of bytes, with its tokenizer."""
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -212,7 +209,7 @@ def spiking_llama(
 
 
 def test_text_generation_and_padded_batches(spiking_llama: Path) -> None:
-    generate = pipeline("text-generation", model=str(spiking_llama))
+    generate = transformers.pipeline("text-generation", model=str(spiking_llama))
     options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
     prompts = ["a spike", "of the longest neuron"]
     alone = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
