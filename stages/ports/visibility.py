@@ -52,11 +52,11 @@ class Visibility:
     fresh: Tensor | None
     reach: tuple[int, ...]
     causal: bool
-    _kept: dict[tuple[int, int], View] = field(default_factory=dict)
+    _kept: dict[tuple[int, ...], View] = field(default_factory=dict)
 
     def block(self, rows: slice, queries: slice, keys: int) -> View:
         """Return a block of the view; small ones are the same for every layer."""
-        place = rows.start, queries.start
+        place = rows.start, rows.stop, queries.start, queries.stop, keys
         if place in self._kept:
             return self._kept[place]
         view = self.view.block(rows, queries, keys)

@@ -8,7 +8,7 @@ from stages.codings.gated import Gated
 from stages.codings.las import Las
 from stages.errors import InputError
 from stages.model.sites import find_sites
-from stages.ports import attention
+from stages.ports import attention, visibility
 from stages.ports.hooks import attached
 from stages.ports.patched import patched
 
@@ -203,3 +203,14 @@ def test_the_causality_check_fails_for_a_model_that_reads_nothing(model, tokens)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert not causal(model, tokens(1, 4))
+
+
+def test_blocks_of_other_sizes_are_not_taken_for_each_other():
+    """As where one layer asks for whole blocks and another for parts of the same mask."""
+    mask = torch.ones(3, 1, 20, 20).tril().bool()
+    seen = visibility._visibility(mask, None)
+    for rows in (slice(0, 1), slice(0, 3)):
+        for queries in (slice(0, 8), slice(0, 16)):
+            view = seen.block(rows, queries, queries.stop)
+            assert torch.equal(view.mask, mask[rows, :, queries, : queries.stop])
+            assert seen.block(rows, queries, queries.stop) is view
