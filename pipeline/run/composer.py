@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -59,7 +58,7 @@ class FilesOnce:
     A composition changes what it is given, and gets a copy.
     """
 
-    repository: IConfigRepository
+    repository: Any  # Hydra's, whose class is not public
     parsed: dict[str, ConfigResult | None] = field(default_factory=dict)
 
     def load_config(self, config_path: str) -> ConfigResult | None:
@@ -78,7 +77,7 @@ class FilesOnce:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.repository, name)
 
-    def __reduce__(self) -> tuple[type, tuple[IConfigRepository]]:
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
         return type(self), (self.repository,)
 
 

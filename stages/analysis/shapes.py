@@ -10,7 +10,7 @@ from stages.model.sites import Site, fused, key_heads, matrix
 
 
 class Chunk(int):
-    """A window that begins anew at every multiple of its length (Llama 4)."""
+    """The length of chunks, where a query sees the keys of its own chunk alone (Llama 4)."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stages.errors import InputError, nearest
 from stages.fitted import Conversion
-from stages.model.sites import Site, rows
+from stages.model.sites import Site, linear, rows
 from stages.ports.coded import Coded
 from stages.ports.patched import patched
 from stages.ports.planes import Planes
@@ -152,13 +152,11 @@ def consumer_of(
             f"site={name}: the model has no such site; {near or 'sites are ' + _some(known)}"
         )
     modules = dict(model.named_modules())
-    readers = [
-        c for c in known[name].consumers if type(modules[c]).__name__ in ("Linear", "Conv1D")
-    ]
+    readers = [c for c in known[name].consumers if linear(modules[c])]
     if not readers or known[name].expert is not None:
-        linear = {n for n, site in known.items() if site.consumers and site.expert is None}
+        those = {n for n, site in known.items() if site.consumers and site.expert is None}
         raise InputError(
-            f"site={name} enters no linear layer of its own; give one that does, as {_some(linear)}"
+            f"site={name} enters no linear layer of its own; give one that does, as {_some(those)}"
         )
     for reader in readers:
         if chosen in ("", reader, reader.rpartition(".")[2]):

@@ -144,7 +144,17 @@ def rows(module: Any) -> Tensor:
     """Return the weight [outputs, inputs] of a linear module or router, itself or a view of it:
     transformers' Conv1D keeps (inputs, outputs)."""
     weight: Tensor = module.weight
-    return weight.t() if type(module).__name__ == "Conv1D" else weight
+    return weight.t() if _conv1d(module) else weight
+
+
+def linear(module: Any) -> bool:
+    """Return whether a module multiplies by one matrix, nn.Linear or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or _conv1d(module)
+
+
+def _conv1d(module: Any) -> bool:
+    """By name: importing transformers' class takes seconds."""
+    return type(module).__name__ == "Conv1D"
 
 
 def key_heads(attention: Any, heads: int) -> int:

@@ -64,10 +64,11 @@ def lookups(coding: Quantiser, sites: Sequence[Params]) -> list[Lookup | None]:
     keys = _start(levels)
     for _ in range(ROUNDS):
         tables = _tabulated(coding, p, keys)
-        wrong = _wrong(coding, p, tables, levels)
+        samples = _samples(tables, levels)
+        wrong = _wrong(coding, p, tables, samples)
         if not bool(wrong.any()):
             return list(tables)
-        keys = torch.cat([keys, torch.where(wrong, _samples(tables, levels), 0)], 1).sort(1)[0]
+        keys = torch.cat([keys, torch.where(wrong, samples, 0)], 1).sort(1)[0]
     faulty = wrong.any(1).tolist()
     return [None if bad else table for bad, table in zip(faulty, tables, strict=True)]
 
@@ -117,9 +118,9 @@ def _samples(tables: Sequence[Lookup], levels: Tensor) -> Tensor:
     return torch.cat([sizes, -sizes, edges, edges + 1], 1)
 
 
-def _wrong(coding: Quantiser, p: Params, tables: Sequence[Lookup], levels: Tensor) -> Tensor:
-    """Which samples [S, N] the tables code otherwise than the coding."""
-    x = _number(_samples(tables, levels))
+def _wrong(coding: Quantiser, p: Params, tables: Sequence[Lookup], samples: Tensor) -> Tensor:
+    """Which of the samples (keys [S, N]) the tables code otherwise than the coding."""
+    x = _number(samples)
     value, spikes = coding.quantise(x, p)
     rows = [table(row) for table, row in zip(tables, x, strict=True)]
     found = torch.stack([row[0] for row in rows])

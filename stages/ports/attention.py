@@ -1,7 +1,7 @@
 """Attention whose four operands pass through ports, by blocks of scores that stay in a cache.
 
-Registered both as attention and as mask function: with the first alone transformers builds no mask
-and the model silently stops being causal.
+Registered both as attention (`stages.ports.scores`) and as mask function: with the first alone
+transformers builds no mask and the model silently stops being causal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from stages.errors import InputError
@@ -247,5 +247,4 @@ def ported_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-AttentionInterface.register(NAME, ported_attention)
 AttentionMaskInterface.register(NAME, ported_mask)

@@ -55,13 +55,11 @@ class SpikingPort:
         coding, own = coding.at_site(params)
         self.params = dict(own)
         self.counter = counter
-        self._rows = row_kernel(coding, counter is not None and coding.neuron)
-        self._softmax = softmax_kernel(coding, counter is not None and coding.neuron)
         self._neuron = coding.neuron
+        counted = counter is not None and coding.neuron
+        self._rows, self._softmax = row_kernel(coding, counted), softmax_kernel(coding, counted)
         self.keeps = not coding.tokenwise and counter is None
-        self._short = ShortKernel(
-            coding, own, counter is not None and coding.neuron, tables or Tables()
-        )
+        self._short = ShortKernel(coding, own, counted, tables or Tables())
         self._codes_softmax = not coding.replaces_softmax
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:

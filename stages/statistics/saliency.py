@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import InputError
 from stages.fits.statistics import Saliency
-from stages.model.sites import Site, find_sites, rows
+from stages.model.sites import Site, find_sites, linear, rows
 from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import See, Watch, padded
@@ -28,8 +27,7 @@ def saliency(
     Raises InputError where other modules than linear ones multiply a site.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    linear = {name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
-    odd = [site.name for site in sites if not linear.issuperset(site.consumers)]
+    odd = [s.name for s in sites if not all(linear(modules[name]) for name in s.consumers)]
     if odd:
         raise InputError(
             f"saliency is defined on linear modules, not on what multiplies {odd[0]}: use "
@@ -88,8 +86,8 @@ class _Linear:
     def see(self, x: Tensor) -> None:
         for window in x.float():  # one at a time: a vocabulary of outputs is wide
             back = torch.zeros_like(window)
-            for linear in self._linears:
-                w = rows(linear).float()
+            for module in self._linears:
+                w = rows(module).float()
                 back += (window @ w.T) @ w
             self.score.add((window * back).mean(0))
 

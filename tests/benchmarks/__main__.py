@@ -12,8 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from safetensors.torch import save_file
 from torch import Tensor
 
 import stages
@@ -54,7 +54,6 @@ class Bench:
     def __init__(self, overrides: list[str]) -> None:
         settings = configured(["coding=gated", "coding.timesteps=6", "coding.grains=2", *overrides])
         run = runner.start(settings)
-        self.folder = Path(run.store.root)
         self.settings = settings
         self.model, _ = run.model.load()
         text = run.chain.tokens[settings.calibration.corpus, "calibration"]
@@ -135,7 +134,7 @@ def memory(bench: Bench) -> None:
     bind(bench.model, bench.conversion)
     stages.save(bench.model, folder)
     restore(bench.model)
-    torch.save(bench.text(8192), folder / "ids.pt")
+    save_file({"ids": bench.text(8192)}, folder / peaks.TEXT)
     sizes = peaks.of(folder)
     bench.show("memory_8192_GB", sizes["spiking"])
     bench.show("memory_8192_over_sdpa", sizes["spiking"] / sizes["dense"], "goal <= 1.2")
@@ -201,8 +200,7 @@ def stepped(bench: Bench) -> None:
 def others(bench: Bench) -> None:
     ids = bench.text(2048)
     for name in OTHERS:
-        with brief(name) as coding:
-            conversion = bench.fitted(coding, 2)
+        conversion = bench.fitted(brief(name), 2)
         bench.ratio(
             f"prefill_2048_{name}_over_sdpa",
             lambda: bench.prefill(ids),
@@ -212,15 +210,14 @@ def others(bench: Bench) -> None:
         )
 
 
-@contextmanager
-def brief(name: str) -> Iterator[Coding]:
+def brief(name: str) -> Coding:
     """A coding whose sensitivity is measured on one window: what is timed does not ask for more."""
     grains = ["coding.grains=2"] if name == "multigrain" else []
     coding: Any = configured([f"coding={name}", *grains]).coding
     sensitivity = getattr(coding, "sensitivity", None)
     if sensitivity is not None:
         coding = replace(coding, sensitivity=replace(sensitivity, windows=1))
-    yield coding
+    return coding  # type: ignore[no-any-return]
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {

@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import stages
 from pipeline.run.memory import keep_freed_memory
 
 KINDS = ("dense", "spiking")
+TEXT = "ids.safetensors"  # ids [1, S]
 
 
 def of(folder: Path) -> dict[str, float]:
-    """Largest resident size in GB during a pass of the saved model over `ids.pt` [1, S], of each kind."""
+    """Largest resident size in GB during a pass of the saved model over `TEXT` [1, S], of each kind."""
     sizes = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "tests.benchmarks.peaks", str(folder), kind]
@@ -31,7 +33,7 @@ def main() -> None:
     model = stages.load(folder)
     if kind == "dense":
         stages.restore(model)
-    ids = torch.load(folder / "ids.pt")
+    ids = load_file(folder / TEXT)["ids"]
     Path("/proc/self/clear_refs").write_text("5")  # loading is over: the peak begins anew
     with torch.inference_mode():
         model(ids, use_cache=False, logits_to_keep=1)
