@@ -4,9 +4,7 @@ pass a window."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from stages.fits.sensitivity import CentredSensitivity
 from stages.fits.statistics import CENTRED
@@ -14,6 +12,10 @@ from stages.model.sites import Site
 from stages.statistics import measure
 from stages.statistics.channel_scale import channel_means
 from stages.statistics.sensitivity import by_magnitude
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 @measure.register

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.model.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE = 4  # tokens of the passes that look at a model
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of logits, relative; few bits round more

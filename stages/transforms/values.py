@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.model.sites import Site, find_sites, rows
-from stages.ports.hooks import attached
 from stages.ports.port import DensePort
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DIGIT = 128  # numbers below are exact in every type that a model may have
 
@@ -43,6 +44,7 @@ def _digits(
     model: PreTrainedModel, readers: Sequence[str], firsts: Sequence[int], port: Site, unit: int
 ) -> Tensor:
     """What reaches attention as values [G, D] where every output gives one digit of its number."""
+    from stages.ports.hooks import attached  # and with it transformers, which a plan does not need
 
     def numbered(first: int) -> Callable[..., Tensor]:
         def hook(_: Any, args: Any, y: Tensor) -> Tensor:
