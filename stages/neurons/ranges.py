@@ -33,7 +33,7 @@ RADIX = "radix"  # the parameter that holds the bits of a digit, [*S]
 
 @dataclass(frozen=True)
 class RangeSpikes(Spikes):
-    """A spike train, train [T, *X] int8 in {-1, 0, 1}, and the spike for the floor, floor [*X] bool."""
+    """A spike train, train [T, *X] in {-1, 0, 1}, and the spike for the floor, floor [*X] bool."""
 
     floor: Tensor
 
@@ -135,7 +135,7 @@ def encode(
         else:
             spike = ((v >= 2.0**-t) & (steps * 2.0**-t >= 1)).to(v.dtype)
         v = v - spike * 2.0**-t
-        train.append(spike.to(torch.int8))
+        train.append(spike)
     return RangeSpikes(x.sign().to(torch.int8), grain, torch.stack(train), floor > 0)
 
 

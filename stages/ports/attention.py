@@ -21,8 +21,8 @@ from stages.ports.visibility import ForwardState, View, Visibility
 
 NAME = "ported"
 QUERY_BLOCK = 64
-# Rows of a block where a kernel's start costs more than its memory: on a GPU, and of spikes.
-WIDE = 4
+# Blocks at once where a kernel's start costs more than its memory: on a GPU, and of spikes on a CPU.
+WIDE, SPIKES = 4, 2
 BLOCK_SCORES = 3 << 18  # on a CPU: of two cores, whose caches hold about that many
 _PORTS = "attention_ports"
 
@@ -177,7 +177,8 @@ def _by_blocks(
     spikes: Tensor | None = None
     plain = _numbers(query, key, value)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    wide = query.device.type != "cpu" or not plain or ports.probs.whole
+    whole = query.device.type != "cpu" or ports.probs.whole
+    wide = WIDE if whole else 1 if plain else SPIKES
     for rows, some, block in _blocks(batch, groups, share, seen.reach, wide):
         keys = max(1, *seen.reach[block])
         view = seen.block(rows, block, keys)
@@ -205,16 +206,16 @@ def _by_blocks(
 
 
 def _blocks(
-    batch: int, groups: int, share: int, reach: Sequence[int], wide: bool
+    batch: int, groups: int, share: int, reach: Sequence[int], wide: int
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, groups of heads and queries of every block of scores; all rows and heads of more
-    queries where it is `wide`."""
-    size = QUERY_BLOCK * (WIDE if wide else 1)
+    """Rows of the batch, groups of heads and queries of every block of scores; all rows and heads of
+    `wide` times the queries where that is more than one."""
+    size = QUERY_BLOCK * wide
     for start in range(0, len(reach), size):
         block = slice(start, min(start + size, len(reach)))
         head = share * (block.stop - block.start) * max(1, *reach[block])
-        rows = batch if wide else max(1, min(batch, BLOCK_SCORES // (groups * head)))
-        some = groups if wide else max(1, min(groups, BLOCK_SCORES // head))
+        rows = batch if wide > 1 else max(1, min(batch, BLOCK_SCORES // (groups * head)))
+        some = groups if wide > 1 else max(1, min(groups, BLOCK_SCORES // head))
         for row in range(0, batch, rows):
             for group in range(0, groups, some):
                 yield (

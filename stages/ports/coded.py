@@ -1,20 +1,24 @@
 """Spike-coded tensors: a product with one adds up what its spikes select, step by step.
 
-A `Coded` tensor holds a decoded value and the planes it consists of. Laying it out lays out the planes;
-a product with it has a ternary operand at every step; anything else that would read its value is
-refused. So the code of the model runs as a spiking network without being rewritten.
+A `Coded` tensor has the shape and the type of a value, and the planes it consists of; as a number it is
+not a number. Laying it out lays out the planes; a product with it has a ternary operand at every step;
+anything else that would read its value is refused. So the code of the model runs as a spiking network
+without being rewritten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.errors import InputError
-from stages.ports.planes import Planes, Sum
+from stages.ports.events import Events, events, few
+from stages.ports.planes import Planes, Product, Sum
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,9 +30,21 @@ MADE = {"new_empty", "new_zeros", "zeros_like", "empty_like"}  # of its shape an
 
 
 class Coded(Tensor):
-    """Decoded values [*X] with their planes; made by `coded`."""
+    """Values [*X] that are there as planes alone; made by `coded`."""
 
     planes: Planes
+    found: dict[int, Events | Tensor]
+
+    def spikes(self, number: int, plane: Tensor) -> Events | Tensor:
+        """The spikes of the plane of that number, made once for all readers: one by one where they are
+        few, else rows [R, C] of what selects."""
+        if number not in self.found:
+            if few(plane, self.dtype):
+                self.found[number] = events(plane, self.planes.unit, self.dtype)
+            else:
+                rows = self.planes.selecting(plane, self.dtype)
+                self.found[number] = rows.reshape(-1, self.shape[-1])
+        return self.found[number]
 
     @classmethod
     def __torch_function__(
@@ -76,9 +92,11 @@ class _Joined(Coded):
 
 
 def coded(spikes: Planes, dtype: torch.dtype) -> Coded:
-    """Decode the values of planes in `dtype`."""
-    value = spikes.value().to(dtype).as_subclass(Coded)
-    value.planes = spikes
+    """Return values of `dtype` that consist of planes."""
+    plane = spikes.accumulators[0].plane[0]
+    nothing = torch.full((), torch.nan, dtype=dtype, device=plane.device)
+    value: Coded = nothing.expand(plane.shape).as_subclass(Coded)
+    value.planes, value.found = spikes, {}
     return value
 
 
@@ -92,12 +110,23 @@ def _laid_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     whole, rest = args[0], args[1:]
     value: Coded = func(whole, *rest, **kwargs).as_subclass(Coded)
     value.planes = whole.planes.map(lambda plane: func(plane, *rest, **kwargs))
+    value.found = {}
     return value
 
 
 def _linear(x: Coded, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows of the weight are added where there is a spike; the product with the means is a bias."""
-    total = _one(x, lambda plane: torch.matmul(plane, weight.t()))
+    rows: list[Tensor] = []  # of the transposed weight, once for all planes of few spikes
+
+    def select(number: int, plane: Tensor) -> Product:
+        spikes = x.spikes(number, plane)
+        if isinstance(spikes, Tensor):
+            return partial(_added, torch.matmul, spikes, weight.t())
+        if not rows:
+            rows.append(weight.t().contiguous())
+        return partial(_summed, spikes.selected(rows[0]))
+
+    total = _one(x, select).view(*x.shape[:-1], len(weight))
     if x.planes.centre is not None:
         total = total + torch.mv(weight, x.planes.centre.to(weight))
     return total if bias is None else total + bias
@@ -113,17 +142,36 @@ def _product(a: Tensor, b: Tensor, multiply: Multiply) -> Tensor:
     if isinstance(a, Coded) and isinstance(b, Coded):
         return _both(a, b, multiply)
     if isinstance(a, Coded):
-        return _one(a, lambda plane: multiply(plane, b))
+        own, p = a.dtype, a.planes
+        return _one(a, lambda _, plane: partial(_added, multiply, p.selecting(plane, own), b))
     assert isinstance(b, Coded)
-    return _one(b, lambda plane: multiply(a, plane))
+    own, p = b.dtype, b.planes
+    return _one(b, lambda _, plane: partial(_added, multiply, a, p.selecting(plane, own)))
 
 
-def _one(x: Coded, select: Callable[[Tensor], Tensor]) -> Tensor:
+def _added(
+    multiply: Multiply, left: Tensor, right: Tensor, total: Tensor | None, factor: float
+) -> Tensor:
+    """The product in float32, plus `factor` times a total, in its place where one call does both."""
+    fits = multiply is torch.matmul and left.dtype == torch.float32 and not torch.is_grad_enabled()
+    if total is not None and fits and left.dim() == right.dim() in (2, 3):
+        add = torch.addmm if left.dim() == 2 else torch.baddbmm
+        return add(total, left, right, beta=factor, out=total)
+    return _summed(multiply(left, right).float(), total, factor)
+
+
+def _summed(product: Tensor, total: Tensor | None, factor: float) -> Tensor:
+    return product if total is None else torch.add(product, total, alpha=factor)
+
+
+def _one(x: Coded, select: Callable[[int, Tensor], Product]) -> Tensor:
+    """The product of the values of x with what the spikes of every plane, in their order, `select`."""
     total: Tensor | float = 0.0
+    numbers = itertools.count()
     for accumulator in x.planes.accumulators:
         products = Sum.of(accumulator)
         for plane, weight, _ in accumulator.spikes:
-            products.add(select(x.planes.selecting(plane, x.dtype)).float(), weight)
+            products.add(select(next(numbers), plane), weight)
         total = products.value() + total
     assert isinstance(total, Tensor)
     return _scaled(total, x).to(x.dtype)
@@ -137,18 +185,23 @@ def _both(a: Coded, b: Coded, multiply: Multiply) -> Tensor:
     operands = (a.planes, b.planes)
     sums = [[Sum.of(each) for each in operand.accumulators] for operand in operands]
     for step in range(max(operand.steps for operand in operands)):
-        b.planes.arrive(traces[1], step)
-        for index, operand in enumerate(operands):
+        fired = [list(operand.at(step)) for operand in operands]
+        _arrive(traces[1], fired[1])
+        for index, total in enumerate(sums):
             trace = traces[1 - index].to(dtype)
-            for accumulator, total in zip(operand.accumulators, sums[index], strict=True):
-                for plane, weight, at in accumulator.spikes:
-                    if at == step:
-                        spikes = operand.selecting(plane, dtype)
-                        pair = (trace, spikes) if index else (spikes, trace)
-                        total.add(multiply(*pair).float(), weight)
-        a.planes.arrive(traces[0], step)
+            for number, spikes, weight in fired[index]:
+                chosen = spikes.to(dtype)
+                pair = (trace, chosen) if index else (chosen, trace)
+                total[number].add(partial(_added, multiply, *pair), weight)
+        _arrive(traces[0], fired[0])
     values = [total.value() for row in sums for total in row]
     return _scaled(torch.stack(values).sum(0), a).to(dtype)
+
+
+def _arrive(trace: Tensor, fired: Iterable[tuple[int, Tensor, float]]) -> None:
+    """Add what the spikes of a step are worth."""
+    for _, spikes, weight in fired:
+        trace.add_(spikes, alpha=weight)
 
 
 def _scaled(total: Tensor, x: Coded) -> Tensor:

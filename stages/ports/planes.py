@@ -13,7 +13,8 @@ from stages.errors import InputError
 from stages.neurons.channels import centre, unit
 from stages.neurons.ranges import Bank, DigitSpikes, RangeSpikes
 from stages.neurons.slots import FreeWindow, SlotSpikes
-from stages.neurons.spikes import Counts, Params, Spikes, SpikeTime
+from stages.neurons.spikes import Counts, Params, SpikeTime
+from stages.ports.trains import Trains
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Accumulator:
         return zip(self.plane, self.weight, self.step, strict=True)
 
 
+# What spikes select, plus `factor` times a sum where there is one, in whose place it may be.
+Product = Callable[[Tensor | None, float], Tensor]
+
+
 class Sum:
     """What an accumulator adds up, with as few multiplications as its weights allow: one at the end
     where they halve from step to step or are the same, else one a step."""
@@ -87,13 +92,13 @@ class Sum:
         """The sum that an accumulator makes."""
         return RunningSum(accumulator) if accumulator.groups else cls(accumulator)
 
-    def add(self, product: Tensor, weight: float) -> None:
+    def add(self, product: Product, weight: float) -> None:
         """Add what the spikes of the next plane, of that weight, have selected."""
-        term = product * weight if self._shift is None else product
-        if self._total is None:
-            self._total = term
+        if self._shift is not None:
+            self._total = product(self._total, 2 if self._shift else 1)
         else:
-            self._total = (self._total + self._total if self._shift else self._total) + term
+            term = product(None, 0) * weight
+            self._total = term if self._total is None else self._total + term
 
     def value(self) -> Tensor:
         assert self._total is not None
@@ -111,8 +116,9 @@ class RunningSum:
         self._total: Tensor | None = None
         self._floor: tuple[Tensor, float] | None = None
 
-    def add(self, product: Tensor, weight: float) -> None:
+    def add(self, select: Product, weight: float) -> None:
         """Add what the spikes of the next slot have selected."""
+        product = select(None, 0)
         group, slot = next(self._slots)
         first = self._total is None
         if self._total is None:
@@ -186,7 +192,8 @@ class Planes:
         """Return the decoded values [*X] float32."""
         total = self.none()
         for step in range(self.steps):
-            self.arrive(total, step)
+            for _, spikes, weight in self.at(step):
+                total.add_(spikes, alpha=weight)
         total = total if self.row is None else total * self.row
         return total if self.centre is None else total + self.centre
 
@@ -195,12 +202,13 @@ class Planes:
         plane = self.accumulators[0].plane[0]
         return torch.zeros(plane.shape, device=plane.device)
 
-    def arrive(self, total: Tensor, step: int) -> None:
-        """Add what the spikes of one step are worth, without the scale of the rows."""
-        for each in self.accumulators:
-            for plane, weight, at in each.spikes:
-                if at == step:
-                    total.add_(self.selecting(plane, total.dtype), alpha=weight)
+    def at(self, step: int) -> Iterator[tuple[int, Tensor, float]]:
+        """The spikes of one step: number of their accumulator, what they select [*X] float32, and what
+        each is worth, without the scale of the rows."""
+        for number, each in enumerate(self.accumulators):
+            for plane, weight, when in each.spikes:
+                if when == step:
+                    yield number, self.selecting(plane, torch.float32), weight
 
 
 def check_ternary(coding: Coding) -> None:
@@ -225,16 +233,20 @@ def planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
 
 
 def _planes(coding: Coding, x: Tensor, p: Params) -> tuple[Planes, Tensor]:
+    trains = Trains.of(coding, x, p)
+    if trains is not None:
+        ranges = issubclass(trains.kind, RangeSpikes)
+        made = (
+            _ranges(trains, Bank.of(p, coding.timesteps)) if ranges else _trains(trains, coding, p)
+        )
+        return made, trains.count
     spikes = coding.encode(x, p)
     if isinstance(spikes, SlotSpikes):
         return _windows(spikes), spikes.count
     if isinstance(spikes, SpikeTime):
         return timed(spikes, coding.table(p)), spikes.count
-    if isinstance(spikes, DigitSpikes):
-        return _digits(spikes, Bank.of(p, coding.timesteps)), spikes.count
-    if isinstance(spikes, RangeSpikes):
-        return _ranges(spikes, Bank.of(p, coding.timesteps)), spikes.count
-    return _trains(spikes, coding.table(p)), spikes.count
+    assert isinstance(spikes, DigitSpikes)
+    return _digits(spikes, Bank.of(p, coding.timesteps)), spikes.count
 
 
 def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Planes:
@@ -251,17 +263,17 @@ def timed(spikes: SpikeTime, weight: Tensor, row: Tensor | None = None) -> Plane
     return Planes((accumulator,), None if row is None else row.expand(sign.shape).contiguous())
 
 
-def _ranges(spikes: RangeSpikes, bank: Bank) -> Planes:
+def _ranges(trains: Trains, bank: Bank) -> Planes:
     """One accumulator a neuron, and one for the spike of every floor above zero."""
     widths, floors, steps = (t.tolist() for t in (bank.width, bank.floor, bank.steps))
     accumulators = []
-    for grain, (width, floor, count) in enumerate(zip(widths, floors, steps, strict=True)):
-        sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
-        weights = [width * 2.0**-t for t in range(1, len(spikes.train) + 1) if 2**t <= count]
+    for planes, width, floor, count in zip(trains.planes, widths, floors, steps, strict=True):
+        *train, ends = planes
+        weights = [width * 2.0**-t for t in range(1, len(train) + 1) if 2**t <= count]
         if weights:
-            accumulators.append(_accumulator(sign, spikes.train[: len(weights)], weights))
+            accumulators.append(_accumulator(train, weights))
         if floor > 0:
-            accumulators.append(_accumulator(sign, spikes.floor[None], [floor]))
+            accumulators.append(_accumulator([ends], [floor]))
     return Planes(tuple(accumulators))
 
 
@@ -299,23 +311,20 @@ def _digits(spikes: DigitSpikes, bank: Bank) -> Planes:
     return Planes(tuple(accumulators))
 
 
-def _trains(spikes: Spikes, table: Tensor) -> Planes:
+def _trains(trains: Trains, coding: Coding, p: Params) -> Planes:
     """One accumulator a neuron; what a spike is worth is read where the table codes it alone."""
-    steps = len(spikes.train)
-    if isinstance(spikes, Counts):
-        sign = spikes.sign.to(torch.int8)
-        return Planes((_accumulator(sign, spikes.train, [float(table[1])] * steps),))
-    grains = len(table) >> steps
+    table, steps = coding.table(p), len(trains.planes[0])
+    if issubclass(trains.kind, Counts):
+        return Planes((_accumulator(trains.planes[0], [float(table[1])] * steps),))
     places = [1 << shift for shift in range(steps - 1, -1, -1)]
     accumulators = []
-    for grain in range(grains):
-        sign = spikes.sign.to(torch.int8) * (spikes.grain == grain)
-        weight = table[[(grain << steps) + place for place in places]]
-        accumulators.append(_accumulator(sign, spikes.train, weight.tolist()))
+    for neuron, planes in enumerate(trains.planes):
+        weight = table[[(neuron << steps) + place for place in places]]
+        accumulators.append(_accumulator(planes, weight.tolist()))
     return Planes(tuple(accumulators))
 
 
-def _accumulator(sign: Tensor, train: Tensor, weight: Sequence[float]) -> Accumulator:
-    """train [T, *X], of which the neuron takes the spikes where its `sign` [*X] is set."""
-    plane = tuple(sign * spikes.to(torch.int8) for spikes in train)
-    return Accumulator(plane, tuple(weight), tuple(range(len(plane))))
+def _accumulator(planes: Sequence[Tensor], weights: Sequence[float]) -> Accumulator:
+    """That of the first planes of one neuron, a weight each."""
+    steps = tuple(range(len(weights)))
+    return Accumulator(tuple(planes[: len(weights)]), tuple(weights), steps)

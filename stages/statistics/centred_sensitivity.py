@@ -4,7 +4,9 @@ pass a window."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.fits.sensitivity import CentredSensitivity
 from stages.fits.statistics import CENTRED
@@ -12,10 +14,6 @@ from stages.model.sites import Site
 from stages.statistics import measure
 from stages.statistics.channel_scale import channel_means
 from stages.statistics.sensitivity import by_magnitude
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @measure.register

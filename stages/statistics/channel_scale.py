@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.atoms import Atoms, merge
 from stages.fits.statistics import ChannelMean, ChannelScale
@@ -19,9 +19,6 @@ from stages.ports.hooks import stream
 from stages.sketch import CHUNK, Grid
 from stages.statistics import measure
 from stages.statistics.watch import Watch, padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GRID = Grid(7)
 ATOMS = 1024

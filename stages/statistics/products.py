@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.analysis.operations import PRODUCTS, operations, pairs_met
 from stages.fits.statistics import Products
 from stages.model.sites import Site, find_sites
 from stages.statistics import measure
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @measure.register

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.fits.statistics import RunningMaximum
 from stages.model.experts import refuse_experts
@@ -14,9 +14,6 @@ from stages.model.sites import Site
 from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import Watch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @measure.register

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.fits.statistics import Saliency
@@ -15,9 +16,6 @@ from stages.model.sites import Site, find_sites, linear, rows
 from stages.ports.hooks import stream
 from stages.statistics import measure
 from stages.statistics.watch import See, Watch, padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @measure.register

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.fits.sensitivity import CELLS, Sensitivity, cell
@@ -20,9 +20,6 @@ from stages.ports.hooks import attached
 from stages.ports.port import DensePort
 from stages.ports.visibility import View
 from stages.statistics import measure
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @measure.register

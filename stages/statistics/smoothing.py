@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
 from stages.codings.gif import Gif
@@ -24,9 +25,6 @@ from stages.ports.port import DensePort
 from stages.statistics import measure
 from stages.statistics.saliency import saliency
 from stages.statistics.watch import Watch, padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SMOOTHED = ("attn.in", "attn.out", "mlp.in")  # scales of a range and of the weights it meets
 SMALLEST = 1e-5

@@ -110,7 +110,7 @@ def planes_of_neurons() -> Iterator[list[tuple[Tensor, Tensor, Params]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stepped, "planes", seen)
         patch.setattr(attention, "QUERY_BLOCK", 1)
-        patch.setattr(attention, "WIDE", 1)
+        patch.setattr(attention, "SPIKES", 1)
         yield coded
 
 

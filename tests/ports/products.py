@@ -58,6 +58,13 @@ class Products(TorchDispatchMode):
             elif ternary(right):
                 self.additions[label] += float(right.abs().sum()) * left.shape[-2]
             self._products[id(found)] = (found, label)  # kept alive, so that the id stays its own
+            if name in ("addmm", "baddbmm") and id(args[0]) in self._products:  # a sum of products
+                self._sums.add(id(found))
+        elif name.startswith("_embedding_bag"):  # rows of a weight, added up where there are spikes
+            weight, sign, label = args[0], args[6], (where, len(args[0]))
+            self.seen.append((where, name, ternary(sign)))
+            self.additions[label] += float(sign.abs().sum()) * weight.shape[-1]
+            self._products[id(found[0])] = (found[0], label)
         elif known := self._products.get(id(args[0]) if args else 0):
             # A product, laid out or added to another one, is multiplied by one number.
             if name == "mul" and not isinstance(args[1], Tensor):

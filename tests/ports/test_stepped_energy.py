@@ -64,7 +64,7 @@ def test_spikes_and_scalings_are_those_of_the_causal_energy(
 ) -> None:
     # A block of one query reads the keys that it may see and no others.
     monkeypatch.setattr(attention, "QUERY_BLOCK", 1)
-    monkeypatch.setattr(attention, "WIDE", 1)
+    monkeypatch.setattr(attention, "SPIKES", 1)
     conversion, sites = convert(model, coding), find_sites(model)
     if isinstance(coding, Multigrain):  # whose bases the fit may leave at 2, where weights halve
         conversion.neurons.fit.params["d"] *= torch.linspace(1, 1.1, coding.timesteps)
