@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
@@ -37,8 +36,9 @@ def sync(runs: Path, close: bool, overrides: tuple[str, ...]) -> int:
     python -m pipeline sync --close tracking.uri=http://HOST:5000
     """
     from pipeline.commands import sync
+    from pipeline.run.errors import exit_status
 
-    return sync.main(partial(sync.log_missing, runs, close), overrides)
+    return exit_status(lambda: sync.log_missing(runs, close, overrides), refused=2)
 
 
 @click.command()
@@ -52,5 +52,6 @@ def relocate(overrides: tuple[str, ...]) -> int:
     python -m pipeline relocate
     """
     from pipeline.commands import sync
+    from pipeline.run.errors import exit_status
 
-    return sync.main(sync.relocate_all, overrides)
+    return exit_status(lambda: sync.relocate_all(overrides), refused=2)

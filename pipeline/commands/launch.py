@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
-        _interrupted(_folder())
+        _ended(_folder(), "KILLED")
         return 130
 
 
@@ -83,6 +83,7 @@ def _job(cfg: DictConfig) -> None:
     folder = folders.enter()
     from pipeline.run.devices import placed
     from pipeline.tables import tables
+    from pipeline.tracking import tracked
 
     try:
         settings = options.settings(cfg)
@@ -98,15 +99,7 @@ def _job(cfg: DictConfig) -> None:
         failures.record(line, HydraConfig.get().mode == RunMode.MULTIRUN)
         folder.fail(_overrides(), line)
         failures.release(error)
-        _log_failure(folder)
-
-
-def _log_failure(folder: RunFolder) -> None:
-    """Log a job that has failed, where that is not of its tracking itself."""
-    from pipeline.tracking import tracked
-
-    if (spec := tracked.known_spec(folder)) is not None:
-        tracked.log_job(spec, folder, lambda job: ())
+        tracked.log_job(folder, lambda job: ())
 
 
 def _run(settings: Settings, folder: RunFolder) -> None:
@@ -123,7 +116,7 @@ def _run(settings: Settings, folder: RunFolder) -> None:
     result["run"] = _provenance(folder.path) | {"device": run.store.runtime["device"]}
     result["run"] |= {"started": started, "ended": time.time()}
     folder.leave(result, sites, energy_tables(run.measured), neurobench.read(run.measured))
-    tracked.log_job(settings.tracking, folder, sweep.job_figures)
+    tracked.log_job(folder, sweep.job_figures)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -151,7 +144,6 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
     from pipeline.commands import sweep
     from pipeline.results import naming
     from pipeline.tables import tables
-    from pipeline.tracking import tracked
 
     failed = [*folder.failures, *stopped]
     finished = folder.finished
@@ -170,9 +162,9 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
         except Exception as error:  # the table stands; what a figure lacks is a failed job
             log.exception("figures")
             failed.append({"overrides": ["figures"], "error": f"{type(error).__name__}: {error}"})
-        tracked.end_sweep(folder, "FAILED" if failed else "FINISHED", files)
+        _ended(folder, "FAILED" if failed else "FINISHED", files)
     elif failed:
-        tracked.end_sweep(folder, "FAILED", [])
+        _ended(folder, "FAILED")
     for failure in failed:
         print(
             f"failed: {' '.join(shown(failure['overrides']))}: {failure['error']}", file=sys.stderr
@@ -180,8 +172,10 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
     return 1 if failed else 0
 
 
-def _interrupted(folder: RunFolder) -> None:
-    """Ends the sweep's parent run, whose finished jobs are logged; the table waits for the rest."""
+def _ended(folder: RunFolder, status: str, files: Sequence[Path] = ()) -> None:
+    """Ends a sweep's parent run, with its tables and figures; an interrupted one's wait for the rest."""
     from pipeline.tracking import tracked
 
-    tracked.end_sweep(folder, "KILLED", [])
+    if folder.swept:
+        folder.end(status)
+        tracked.log_sweep(folder, lambda sweep: files)

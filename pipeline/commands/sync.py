@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -18,72 +16,46 @@ from omegaconf import OmegaConf
 
 from pipeline.commands import sweep
 from pipeline.results.folders import ENDED, RunFolder
-from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.shipped import CONF
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from pipeline.tracking.relocation import relocate
 from stages.errors import InputError
 
-log = logging.getLogger(__name__)
-Changes = dict[str, Any]  # the fields of tracking that the command line changes for every run
 
-
-def main(work: Callable[[Changes], int], overrides: Sequence[str]) -> int:
-    """Work with the changes that overrides of `tracking` make; returns the status, 2 for bad input."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    known = [f"tracking.{field.name}=" for field in fields(TrackingSpec)]
-    try:
-        for override in overrides:
-            if not override.startswith(tuple(known)):
-                raise InputError(f"got {override}; choose among {', '.join(known)}")
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-        changes = given.get("tracking", {})
-        _default(changes)  # refuses a bad address before anything is read
-        return work(changes)
-    except REFUSED as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def _default(changes: Changes) -> TrackingSpec:
-    """Where runs are logged that no override sends elsewhere."""
-    given: Any = OmegaConf.load(CONF / "tracking/default.yaml")
-    return tracked.spec_of(given, changes)
-
-
-def _local(spec: TrackingSpec) -> bool:
-    return spec.database is not None and spec.database.exists()
-
-
-def relocate_all(changes: Changes) -> int:
+def relocate_all(overrides: Sequence[str]) -> None:
     """Point all experiments of this program at the artifacts beside their database, if there is one."""
-    if _local(spec := _default(changes)):
+    _, spec = _asked(overrides)
+    if spec.database is not None and spec.database.exists():
         client, folder = database.connect(spec).client, Path(spec.artifacts).name
         for experiment in client.search_experiments():
             if Path(experiment.artifact_location).name == folder:
                 relocate(spec, experiment)
-    return 0
 
 
-def log_missing(runs: Path, close: bool, changes: Changes) -> int:
+def log_missing(runs: Path, close: bool, overrides: Sequence[str]) -> int:
     """Log every run below a folder that has ended and is not logged yet.
 
     `close` also ends sweeps that were killed before their end, and runs whose process is gone. Returns
     1 if anything is still missing.
     """
+    changes, default = _asked(overrides)
     if not runs.is_dir():
         raise InputError(f"no runs at {runs}; give their folder with --runs")
     # nobody waits for the results, so the server may take its time
     changes = {"patience": math.inf} | changes
     done: Counter[str] = Counter()
-    specs = {spec for spec in [_default(changes)] if close and _local(spec)}
+    specs = {default} if default.database is not None and default.database.exists() else set()
     for folder in (RunFolder(path) for path in sorted(runs.iterdir()) if path.is_dir()):
-        outcomes = [_log_job(job, changes) for job in folder.ended]
-        done.update(outcome for outcome, _ in outcomes)
-        here = [spec for outcome, spec in outcomes if spec and outcome in ("logged", "known")]
-        specs.update(here)
-        if here and folder.swept and not _log_sweep(here[0], folder, close):
+        here = set()
+        for job in folder.ended:
+            outcome, spec = tracked.log_job(job, sweep.job_figures, changes)
+            done[outcome] += 1
+            here |= {spec} if spec else set()
+            if spec and outcome == "logged":
+                print(f"logged {job.path} to {spec.uri}")
+        specs |= here
+        if here and folder.swept and not _log_sweep(folder, close, changes):
             done["failed"] += 1
     print(
         f"{done['logged']} runs logged, {done['known']} were logged before, "
@@ -96,25 +68,26 @@ def log_missing(runs: Path, close: bool, changes: Changes) -> int:
     return 1 if done["failed"] else 0
 
 
-def _log_job(job: RunFolder, changes: Changes) -> tuple[str, TrackingSpec | None]:
-    try:
-        spec = tracked.spec_of(job.config.tracking, changes)
-    except (*REFUSED, OSError) as error:
-        log.warning("run %s not logged: %s", job.path, one_line(error))
-        return ("failed" if job.result else "off"), None
-    outcome = tracked.log_job(spec, job, sweep.job_figures)
-    if outcome == "logged":
-        print(f"logged {job.path} to {spec.uri}")
-    return outcome, spec
+def _asked(overrides: Sequence[str]) -> tuple[dict[str, Any], TrackingSpec]:
+    """The fields of tracking that overrides change, and where a run is logged that has no others.
+
+    Raises InputError for an override of something else, and for an address that cannot be.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    known = tuple(f"tracking.{field.name}=" for field in fields(TrackingSpec))
+    for override in overrides:
+        if not override.startswith(known):
+            raise InputError(f"got {override}; choose among {', '.join(known)}")
+    changes = dict(OmegaConf.from_dotlist(list(overrides)).get("tracking", {}))
+    return changes, tracked.spec_of(OmegaConf.load(CONF / "tracking/default.yaml"), changes)
 
 
-def _log_sweep(spec: TrackingSpec, folder: RunFolder, close: bool) -> bool:
+def _log_sweep(folder: RunFolder, close: bool, changes: tracked.Changes) -> bool:
     """Close the parent of a sweep that has ended; whether it is logged as far as it has ended."""
     if not folder.read(ENDED):
         if not close:
             print(f"{folder.path} has not ended; if it was killed, --close closes it")
             return True
-        folder.write(ENDED, {"status": "KILLED", "ended": time.time()})
+        folder.end("KILLED")
     with tempfile.TemporaryDirectory() as place:
-        draw = partial(sweep.redrawn, into=Path(place))
-        return tracked.log_sweep(spec, folder, draw) is not None
+        return tracked.log_sweep(folder, partial(sweep.redrawn, into=Path(place)), changes)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its fold
 RESULT, FAILED = "result.json", "failed.json"
 SITES, NEUROBENCH = "per_site.parquet", "neurobench.json"
 MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
-TRACKED, PARENT, ENDED = "tracked.json", "parent.json", "ended.json"
+ENDED = "ended.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 _started: list[Path] = []
 
@@ -63,6 +64,10 @@ class RunFolder:
     def fail(self, overrides: Sequence[str], line: str) -> None:
         """Write why a job has no result."""
         self.write(FAILED, {"overrides": list(overrides), "error": line})
+
+    def end(self, status: str) -> None:
+        """Write that a sweep has ended: FINISHED, FAILED or KILLED."""
+        self.write(ENDED, {"status": status, "ended": time.time()})
 
     def read(self, name: str) -> dict[str, Any]:
         """A json file of the folder; empty where there is none."""
@@ -207,7 +212,7 @@ class Started(Callback):
 def _start(folder: Path) -> None:
     """Remember a folder, in which no earlier sweep is left."""
     shutil.rmtree(folder / JOBS, ignore_errors=True)
-    for name in (MULTIRUN, PARENT, ENDED):
+    for name in (MULTIRUN, ENDED):
         (folder / name).unlink(missing_ok=True)
     _started[:] = [folder]
 

@@ -17,14 +17,13 @@ from stages.errors import InputError, nearest
 REFUSED = (HydraException, OmegaConfBaseException, InputError)  # what a user can mend
 
 
-def exit_status(command: Callable[[], object]) -> int:
-    """Run a command; its exit status, 1 where it is refused or a file cannot be used, in one line."""
+def exit_status(command: Callable[[], int | None], refused: int = 1) -> int:
+    """Run a command; its exit status, `refused` where it or a file cannot be used, in one line."""
     try:
-        command()
+        return command() or 0
     except (*REFUSED, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return refused
 
 
 def one_line(error: BaseException) -> str:

@@ -28,15 +28,12 @@ class TrackingSpec:
     patience: float = 20.0
 
     def __post_init__(self) -> None:
-        hint = "give sqlite:///FOLDER/mlflow.db or a server's address"
         scheme = urlsplit(self.uri).scheme.partition("+")[0]
-        if scheme not in SCHEMES:
+        if scheme not in SCHEMES or (scheme == "sqlite" and self.database is None):
             raise InputError(
-                f"tracking.uri={self.uri} is none of {', '.join(SCHEMES)}: folders are no longer "
-                f"supported by MLflow 3, {hint}"
+                f"tracking.uri={self.uri} names no file or server of {', '.join(SCHEMES)}: give "
+                "sqlite:///FOLDER/mlflow.db or a server's address"
             )
-        if scheme == "sqlite" and self.database is None:
-            raise InputError(f"tracking.uri={self.uri} names no file: {hint}")
 
     @property
     def database(self) -> Path | None:

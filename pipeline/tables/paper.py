@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     return status(lambda: _main(arguments))
 
 
-def status(command: Callable[[], object]) -> int:
+def status(command: Callable[[], int | None]) -> int:
     """Runs a command that the store makes good to interrupt; the exit status."""
     from pipeline.run import errors
 

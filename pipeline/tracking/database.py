@@ -38,7 +38,6 @@ LOCK_SECONDS = 120
 PROCESS = "process"  # tag: host and number of the process that opened a run
 COMPUTATION = "computation"  # tag: a hash of the artifacts, by which a repeated job is known
 LOGGED = "logged"  # tag, set last: a hash of what the run was logged from
-SYNC = "`python -m pipeline sync` logs what is missing"
 # what a user has set in the environment stands
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -97,7 +96,8 @@ class Database:
     def complete(self, run_id: str, entry: Entry, digest: str = "") -> str:
         """Log all of an entry into an open run and close it; then it is the only one of its identity.
 
-        What a failed attempt has left is deleted only now, so that no run is missing in between.
+        What a failed attempt has left is deleted only now, so that no run is missing in between. Of
+        the runs of one computation the first is its job, others took it from the store: repeats.
         """
         try:
             self._send(run_id, entry)
@@ -107,12 +107,16 @@ class Database:
                     self.client.set_terminated(run_id, "FAILED")
             raise
         self.client.set_terminated(run_id, entry.status, round(1000 * entry.ended))
-        others = [run for run in self.find(entry.identity) if run.info.run_id != run_id]
-        for other in others:
-            self.client.delete_run(other.info.run_id)
-        every = (entry.tags, *(other.data.tags for other in others))
-        for computation in {tags[COMPUTATION] for tags in every if COMPUTATION in tags}:
-            self._mark_repeats(computation)
+        runs = self.find(entry.identity)
+        for run in runs:
+            if run.info.run_id != run_id:
+                self.client.delete_run(run.info.run_id)
+        for computation in {run.data.tags.get(COMPUTATION) for run in runs} - {None}:
+            same = self.find({COMPUTATION: str(computation)}, "FINISHED")
+            for run in same:
+                kind = "job" if run is same[-1] else "repeat"
+                if run.data.tags["kind"] != kind:
+                    self.client.set_tag(run.info.run_id, "kind", kind)
         self.client.set_tag(run_id, LOGGED, digest)
         return run_id
 
@@ -121,12 +125,19 @@ class Database:
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        end = monotonic() + self.spec.patience
-        metrics, tags = measured(entry)
+        end, ended = monotonic() + self.spec.patience, round(1000 * entry.ended)
+        metrics: dict[str, float] = {}
+        tags = dict(entry.tags)
+        for name, value in leaves(entry.result, "/").items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                metrics[name] = float(value)
+            elif value not in (None, {}):
+                tags[f"nonfinite.{name}" if isinstance(value, float) else name] = str(value)
+        params = {name: str(value) for name, value in leaves(entry.params, "/").items()}
         self.client.log_batch(
             run_id,
-            [Metric(name, value, round(1000 * entry.ended), 0) for name, value in metrics.items()],
-            [Param(name, str(value)) for name, value in leaves(entry.params, "/").items()],
+            [Metric(name, value, ended, 0) for name, value in metrics.items()],
+            [Param(name, value) for name, value in params.items()],
             [RunTag(name, value) for name, value in tags.items()],
         )
         try:
@@ -140,34 +151,26 @@ class Database:
                 self.client.log_artifact(run_id, str(content), posixpath.dirname(name))
             else:
                 self.client.log_text(run_id, content, name)
-        shown = view.updates(self.experiment.tags, tags.get("model"), metrics)
-        for tag, state in shown.items():
+        for tag, state in view.updates(self.experiment.tags, tags.get("model"), metrics).items():
             self.client.set_experiment_tag(self.experiment.experiment_id, tag, state)
 
-    def _mark_repeats(self, computation: str) -> None:
-        """Make the first run of a computation its job, and those that took it from the store repeats."""
-        runs = self.find({COMPUTATION: computation}, "FINISHED")
-        runs.sort(key=lambda run: (run.info.start_time, run.info.run_id))
-        for place, run in enumerate(runs):
-            kind = "repeat" if place else "job"
-            if run.data.tags["kind"] != kind:
-                self.client.set_tag(run.info.run_id, "kind", kind)
-
     def close_orphans(self) -> int:
-        """Close as KILLED the runs whose process is gone; returns how many they were."""
-        orphans = [run for run in self.find({}, "RUNNING") if self._orphaned(run.data.tags)]
-        for run in orphans:
-            self.client.set_terminated(run.info.run_id, "KILLED")
-        return len(orphans)
+        """Close as KILLED the runs whose process is gone; returns how many they were.
 
-    def _orphaned(self, tags: Mapping[str, str]) -> bool:
-        """A run without a process counts in a local database only, one of another program never."""
-        if "sweep" not in tags:
-            return False
-        if PROCESS not in tags:
-            return self.spec.database is not None
-        host, process = tags[PROCESS].split()
-        return host == socket.gethostname() and not psutil.pid_exists(int(process))
+        A run without a process counts in a local database only, one of another program never.
+        """
+        closed = 0
+        for run in self.find({}, "RUNNING"):
+            if "sweep" not in run.data.tags:
+                continue
+            host, _, process = run.data.tags.get(PROCESS, "").partition(" ")
+            gone = self.spec.database is not None
+            if process:
+                gone = host == socket.gethostname() and not psutil.pid_exists(int(process))
+            if gone:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+                closed += 1
+        return closed
 
 
 def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T | None:
@@ -189,7 +192,8 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
         if unreachable(error):
             _lost.add(spec.uri)
             where += ", nor is what follows in this process"
-        log.warning("%s not logged%s: %s; %s", what, where, line, SYNC)
+        sync = "`python -m pipeline sync` logs what is missing"
+        log.warning("%s not logged%s: %s; %s", what, where, line, sync)
         log.debug("tracking failed", exc_info=True)
         return None
 
@@ -221,25 +225,10 @@ def connect(spec: TrackingSpec) -> Database:
         client = MlflowClient(tracking_uri=spec.uri)
         experiment = client.get_experiment_by_name(spec.experiment)
         if experiment is None:
+            place = None if spec.uri.startswith("http") else spec.artifacts
             with suppress(MlflowException):  # on a server another process may be first
-                place = None if spec.uri.startswith("http") else spec.artifacts
                 client.create_experiment(spec.experiment, place)
             experiment = client.get_experiment_by_name(spec.experiment)
-        if experiment is None:
-            raise ConnectionError(f"experiment {spec.experiment} cannot be created")
+        assert experiment is not None
         relocate(spec, experiment)
     return Database(spec, client, experiment)
-
-
-def measured(entry: Entry) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and tags of an entry."""
-    metrics: dict[str, float] = {}
-    tags = dict(entry.tags)
-    for name, value in leaves(entry.result, "/").items():
-        if not isinstance(value, int | float):
-            tags |= {} if value in (None, {}) else {name: str(value)}
-        elif math.isfinite(value):
-            metrics[name] = float(value)
-        else:
-            tags[f"nonfinite.{name}"] = str(value)
-    return metrics, tags

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pipeline.results import naming
 from pipeline.results.folders import ENDED, FAILED, MULTIRUN, RunFolder
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
 GROUPED = ("coding", "row", "transform", "model")  # tags by which the dashboard groups jobs
 NO_METRIC = ("run", "axes", "evaluation", "label", "environments", "bootstrap")  # of result.json
+METRICS = (".perplexity", ".nll")  # of an evaluation; the rest of it are tags
 ORIGINS = {PackageFile: "package", HubText: "hub"}
 NOTE = 7500  # characters of a description; MLflow cuts it at 8000
 DIGEST = 36  # characters of a data set's digest, MLflow's limit
+Values = Mapping[str, Any]
 
 
 def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
@@ -40,24 +42,19 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     if job.outcome.name == FAILED:
         return _failed_entry(job)
     result, run, evaluation = job.result, job.result["run"], job.result["evaluation"]
-    axes = result["axes"] | _read_axes(job)
-    computed = json.dumps([axes["model"], result["label"], result["keys"]], sort_keys=True)
-    measures = {
-        name: str(value)
-        for name, value in leaves(evaluation).items()
-        if not name.endswith((".perplexity", ".nll"))
-    }
+    axes, label, fields = _described(job)
+    computed = json.dumps([axes["model"], label, result["keys"]], sort_keys=True)
+    measures = {k: str(v) for k, v in leaves(evaluation).items() if not k.endswith(METRICS)}
     return Entry(
-        name=f"{axes['model']} {result['label']}",
+        name=f"{axes['model']} {label}",
         identity=identity(job),
         started=run["started"],
         ended=run["ended"],
         tags={COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
         | _tags(job, axes, run["overrides"])
         | measures
-        | _origin(run)
-        | _table("per_site.json"),
-        params=axes | _fields(job.config),
+        | _origin(run, "per_site.json"),
+        params=axes | fields,
         result={k: v for k, v in result.items() if k not in (*NO_METRIC, *axes)}
         | {f"nll_{corpus}": metrics["nll"] for corpus, metrics in evaluation.items()},
         inputs=_inputs(job),
@@ -71,7 +68,7 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
 
 
 def _failed_entry(job: RunFolder) -> Entry:
-    axes, label, params = _configured(job)
+    axes, label, fields = _described(job)
     config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
     return Entry(
         name=f"{axes['model']} {label}",
@@ -81,7 +78,7 @@ def _failed_entry(job: RunFolder) -> Entry:
         status="FAILED",
         tags=_tags(job, axes, job.failure["overrides"])
         | {"error": error, "mlflow.note.content": error},
-        params=axes | params,
+        params=axes | fields,
         artifacts={file.name: file for file in (config, *sorted(job.path.glob("*.log")))},
     )
 
@@ -101,33 +98,33 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
 
     All of it can be logged again, as params could not: a sweep may be closed before its end.
     """
-    end, jobs = folder.read(ENDED), folder.jobs
-    failed = {job.path.name: job.failure for job in jobs if job.failure}
+    end, experiment = folder.read(ENDED), folder.experiment
     results = sweep_results(folder.path) if folder.finished else {}
-    axes = [result["axes"] | _read_axes(job) for job, result in results.items()]
-    axes += [_configured(job)[0] for job in jobs if job.failure and job not in results]
+    failed = {job: job.failure for job in folder.jobs if job.failure}
+    axes = [_described(job)[0] for job in dict.fromkeys([*results, *failed])]
     tags = {
         key: ", ".join(dict.fromkeys(str(each[key]) for each in axes if key in each))
         for key in dict.fromkeys(key for each in axes for key in each)
     }
-    tags |= {"experiment": folder.experiment or "none"}
+    name = " ".join(filter(None, (experiment or "sweep", tags.get("model"), folder.path.name)))
+    tags |= {"experiment": experiment or "none"}
     artifacts: dict[str, str | Path] = {
         f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path
         for path in files
     }
     artifacts["multirun.yaml"] = folder.path / MULTIRUN
     if failed:
-        artifacts["failed.json"] = json.dumps(failed, indent=1)
+        reasons = {job.path.name: failure for job, failure in failed.items()}
+        artifacts["failed.json"] = json.dumps(reasons, indent=1)
     if results:
         frame = result_frame(distinct(results.values()))
         artifacts["table.json"] = frame.to_json(orient="split", index=False)
         table = [p.read_text() for p in files if p.name == f"{naming.run_name(folder)}.md"]
-        tags |= _origin(next(iter(results.values()))["run"]) | _table("table.json")
+        tags |= _origin(next(iter(results.values()))["run"], "table.json")
         tags |= {"mlflow.note.content": _cut("".join(table))}
-    names = (folder.experiment or "sweep", tags.get("model"), folder.path.name)
     return replace(
         opened_sweep(folder),
-        name=" ".join(filter(None, names)),
+        name=name,
         ended=end["ended"],
         status=end["status"],
         tags=tags,
@@ -141,93 +138,75 @@ def identity(job: RunFolder) -> dict[str, str]:
     return {"sweep": job.path.parent.name, "job": job.path.name}
 
 
-def _configured(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Axes, label and params of a job without a result, as far as its configuration can be read."""
-    config = job.config
+def _described(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Axes, label and other params of a job: every field of the groups that determine a result.
+
+    Of a job without a result as far as its configuration can be read.
+    """
+    result, config = job.result, job.config
+    axes = {key: job.choices[key] for key in ("model", "coding", "transform")}
     try:
-        settings: Any = instantiate(config)
-        return settings.axes | _read_axes(job), settings.name, _fields(config)
+        settings: Any = None if result else instantiate(config)
     except Exception:  # the configuration may be what the job has failed of
-        axes = {key: job.choices[key] for key in ("model", "coding", "transform")}
         with suppress(Exception):
             axes["model"] = instantiate(config.model).name
         for key in ("timesteps", "grains"):
             with suppress(Exception):
                 axes[key] = config.coding[key]
         return axes, str(config.row or axes["coding"]), {}
-
-
-def _read_axes(job: RunFolder) -> dict[str, Any]:
-    """Axes that the configuration of a job has beside those of its result."""
-    read = job.config.evaluation
-    names = {"evaluation": ", ".join(read.corpora), "tasks": ", ".join(read.tasks)}
-    return {"sites": job.choices["sites"]} | names
-
-
-def _fields(config: DictConfig) -> dict[str, Any]:
-    """Every field of the groups that determine a result, by group.field."""
+    axes, label = (result["axes"], result["label"]) if result else (settings.axes, settings.name)
+    read = {"evaluation": config.evaluation.corpora, "tasks": config.evaluation.tasks}
+    axes = axes | {"sites": job.choices["sites"]} | {k: ", ".join(v) for k, v in read.items()}
     whole: Any = OmegaConf.to_container(config, resolve=True)
     fields = leaves({group: whole[group] for group in GROUPS})
-    return {name: fields[name] for name in fields if "._" not in name}
+    return axes, label, {name: fields[name] for name in fields if "._" not in name}
 
 
-def _tags(job: RunFolder, axes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+def _tags(job: RunFolder, axes: Values, overrides: Sequence[str]) -> dict[str, str]:
     tags = {name: str(axes[name]) for name in GROUPED if name in axes}
     experiment = RunFolder(job.path.parent).experiment or "none"
     return tags | {"experiment": experiment, "overrides": " ".join(overrides)}
 
 
-def _table(name: str) -> dict[str, str]:
-    """The tag by which the dashboard shows a json file as a table."""
-    return {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])}
-
-
-def _origin(run: Mapping[str, Any]) -> dict[str, str]:
-    """Source revision, versions and machine; the dashboard has a column for the revision."""
+def _origin(run: Values, table: str) -> dict[str, str]:
+    """Source revision, versions and machine, and which json file the dashboard shows as a table."""
     origin = leaves({"git": run["git"], "version": run["versions"], "machine": run["machine"]})
     origin |= {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
-    origin |= {"mlflow.source.git.commit": run["git"]["revision"]}
+    origin |= {"mlflow.source.git.commit": run["git"]["revision"]}  # has a column
+    origin |= {"mlflow.loggedArtifacts": json.dumps([{"path": table, "type": "table"}])}
     return {name: str(value) for name, value in origin.items() if value is not None}
 
 
 def _inputs(job: RunFolder) -> list[DatasetInput]:
     """The texts and questions that a job has read, by the keys of their tokens."""
-    calibration, evaluation = job.config.calibration, job.config.evaluation
-    read = [(name, "evaluation", f"evaluation ppl_{name}") for name in evaluation.corpora]
+    config, inputs = job.config, []
+    read = [("evaluation", name, f"evaluation ppl_{name}") for name in config.evaluation.corpora]
     if "capture" in job.result["keys"]:
-        read.insert(0, (calibration.corpus, "calibration", "capture"))
-    inputs = []
-    for name, context, stage in read:
-        corpus: Any = entry("corpus", name, instantiate(job.config.corpus[name], _convert_="all"))
-        origin, spec = corpus.origin(context), job.config[context]
+        read.insert(0, ("calibration", config.calibration.corpus, "capture"))
+    for context, name, stage in read:
+        corpus: Any = entry("corpus", name, instantiate(config.corpus[name], _convert_="all"))
+        origin = corpus.origin(context)
         kind = ORIGINS.get(type(origin), "local")
         source = {"uri": str(origin)} if kind == "local" else asdict(origin)
-        shape = {"windows": spec.windows, "length": spec.length}
+        shape = {key: config[context][key] for key in ("windows", "length")}
         digest = manifest.read(job.artifact(stage))["inputs"]["tokens"]
         inputs.append(dataset(name, context, digest, kind, source, shape))
-    for name in evaluation.tasks:
-        task = {"task": name, "path": job.config.tasks[name].get("path")}
-        shape = {"items": evaluation["items"]}  # .items is the method
+    for name in config.evaluation.tasks:
+        task = {"task": name, "path": config.tasks[name].get("path")}
+        shape = {"items": config.evaluation["items"]}  # .items is the method
         digest = manifest.read(job.artifact(f"evaluation acc_{name}"))["inputs"]["data"]
         inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
     return inputs
 
 
 def dataset(
-    name: str,
-    context: str,
-    digest: str,
-    kind: str,
-    source: Mapping[str, Any],
-    profile: Mapping[str, Any],
+    name: str, context: str, digest: str, kind: str, source: Values, shape: Values
 ) -> DatasetInput:
     """A data set that a run has read: `context` says what for, `digest` which content."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    texts = json.dumps(dict(source)), None, json.dumps(dict(profile))
-    return DatasetInput(
-        Dataset(name, digest[:DIGEST], kind, *texts), [InputTag("mlflow.data.context", context)]
-    )
+    told = Dataset(name, digest[:DIGEST], kind, json.dumps(source), None, json.dumps(shape))
+    return DatasetInput(told, [InputTag("mlflow.data.context", context)])
 
 
 def _cut(text: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 
 from pipeline.results.folders import ENDED, RESULT, RunFolder
-from pipeline.run.errors import REFUSED
+from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from pipeline.tracking.database import LOGGED, Database, Entry
@@ -22,27 +22,24 @@ from stages.errors import InputError
 
 log = logging.getLogger(__name__)
 Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
+Changes = Mapping[str, Any]  # of fields of tracking
+UNCHANGED: Changes = MappingProxyType({})
 
 
-def spec_of(tracking: DictConfig, changes: Mapping[str, Any] | None = None) -> TrackingSpec:
+def spec_of(tracking: Any, changes: Changes) -> TrackingSpec:
     """Where runs are logged by a configuration's `tracking`, with some fields changed."""
-    given: Any = OmegaConf.to_container(tracking)
-    given.pop("_target_", None)  # an earlier version may have had the class elsewhere
-    return TrackingSpec(**(given | dict(changes or {})))
+    # an earlier version may have had the class elsewhere
+    given: dict[str, Any] = {name: tracking[name] for name in tracking if name != "_target_"}
+    return TrackingSpec(**(given | dict(changes)))
 
 
-def known_spec(job: RunFolder) -> TrackingSpec | None:
-    """Where a job is to be logged; None for one whose configuration is not there or says nothing."""
-    try:
-        return spec_of(job.config.tracking)
-    except (*REFUSED, OSError):
-        return None
-
-
-def log_job(spec: TrackingSpec, job: RunFolder, draw: Draw) -> str:
+def log_job(
+    job: RunFolder, draw: Draw, changes: Changes = UNCHANGED
+) -> tuple[str, TrackingSpec | None]:
     """Log a job that has ended, with the pictures that `draw` makes of one with a result.
 
-    Returns `logged`, `known` where it was logged before, `off` or `failed`.
+    Returns `logged` or `known`, as it was logged before, and where; else `off` or `failed`. `changes`
+    are fields of its `tracking`.
     """
     what = f"run {job.path.parent.name}/{job.path.name}"
 
@@ -51,42 +48,44 @@ def log_job(spec: TrackingSpec, job: RunFolder, draw: Draw) -> str:
         if db.find(identity(job) | {LOGGED: digest}):
             return "known"
         entry = made(lambda: job_entry(job, draw(job) if job.outcome.name == RESULT else ()))
-        parent = None if sweep is None else _parent(db, sweep)
-        db.complete(db.create(entry, parent), entry, digest)
+        db.complete(db.create(entry, _parent(db, sweep) if sweep else None), entry, digest)
         return "logged"
 
     try:
+        spec = spec_of(job.config.tracking, changes)
+        if not spec.enabled:
+            return "off", None
         with FileLock(job.path / ".tracked.lock", timeout=0):
-            return (database.attempt(spec, what, send) or "failed") if spec.enabled else "off"
+            done = database.attempt(spec, what, send)
+        return (done, spec) if done else ("failed", None)
     except Timeout:
         log.warning("%s is being logged by another process", what)
-        return "failed"
+        return "failed", None
+    except (*REFUSED, OSError) as error:  # of a configuration that cannot be read
+        log.warning("%s not logged: %s", what, one_line(error))
+        return "failed" if job.result else "off", None
 
 
-def end_sweep(folder: RunFolder, status: str, files: Sequence[Path]) -> None:
-    """Record that a sweep has ended and close its parent run with its tables and figures.
+def log_sweep(folder: RunFolder, draw: Draw, changes: Changes = UNCHANGED) -> bool:
+    """Complete and close the parent run of a sweep that has ended; whether that is done.
 
-    `status` is FINISHED, FAILED or KILLED, `files` are what was written of tables and figures.
+    `draw` makes its tables and figures. It is logged where the first of its jobs is that says where.
     """
-    spec = next((spec for job in folder.ended if (spec := known_spec(job)) is not None), None)
-    if spec is not None and folder.swept:
-        folder.write(ENDED, {"status": status, "ended": time.time()})
-        log_sweep(spec, folder, lambda sweep: files)
 
-
-def log_sweep(spec: TrackingSpec, folder: RunFolder, draw: Draw) -> str | None:
-    """The id of an ended sweep's parent run, complete and closed; None if that failed."""
-
-    def send(db: Database) -> str:
+    def send(db: Database) -> bool:
         digest = _digest(folder.path / ENDED, *(job.outcome for job in folder.ended))
         run_id = _parent(db, folder)
         if db.client.get_run(run_id).data.tags.get(LOGGED) != digest:
             entry = made(lambda: sweep_entry(folder, draw(folder)))
             db.client.update_run(run_id, name=entry.name)  # now its models are known
             db.complete(run_id, entry, digest)
-        return run_id
+        return True
 
-    return database.attempt(spec, f"sweep {folder.path.name}", send)
+    for job in folder.ended:
+        with suppress(*REFUSED, OSError):
+            spec = spec_of(job.config.tracking, changes)
+            return database.attempt(spec, f"sweep {folder.path.name}", send) or False
+    return False
 
 
 def made(make: Callable[[], Entry]) -> Entry:
@@ -102,7 +101,7 @@ def _parent(db: Database, sweep: RunFolder) -> str:
     with FileLock(sweep.path / "parent.lock", timeout=database.LOCK_SECONDS):
         entry = opened_sweep(sweep)
         runs = db.find(entry.identity)
-        return str(runs[-1].info.run_id) if runs else db.create(entry)
+        return runs[-1].info.run_id if runs else db.create(entry)
 
 
 def _digest(*files: Path) -> str:

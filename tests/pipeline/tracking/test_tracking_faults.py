@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from omegaconf import OmegaConf
 
+from pipeline.commands.cli import main
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from pipeline.tracking.database import Database
@@ -84,3 +86,31 @@ def test_an_address_mlflow_cannot_use_is_one_clear_line(uri):
 def test_a_sqlite_address_without_a_file_is_refused():
     with pytest.raises(InputError, match="names no file"):
         TrackingSpec("sqlite://", "test", "artifacts")
+
+
+def test_an_address_may_stand_in_the_environment(monkeypatch):
+    monkeypatch.setenv("DASHBOARD", "http://host:5000")
+    given = {"uri": "${oc.env:DASHBOARD}", "experiment": "${model}", "artifacts": "unused"}
+    config = OmegaConf.create({"model": "tiny", "tracking": given})
+    spec = tracked.spec_of(config.tracking, {"patience": 1.0})
+    assert spec == TrackingSpec("http://host:5000", "tiny", "unused", patience=1.0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "counted"),
+    [
+        ("result.json", 1, "1 could not be logged"),
+        ("failed.json", 0, "1 have tracking.enabled=false"),
+    ],
+)
+def test_a_job_whose_address_cannot_be_stops_no_sync(
+    outcome, status, counted, tmp_path, caplog, capsys
+):
+    """A result is missing in the database; a job may have failed of that address."""
+    (tmp_path / "run/.hydra").mkdir(parents=True)
+    (tmp_path / "run/.hydra/config.yaml").write_text(
+        "tracking: {uri: x, experiment: y, artifacts: z}"
+    )
+    (tmp_path / "run" / outcome).write_text('{"error": "none"}')
+    assert main(["sync", "--runs", str(tmp_path)]) == status
+    assert counted in capsys.readouterr().out and "tracking.uri=x names no file" in caplog.text

@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 from pipeline.commands.cli import main
 from pipeline.results.folders import RunFolder
 from pipeline.run import runner
-from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from tests.pipeline.conftest import REPOSITORY
 from tests.pipeline.tracking.servers import (
@@ -256,9 +255,9 @@ def test_a_result_that_has_changed_replaces_its_run(server, folder, sweep):
 
 def test_one_job_is_logged_by_one_process_at_a_time(sweep, caplog):
     job = sweep.runs / "0"
-    spec = TrackingSpec("http://127.0.0.1:1", "other", "unused")
+    nowhere = {"uri": "http://127.0.0.1:1"}
     with FileLock(job / ".tracked.lock"):
-        assert tracked.log_job(spec, RunFolder(job), lambda job: ()) == "failed"
+        assert tracked.log_job(RunFolder(job), lambda job: (), nowhere) == ("failed", None)
     assert "by another process" in caplog.text
 
 
