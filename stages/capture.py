@@ -90,8 +90,8 @@ class Capture:
         return [site for site in sites if site.expert is None or ports[site.name].reached]
 
 
-def _lowest_allowed(probs: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, probs, torch.inf).amin()
+def _lowest_allowed(probs: Tensor, bias: Tensor) -> Tensor:
+    return torch.where(bias == 0, probs, torch.inf).amin()
 
 
 _lowest = fused(_lowest_allowed)
@@ -132,7 +132,7 @@ class SketchPort:
         probs = dense_softmax(scores, scaling, view.bias)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
         masked = probs.numel() - view.seen.sum() * probs.shape[1]
-        self._add(probs, masked, _lowest(probs, view.mask))
+        self._add(probs, masked, _lowest(probs, view.bias))
         return probs, None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:

@@ -7,9 +7,12 @@ position r in [0, 1) inside the bin, to an eighth of it, from counts of finer bi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from stages.errors import InputError
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24
 CHUNK = 1 << 22
+ALONE = 1 << 18  # values that are counted as fast by one thread
 SUB_BITS = 3
 MOST_BITS = 13
 _MANTISSA = 23
@@ -99,16 +103,16 @@ class Accumulator:
         `lowest` is then the smallest of the other values."""
         x = x.float()
         if len(self.absmax):
-            absmax, square = _channels(x.reshape(-1, x.shape[-1]))
-            self.absmax = torch.maximum(self.absmax, absmax)
+            low, high, square = _channels(x.reshape(-1, x.shape[-1]))
+            self.absmax = torch.maximum(self.absmax, torch.maximum(high, -low))
             self.square += square
-        flat = x.reshape(-1)
-        low, high = flat.aminmax()
-        self.range[0] = torch.minimum(self.range[0], low if lowest is None else lowest)
-        self.range[1] = torch.maximum(self.range[1], high)
+        else:
+            low, high = x.aminmax()
+        self.range[0] = torch.minimum(self.range[0], low.amin() if lowest is None else lowest)
+        self.range[1] = torch.maximum(self.range[1], high.amax())
         count = self._dense()
-        for chunk in flat.split(CHUNK):
-            count += torch.bincount(_codes(self.fine, chunk), minlength=len(count))
+        for chunk in x.reshape(-1).split(CHUNK):
+            count += _counted(_codes(self.fine, chunk), len(count))
         count[0] -= surplus_zeros
         if self.filled is not None:
             self.filled = count.nonzero().squeeze(-1).int()
@@ -154,8 +158,22 @@ class Accumulator:
         return codes.int(), total, first, second
 
 
-def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows.abs().amax(0), rows.square().sum(0)
+def _counted(codes: Tensor, bins: int) -> Tensor:
+    """How often every bin is in codes [N]; on a CPU, where one call counts alone, a share a thread."""
+    threads = torch.get_num_threads()
+    if codes.device.type != "cpu" or threads == 1 or len(codes) < ALONE:
+        return torch.bincount(codes, minlength=bins)
+    parts = _pool(threads).map(partial(torch.bincount, minlength=bins), codes.chunk(threads))
+    return functools.reduce(Tensor.add_, parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.amin(0), rows.amax(0), rows.square().sum(0)
 
 
 _channels = fused(_channel_sums)

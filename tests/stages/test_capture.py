@@ -74,7 +74,7 @@ def sketched(sketches, name):
 
 
 def assert_same(found, expected):
-    """Equal but for the few values that another order of summation moves over a bin's edge."""
+    """Equal but for the few values that a rounding moves over a bin's edge."""
     assert found.total() == expected.total()
     moved = (found - expected).total()
     assert moved <= 0.002 * expected.total(), f"{moved} of {expected.total()} in other bins"
@@ -83,8 +83,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("bits", [3, 7])
 def test_every_histogram_is_that_of_the_eager_model(tiny, tokens, monkeypatch, kind, bits):
-    model, ids = tiny(kind), tokens(4, 12)
-    values = values_of(model, ids, monkeypatch)
+    model, ids = tiny(kind).double(), tokens(4, 12)  # float32 sums in another order on each processor
+    values = {name: x.float() for name, x in values_of(model, ids, monkeypatch).items()}
     sites = find_sites(model)
     sketches = Capture(bits).run(model, ids, sites, batch=3)
     assert sketches.sites == tuple(site.name for site in sites) and set(values) == {*sketches.sites}
