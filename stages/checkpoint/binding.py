@@ -28,6 +28,7 @@ from stages.transforms.prefix import attach_prefix
 from stages.transforms.transform import Fuse, Untouched
 
 _SAVE = "save_pretrained"
+_CASTS = ("half", "float")
 
 
 class Neurons(nn.Module):
@@ -136,6 +137,9 @@ def _attach(model: PreTrainedModel, conversion: Conversion) -> Attachment:
         stack.callback(unmark, model)
         for handle in state_hooks(model):
             stack.callback(handle.remove)
+        for cast in _CASTS:  # transformers refuses them for what a quantizer has cast already
+            model.__dict__[cast] = partial(getattr(nn.Module, cast), model)
+            stack.callback(model.__dict__.pop, cast)
         stack.enter_context(patched(model, conversion, held=neurons))
         bound = Attachment(conversion, stack.pop_all())
     record(model, bound, partial(_copied, model))
