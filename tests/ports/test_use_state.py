@@ -174,6 +174,17 @@ def test_models_of_one_conversion_are_independent(dense, convert, tokens, kind):
     assert torch.equal(scale, 2 * fitted.neurons.fit.params["scale"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_out_of_a_block_stays_spiking_behind_it(dense, convert, tokens, kind):
+    model, ids = dense(kind), tokens(2, 11)
+    real = logits(model, ids)
+    with stages.patched(model, convert(model, GATED)):
+        twin, before = copy.deepcopy(model), logits(model, ids)
+    assert torch.equal(logits(model, ids), real) and not torch.equal(before, real)
+    assert torch.equal(logits(twin, ids), before)
+    assert torch.equal(logits(stages.restore(twin), ids), real)
+
+
 # Other types of numbers
 
 
