@@ -93,6 +93,7 @@ def test_lora_is_refused(spiking, tokens, lora, kind, place):
         logits(adapted, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.name)
 @pytest.mark.parametrize("kind", PLACES)
 def test_merged_into_a_spiking_model_lora_is_that_of_the_dense_one(
@@ -110,6 +111,7 @@ def test_merged_into_a_spiking_model_lora_is_that_of_the_dense_one(
     assert torch.equal(logits(stages.restore(merged), ids), real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLACES)
 def test_an_adapted_model_is_converted_once_it_is_merged(dense, tokens, convert, lora, kind):
     adapted = lora(dense(kind), PLACES[kind][:2])
@@ -123,6 +125,7 @@ def test_an_adapted_model_is_converted_once_it_is_merged(dense, tokens, convert,
     assert torch.equal(logits(stages.restore(merged), ids), real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLACES)
 def test_virtual_tokens_are_coded_as_others(spiking, tokens, peft, kind):
     model, ids = spiking(kind), tokens(2, 9)

@@ -79,6 +79,7 @@ def test_pieces_on_a_static_cache_have_the_logits_of_the_whole(spiking, tokens, 
 # Drafts, beams, what generate returns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_assistant_changes_no_token_whichever_of_both_spikes(spiking, tokens, kind):
     model, ids = spiking(kind), tokens(1, 9)
@@ -93,6 +94,7 @@ def test_an_assistant_changes_no_token_whichever_of_both_spikes(spiking, tokens,
     assert not torch.equal(greedy(model, ids, 8), greedy(dense, ids, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_beams_have_the_likelihoods_of_whole_passes(spiking, tokens, kind, beams):

@@ -187,6 +187,7 @@ def test_a_copy_out_of_a_block_stays_spiking_behind_it(dense, convert, tokens, k
 # Other types of numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", ["half", "double"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cast_model_has_the_logits_of_a_cast_dense_one_with_its_neurons(
