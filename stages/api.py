@@ -56,6 +56,7 @@ def fit(
     Raises InputError where the text has no whole window, or one that the model cannot read, for a
     spiking model, and for a model whose sites cannot be resolved.
     """
+    model = _plain(model)
     refuse_spiking(model)
     if not coding.converts:
         raise InputError(f"coding={coding.name} leaves a model as it is: choose another coding")
@@ -89,8 +90,9 @@ def bind(model: PreTrainedModel, conversion: Conversion) -> PreTrainedModel:
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
     # A spiking model that was restored still rotates, and has its prefix.
-    spec = describe(conversion, applied(model), prefix_ids(model))
-    binding.bind(model, conversion, spec)
+    plain = _plain(model)
+    spec = describe(conversion, applied(plain), prefix_ids(plain))
+    binding.bind(plain, conversion, spec)
     return model
 
 
@@ -114,8 +116,8 @@ def patched(model: PreTrainedModel, conversion: Conversion) -> Iterator[PreTrain
 
 
 def conversion(model: PreTrainedModel) -> Conversion:
-    """Return the coding and the fitted neurons of a spiking model."""
-    return _attached(model).conversion
+    """Return the coding and the neurons of a spiking model, with the parameters that it has by now."""
+    return binding.held(_plain(model), _attached(model).conversion)
 
 
 def table(model: PreTrainedModel) -> pd.DataFrame:
@@ -147,6 +149,7 @@ def measure(
     Columns: those of `stages.patching.Patching.run`. `text` is that of `fit`; the model is dense while
     it is measured, and spiking again afterwards.
     """
+    model = _plain(model)
     fitted, ids = conversion(model), _windows(model, text, tokenizer, length)
     spec: Any = model.config.quantization_config
     restore(model)
@@ -173,16 +176,22 @@ def save(
         raise InputError(
             f"stages.save: {place} cannot be made ({error.strerror}); give another folder"
         ) from error
-    model.save_pretrained(place)
+    _plain(model).save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
 
 
 def _attached(model: PreTrainedModel) -> Attachment:
-    present = attachment(model)
+    present = attachment(_plain(model))
     if present is None:
         raise InputError("the model has no neurons: stages.convert gives it some")
     return present
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that torch.compile has wrapped, which is converted and compiled again with its neurons."""
+    plain: PreTrainedModel = getattr(model, "_orig_mod", model)
+    return plain
 
 
 def _windows(

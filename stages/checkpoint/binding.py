@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from stages.checkpoint.config import SpikingConfig
 from stages.checkpoint.format import AGAIN, NEURONS, check, decoded_coding, decoded_transform
+from stages.checkpoint.state import state_hooks
 from stages.codec import encode
 from stages.codings.base import Fit
 from stages.errors import InputError
@@ -27,6 +28,7 @@ from stages.transforms.prefix import attach_prefix
 from stages.transforms.transform import Fuse, Untouched
 
 _SAVE = "save_pretrained"
+_CASTS = ("half", "float")
 
 
 class Neurons(nn.Module):
@@ -45,6 +47,12 @@ class Neurons(nn.Module):
                 kept = before[name] if before[name].device.type != "meta" else value.float()
                 setattr(self, name, kept.to(value.device))
         return self
+
+    @classmethod
+    def copied(cls, parameters: Mapping[str, Tensor]) -> Neurons:
+        """Hold copies: one conversion may be bound to several models."""
+        with torch.inference_mode(False):
+            return cls({name: value.clone() for name, value in parameters.items()})
 
 
 def mark(model: Any, spec: SpikingConfig, neurons: Neurons) -> None:
@@ -109,7 +117,7 @@ def attach(model: PreTrainedModel, spec: SpikingConfig) -> None:
         unknown,
         unknown,
     )
-    _attach(model, _held(model, Conversion(coding, fitted)))
+    _attach(model, Conversion(coding, fitted))
 
 
 def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) -> None:
@@ -118,24 +126,35 @@ def bind(model: PreTrainedModel, conversion: Conversion, spec: SpikingConfig) ->
     Raises InputError for a spiking model, and where a site is not one of this model's.
     """
     refuse_spiking(model)
-    mark(model, spec, Neurons(conversion.neurons.fit.params))
+    mark(model, spec, Neurons.copied(conversion.neurons.fit.params))
     _attach(model, conversion)
 
 
 def _attach(model: PreTrainedModel, conversion: Conversion) -> Attachment:
     """Let the neurons of a marked model work; closing takes its mark off too."""
+    conversion, neurons = held(model, conversion), model.get_submodule(NEURONS)
     with ExitStack() as stack:
         stack.callback(unmark, model)
-        stack.enter_context(patched(model, conversion))
+        for handle in state_hooks(model):
+            stack.callback(handle.remove)
+        for cast in _CASTS:  # transformers refuses them for what a quantizer has cast already
+            model.__dict__[cast] = partial(getattr(nn.Module, cast), model)
+            stack.callback(model.__dict__.pop, cast)
+        stack.enter_context(patched(model, conversion, held=neurons))
         bound = Attachment(conversion, stack.pop_all())
     record(model, bound, partial(_copied, model))
     return bound
 
 
-def _held(model: PreTrainedModel, conversion: Conversion) -> Conversion:
-    """A conversion with the parameters that the model holds."""
-    neurons: Any = getattr(model, NEURONS)
-    fit = Fit(dict(neurons.named_buffers()), conversion.neurons.fit.curve)
+def held(model: PreTrainedModel, conversion: Conversion) -> Conversion:
+    """Return a conversion with the parameters that its model holds by now; those that are on disk are
+    those of the conversion."""
+    before, neurons = conversion.neurons.fit, model.get_submodule(NEURONS)
+    now = dict(neurons.named_buffers())
+    params = {
+        n: before.params.get(n, value) if value.is_meta else value for n, value in now.items()
+    }
+    fit = Fit(params, before.curve)
     return replace(conversion, neurons=replace(conversion.neurons, fit=fit))
 
 
@@ -148,7 +167,7 @@ def _copied(model: Any, memo: dict[int, Any]) -> PreTrainedModel:
     neurons, spec = getattr(model, NEURONS), model.config.quantization_config
     bound = attachment(model)
     assert bound is not None
-    conversion = _held(model, bound.conversion)
+    conversion = held(model, bound.conversion)
     bound.close()
     try:
         dense = deepcopy(model, memo)
@@ -156,5 +175,5 @@ def _copied(model: Any, memo: dict[int, Any]) -> PreTrainedModel:
         mark(model, spec, neurons)
         bound.stack = _attach(model, conversion).stack  # a handle that somebody holds still closes
     mark(dense, spec, deepcopy(neurons, memo))
-    _attach(dense, _held(dense, conversion))
+    _attach(dense, conversion)
     return dense

@@ -7,7 +7,7 @@ so what binds neurons is imported when a model is loaded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -44,9 +44,27 @@ class SpikingQuantizer(HfQuantizer):
         attach(model, self.quantization_config)
         return model
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Place the neurons by a map of the dense model's modules: ports move them where they work."""
+        from stages.checkpoint.format import NEURONS
+
+        if not isinstance(device_map, dict) or {"", NEURONS} & set(device_map):
+            return device_map
+        return device_map | {NEURONS: "cpu"}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> NoReturn:
+        raise InputError(
+            "stages.restore(model) takes the neurons off a spiking model, not dequantize"
+        )
+
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """True for transformers' Trainer, which evaluates no other model; its gradients are refused."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -37,8 +37,9 @@ def record(
 
 
 @contextmanager
-def pinned(model: PreTrainedModel) -> Iterator[None]:
-    """Refuse copies of a model while the context is open: its hooks are bound to what is in it."""
+def pinned(model: PreTrainedModel, implementations: Mapping[str, str]) -> Iterator[None]:
+    """Refuse copies of a model while the context is open, as its hooks are bound to what is in it, and
+    other `implementations` of its parts, by part, than those that have ports."""
 
     def copied(memo: Any) -> NoReturn:
         raise InputError("a model is not copied while its sites are patched: copy the dense one")
@@ -49,12 +50,38 @@ def pinned(model: PreTrainedModel) -> Iterator[None]:
             "stages.load(folder) reads it"
         )
 
-    model.__dict__ |= {_COPY: copied, _PICKLE: pickled}
+    models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    refusals = {part: _setters(part, implementations) for part in models}
+    refusals[model] |= {_COPY: copied, _PICKLE: pickled}
+    for part, methods in refusals.items():
+        part.__dict__.update(methods)
     try:
         yield
     finally:
-        for name in (_COPY, _PICKLE):
-            del model.__dict__[name]
+        for part, methods in refusals.items():
+            for name in methods:
+                part.__dict__.pop(name, None)
+
+
+def _setters(
+    part: PreTrainedModel, implementations: Mapping[str, str]
+) -> dict[str, Callable[..., Any]]:
+    """Stand-ins for the methods that would put products out of reach of the ports."""
+
+    def standing_in(method: str, wanted: str) -> Callable[..., None]:
+        def set_back(*arguments: Any, **options: Any) -> None:
+            given = next(iter((*arguments, *options.values())), None)
+            if given != wanted:
+                raise InputError(
+                    f"{method}({given!r}) would leave out neurons of this model: stages.restore(model) "
+                    "makes it dense"
+                )
+            getattr(type(part), method)(part, wanted)
+
+        return set_back
+
+    names = {f"set_{kind}_implementation": wanted for kind, wanted in implementations.items()}
+    return {method: standing_in(method, wanted) for method, wanted in names.items()}
 
 
 def attachment(model: PreTrainedModel) -> Attachment | None:

@@ -27,7 +27,7 @@ from stages.ports.visibility import ForwardState
 @contextmanager
 def attached(
     model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]
-) -> Iterator[ForwardState]:
+) -> Iterator[Pass]:
     """Let every site's value pass through its port while the context is open.
 
     `ports` maps site names to ports; sites without one stay dense. Raises InputError if a port's
@@ -40,7 +40,7 @@ def attached(
     modules = dict(model.named_modules())
     counted = any(getattr(port, "counter", None) is not None for port in ports.values())
     mixture = any(site.expert is not None for site in sites)
-    state = Pass(model, prefix_length(model), mixture, counted, _ported(sites, ports))
+    state = Pass(model, prefix_length(model), mixture, counted, _ported(model, sites, ports))
     experts = _expert_ports(sites, ports, state)
     with ExitStack() as undo:
         entry = decoder(model).register_forward_pre_hook(state.enter, with_kwargs=True)
@@ -61,7 +61,7 @@ def attached(
         undo.enter_context(rewritten(model, attention, bool(experts)))
         if experts:
             undo.callback(switch_experts, model, switch_experts(model, EXPERTS))
-        undo.enter_context(pinned(model))
+        undo.enter_context(pinned(model, state.wanted))
         yield state
 
 
@@ -97,14 +97,18 @@ def _last_logits(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
-def _ported(sites: Sequence[Site], ports: Mapping[str, Port]) -> list[str]:
-    """The paths of the modules whose operands a port changes or counts."""
+def _ported(model: PreTrainedModel, sites: Sequence[Site], ports: Mapping[str, Port]) -> list[str]:
+    """The paths of the modules whose operands a port changes or counts, and of the embedding: an
+    adapter in its place multiplies, too."""
     paths = []
     for site in sites:
         port = ports.get(site.name)
         idle = port is None or (isinstance(port, DensePort) and port.counter is None)
         if not idle:
-            paths += [site.path, *(site.consumers if site.port == "in" else ())]
+            paths += [site.path, *site.consumers]
+    table = model.get_input_embeddings()
+    if paths:
+        paths += [name for name, module in model.named_modules() if module is table]
     return list(dict.fromkeys(paths))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ class Pass(ForwardState):
     """The state of a pass of `length` new tokens through a model whose ports are attached."""
 
     length = 0
+    renew: Callable[[], bool] | None = None  # whether the parameters of neurons have changed
 
     def __init__(
         self,
@@ -134,13 +135,15 @@ class Pass(ForwardState):
         self._shares = bool(getattr(model.config, "num_kv_shared_layers", 0))
         self._held = held(model, ported)
         self._model, self._prefix, self._counted = model, prefix, counted
-        self._wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
+        self.wanted = {"attn": NAME} | ({"experts": EXPERTS} if experts else {})
         self._names = argument_names(decoder(model))
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin the pass; a hook in front of the decoder's forward."""
         self._check_implementations()
         self._check_modules()
+        if self.renew is not None and self.renew():
+            self._number = next(_NUMBERS)  # caches hold what the former neurons made
         given = named(self._names, args, kwargs)
         mask, (_, length) = given.get("attention_mask"), new_tokens(given)
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -180,7 +183,7 @@ class Pass(ForwardState):
             setattr(cache, _MARK, (self._number, before + length))
 
     def _check_implementations(self) -> None:
-        for part, wanted in self._wanted.items():
+        for part, wanted in self.wanted.items():
             got = getattr(self._model.config, f"_{part}_implementation")
             if got != wanted:
                 raise InputError(
@@ -194,8 +197,8 @@ class Pass(ForwardState):
             if above._modules.get(name) is not module:
                 raise InputError(
                     f"{path} of this model was replaced after its neurons were put on, which would leave "
-                    "them out: put it back, or take the neurons off by stages.restore(model), change the "
-                    "dense model and convert it"
+                    "them out: put it back, merge an adapter (merge_and_unload of peft), or take "
+                    "the neurons off by stages.restore(model), change the dense model and convert it"
                 )
 
     def _check_uncounted(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.codings.base import site_params
@@ -29,12 +29,14 @@ def patched(
     counters: Counters | None = None,
     execution: str = "fast",
     steps: int | None = None,
+    held: nn.Module | None = None,
 ) -> Iterator[int]:
     """Make the model spiking while the context is open, or let the dense one count its MACs without a
     conversion; yields the number of converted sites.
 
     `execution`: `fast` multiplies decoded values, `stepped` runs every neuron step by step and lets
-    its spikes add up weights. `steps` multiplies what has arrived after the first of them.
+    its spikes add up weights. `steps` multiplies what has arrived after the first of them. `held`: a
+    module whose buffers are the parameters, which may be loaded or changed while the context is open.
     Raises InputError if the conversion has no site or one that this model lacks, and for a loaded
     spiking model.
     """
@@ -54,8 +56,39 @@ def patched(
         else DensePort(rows.get(site.name))
         for site in sites
     }
-    with attached(model, sites, ports):
+    with attached(model, sites, ports) as state:
+        if held is not None and conversion is not None:
+            spikes = {name: port for name, port in ports.items() if isinstance(port, SpikingPort)}
+            state.renew = _Held(held, conversion, spikes).changed
         yield len(converted)
+
+
+class _Held:
+    """Parameters in the buffers of a module, read again by ports once they are not what they were."""
+
+    def __init__(
+        self, module: nn.Module, conversion: Conversion, ports: Mapping[str, SpikingPort]
+    ) -> None:
+        self._module, self._conversion, self._ports = module, conversion, ports
+        self._before = self._versions()
+
+    def changed(self) -> bool:
+        """Let the ports read parameters that were loaded, changed in place or moved; say whether so."""
+        now = self._versions()
+        same = [a is b and v == w for (a, v), (b, w) in zip(self._before, now, strict=True)]
+        if all(same) or any(value.is_meta for value, _ in now):  # on disk: ports have read them
+            return False
+        self._before = now
+        tables, params = Tables(), dict(self._module.named_buffers())
+        for index, site in enumerate(self._conversion.neurons.sites):
+            own = site_params(params, index)
+            self._ports[site].read(self._conversion.coding, own, tables)
+        return True
+
+    def _versions(self) -> list[tuple[Tensor, int | None]]:
+        """Every parameter, and how often it was changed in place; inference keeps no number."""
+        values = self._module.buffers()
+        return [(value, None if value.is_inference() else value._version) for value in values]
 
 
 def parameters(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from stages.codings.base import Coding
+from stages.errors import InputError
 from stages.neurons.channels import left_out
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import ShortKernel, Tables, masked_softmax, row_kernel, softmax_kernel
@@ -52,14 +54,18 @@ class SpikingPort:
         tables: Tables | None = None,
     ) -> None:
         """`tables`: shared by the sites of a model."""
+        self.counter = counter
+        self.read(coding, params, tables or Tables())
+
+    def read(self, coding: Coding, params: Mapping[str, Tensor], tables: Tables) -> None:
+        """Make the code that parameters say, in the place of the one before."""
         coding, own = coding.at_site(params)
         self.params = dict(own)
-        self.counter = counter
         self._neuron = coding.neuron
-        counted = counter is not None and coding.neuron
+        counted = self.counter is not None and coding.neuron
         self._rows, self._softmax = row_kernel(coding, counted), softmax_kernel(coding, counted)
-        self.keeps = not coding.tokenwise and counter is None
-        self._short = ShortKernel(coding, own, counted, tables or Tables())
+        self.keeps = not coding.tokenwise and self.counter is None
+        self._short = ShortKernel(coding, own, counted, tables)
         self._codes_softmax = not coding.replaces_softmax
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
@@ -70,7 +76,7 @@ class SpikingPort:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
             if not self._neuron and isinstance(fanout, int):
                 self.counter.add_nonzero(value, real)
-        return value
+        return without_gradient(value)
 
     def constant(self, x: Tensor) -> Tensor | None:
         return left_out(x, self._on(x.device))
@@ -81,7 +87,9 @@ class SpikingPort:
             value, spikes = self._short.softmax(scores, scaling, view.bias)
         else:
             value, spikes = self._softmax(scores, scaling, view.bias, p)
-        return value, spikes if self.counter is not None and self._neuron else None
+        return without_gradient(
+            value
+        ), spikes if self.counter is not None and self._neuron else None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
         count(self.counter, spikes, view, heads, fanout)
@@ -117,6 +125,21 @@ class ErrorPort(SpikingPort):
         if real is not None:
             error, power = error * real, power * real
         self.counter.add_error(error.sum(), power.sum())
+
+
+def without_gradient(value: Tensor) -> Tensor:
+    """Return a coded value, through which no gradient passes: its code is a staircase, flat almost
+    everywhere, and what was behind it would silently not be trained."""
+    if value.requires_grad:
+        value.register_hook(_refuse_gradient)
+    return value
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    raise InputError(
+        "no gradient passes a spiking model, whose codes are staircases: train the dense one "
+        "(stages.restore(model)), and convert what is trained"
+    )
 
 
 def count(

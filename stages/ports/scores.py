@@ -17,8 +17,10 @@ from stages.errors import InputError
 from stages.ports.attention import _PORTS, NAME, AttentionPorts, Port, ported_attention
 from stages.ports.visibility import View
 
-# Tensors that transformers hands to attention and that change no score: the mask says what they do.
+# Tensors that transformers hands to attention and that change no score: the mask says what they do, or
+# they are meant for the loss.
 UNREAD = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
+UNREAD |= {"num_items_in_batch", "shift_labels"}
 
 
 def capped(scores: Tensor, cap: float) -> Tensor:

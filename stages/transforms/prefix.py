@@ -149,6 +149,8 @@ def _limits(config: Any) -> tuple[Limit, ...]:
         for layer in DynamicCache(config=config).layers
         if isinstance(layer, DynamicSlidingWindowLayer)
     ]
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's mask, whose cache is whole
+        windows.append(int(config.window_size))
     limits = [Limit(w, f"the model's window of {w} would leave the prefix") for w in set(windows)]
     rope = getattr(config, "rope_parameters", None) or {}
     kind, trained = rope.get("rope_type"), config.max_position_embeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -67,8 +67,12 @@ def refused(use, *words):
 def test_another_attention_is_refused_until_it_is_set_back(loaded, tokens, name):
     ids = tokens(2, 11)
     before = logits(loaded, ids)
+    for use in (loaded.set_attn_implementation, loaded.get_decoder().set_attn_implementation):
+        refused(partial(use, name), f"set_attn_implementation({name!r}) would leave out neurons")
+        refused(partial(use, attn_implementation=name), f"({name!r}) would leave out neurons")
+        refused(partial(use, {"": name}), "would leave out neurons")
+        assert torch.equal(logits(loaded, ids), before)
     for change in (
-        lambda: loaded.set_attn_implementation(name),
         lambda: setattr(loaded.config, "_attn_implementation", name),
         lambda: setattr(loaded.get_decoder().config, "_attn_implementation", name),
     ):
@@ -79,7 +83,7 @@ def test_another_attention_is_refused_until_it_is_set_back(loaded, tokens, name)
         refused(lambda: loaded.generate(ids, max_new_tokens=2), back)
         loaded.set_attn_implementation("ported")
         assert torch.equal(logits(loaded, ids), before)
-    loaded.set_attn_implementation(name)
+    loaded.config._attn_implementation = name
     bound = attachment(loaded)
     assert bound is not None
     bound.close()
@@ -90,7 +94,9 @@ def test_another_attention_is_refused_until_it_is_set_back(loaded, tokens, name)
 def test_other_experts_are_refused(folders, tokens):
     model, ids = stages.load(folders("qwen3_moe")), tokens(2, 11)
     before = logits(model, ids)
-    model.set_experts_implementation("eager")
+    refused(lambda: model.set_experts_implementation("eager"), "would leave out neurons")
+    assert torch.equal(logits(model, ids), before)
+    model.config._experts_implementation = "eager"
     refused(lambda: model(ids), "model.set_experts_implementation('ported') sets it back")
     model.set_experts_implementation("ported")
     assert torch.equal(logits(model, ids), before)
@@ -100,7 +106,8 @@ def test_another_attention_is_refused_inside_a_patch(tiny, tokens, convert):
     model, ids = tiny(), tokens(2, 11)
     dense, conversion = logits(model, ids), convert(model, GATED)
     with patched(model, conversion):
-        model.set_attn_implementation("sdpa")
+        refused(lambda: model.set_attn_implementation("sdpa"), "would leave out neurons")
+        model.config._attn_implementation = "sdpa"
         refused(lambda: model(ids), "attn_implementation='sdpa' would leave out neurons")
     assert torch.equal(logits(model, ids), dense)
 
