@@ -20,6 +20,7 @@ PROBE = (
     "The  spike's\n\n 12345.6 - it'S\tWE'LL!?  café cafe\u0301 naïve Größe \ufb01n 東京2024 привет"
     "\u00a0x1\u200d 👩\u200d👧 <s>[INST] a_b(c) == {d};\r\n  end "
 )
+_MODEL = ',"model":{'  # the last part; in a string its quotes would be escaped
 _NAMES = {
     "normalizer": "normalizer",
     "pre_tokenizer": "pre_tokenizer",
@@ -77,6 +78,8 @@ def difference(tokenizer: PreTrainedTokenizerBase, file: Path) -> str | None:
         return f"transformers reads another tokenizer ({kind}) than its {_FILE}"
     there = Tokenizer.from_file(str(file))
     made, wanted = _parts(backend), _parts(there)
+    if made["model"] != wanted["model"]:  # in their spelling, which is long
+        made["model"], wanted["model"] = _model(made["model"]), _model(wanted["model"])
     parts = [name for key, name in _NAMES.items() if made[key] != wanted[key]]
     if not parts:
         return None
@@ -95,21 +98,27 @@ def difference(tokenizer: PreTrainedTokenizerBase, file: Path) -> str | None:
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """The parts of a tokenizer that decide on ids and text, in one spelling."""
-    parts = json.loads(tokenizer.to_str())
-    model = parts["model"]
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token"):
-        model[name] = model.get(name) or None
-    if model["unk_token"] is None:
-        model.pop("fuse_unk", None)
+    """The parts of a tokenizer that decide on ids and text, in one form; its model as json."""
+    head, _, model = tokenizer.to_str().partition(_MODEL)
+    parts = json.loads(f"{head}}}")
     return {
         "normalizer": _flat(parts["normalizer"]),
         "pre_tokenizer": _flat(parts["pre_tokenizer"]),
         "post_processor": _adding(parts["post_processor"]),
         "decoder": _flat(parts["decoder"], decoder=True),
-        "model": model,
+        "model": f"{_MODEL[1:]}{model}",
         "added_tokens": {token["id"]: token for token in parts["added_tokens"]},
     }
+
+
+def _model(described: str) -> dict[str, Any]:
+    """The vocabulary, the merges and the settings that decide on ids."""
+    model: dict[str, Any] = json.loads(f"{{{described}")["model"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token"):
+        model[name] = model.get(name) or None
+    if model["unk_token"] is None:
+        model.pop("fuse_unk", None)
+    return model
 
 
 def _flat(part: Any, decoder: bool = False) -> Any:
