@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+from transformers import AutoConfig, AutoTokenizer
+from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from stages.errors import InputError
@@ -80,19 +80,30 @@ LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
         ),
         ("phi3", {"attention.sliding_window": 7}, "attention.sliding_window=7, .* makes nothing"),
         ("phi3", {"attention.sliding_window": 0}, None),
-        ("qwen2", {"attention.head_count_kv": 1}, "do not fit its config"),
         ("qwen3moe", {"expert_used_count": 3}, None),
         ("falcon", {"attention.head_count_kv": 2}, "falcon.attention.head_count_kv=2, .* makes 1"),
     ],
 )
 def test_a_number_that_transformers_does_not_read_is_refused_by_name(name, changed, says, tmp_path):
     """None: it is read, or without effect."""
+    family = FAMILIES[name]
+    write(tmp_path / "tiny.gguf", name, family.model(), family, changed)
+    metadata, _ = read_gguf_metadata(str(tmp_path / "tiny.gguf"))
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     if says is None:
-        converted(tmp_path, name, **changed)
+        check_stated(config, metadata, name, "GGUF file tiny.gguf")
         return
     with pytest.raises(InputError, match=says) as error:
-        converted(tmp_path, name, **changed)
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        check_stated(config, metadata, name, "GGUF file tiny.gguf")
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_made_of_a_file_that_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"GGUF file tiny.gguf: it says llama.logit_scale=0.5"):
+        converted(tmp_path, "llama", logit_scale=0.5)
+    with pytest.raises(InputError, match="do not fit its config"):
+        converted(tmp_path, "qwen2", **{"attention.head_count_kv": 1})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
