@@ -31,8 +31,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model by their names in its files; those of `scaled` a quantiser multiplies by
-    their scales. `source` is what a user calls it."""
+    """The tensors of a model by their names in its files; those of `scaled` are codes and scales that
+    a quantiser multiplies. `source` is what a user calls it."""
 
     source: str
     tensors: Mapping[str, Stored]
@@ -104,8 +104,8 @@ def check_fit(
     if codes := _counted(model, odd - checkpoint.scaled):
         raise InputError(
             f"model {source}: {len(codes)} weights are {tensors[codes[0]].dtype}, the first is "
-            f"{codes[0]}: codes whose scales nothing reads; give the dequantised model, as "
-            "save_pretrained writes it, by model.path=FOLDER"
+            f"{codes[0]}: codes that no quantization_config of its config.json explains; give the "
+            "dequantised model, as save_pretrained writes it, by model.path=FOLDER"
         )
     if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(
@@ -152,10 +152,15 @@ def keep_apart(model: PreTrainedModel, source: str, pairs: Mapping[str, str]) ->
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Silence transformers' table of weights that do not fit and its note on ties: both are said here."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before, logger.disabled = logger.disabled, True
+    """Silence what transformers says of weights that do not fit, of ties, which are both said here, and of
+    MXFP4, which it calls bfloat16 though it makes the dtype that is asked for."""
+    names = ("transformers.modeling_utils", "transformers.quantizers.quantizer_mxfp4")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

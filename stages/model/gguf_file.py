@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
+from stages.model.tokenizers import difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ _DEFAULT = "default"
 # Of these a word that is a token stays whole, also where no merges lead to it.
 _WHOLE = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3"}
 _WHOLE |= {"midm-2.0", "pixtral", "tekken"}
+_COMPOSED = {"qwen2", "qwen35"}  # letters and their accents are one character, as in Qwen's own
 
 
 def read_tokenizer(gguf: Path, metadata: Mapping[str, Any], source: str) -> PreTrainedTokenizerBase:
@@ -28,7 +31,7 @@ def read_tokenizer(gguf: Path, metadata: Mapping[str, Any], source: str) -> PreT
 
     Raises InputError for a name that is not known here: other ids would be made of the same text.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -56,8 +59,39 @@ def read_tokenizer(gguf: Path, metadata: Mapping[str, Any], source: str) -> PreT
             f"{source}: its tokenizer.ggml.pre is {name!r}, and how that splits text is not known "
             f"here (known: {', '.join(known)}); give the original model by model.path=FOLDER"
         )
+    if name in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
     backend.model.ignore_merges = name in _WHOLE
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, metadata: Mapping[str, Any], out: Path, source: str) -> None:
+    """Save a tokenizer that was read from a file, so that transformers reads this one from the folder.
+
+    By the class that a family has it would make the splits of the family, and its classes add tokens
+    that the file lacks. Raises InputError where the family's own is read all the same.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(out)
+    config = _change(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    added = json.loads((out / "tokenizer.json").read_text())["added_tokens"]
+    rows = metadata["tokenizer.ggml.tokens"]  # their number
+    surplus = {token["content"] for token in added if token["id"] >= rows}
+    there = [token for token in added if token["id"] < rows]
+    _change(out / "tokenizer.json", added_tokens=there)
+    named = {key: None for key, token in config.items() if token in surplus}
+    _change(out / "tokenizer_config.json", **named)
+    again = AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
+    if other := difference(again, out / "tokenizer.json"):
+        raise InputError(f"{source}: {other}; give the original model by model.path=FOLDER")
+
+
+def _change(file: Path, **fields: Any) -> dict[str, Any]:
+    """Replace fields of a json file, and return all."""
+    whole: dict[str, Any] = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    return whole
 
 
 def _default() -> Any:
@@ -78,19 +112,13 @@ def _default() -> Any:
 def check_read(
     model: PreTrainedModel, architecture: str, names: Sequence[str], source: str
 ) -> None:
-    """Raise InputError if a tensor of the file is none that transformers gives to the model.
-
-    It says so itself for the architectures of its newer reader; the older one is silent.
-    """
-    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    """Raise InputError if a tensor of the file is none that transformers gives to the model."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
 
-    if is_gguf_arch_supported(architecture):
-        return
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
     read = get_gguf_hf_weights_map(model, processor)
     read |= {

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
+from stages.model import tokenizers
 from stages.model.files import Checkpoint, check_fit, keep_apart, stored, unreported
-from stages.model.gguf_file import check_read, read_tokenizer
-from stages.model.quantised import SPIKING, check_method, check_plain, dequantise, scaled
+from stages.model.gguf_config import check_stated
+from stages.model.gguf_file import check_read, read_tokenizer, save_tokenizer
+from stages.model.quantised import SPIKING, check_method, check_plain, dequantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,12 +34,15 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     Raises InputError where that would leave out a tensor, or split text otherwise than the file has it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.gguf import read_gguf_metadata
 
     source = f"GGUF file {gguf.name}"
     with readable(source), unreported():
         metadata, names = read_gguf_metadata(str(gguf))
+        architecture = str(metadata["general.architecture"])
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_stated(config, metadata, architecture, source)
         tokenizer = read_tokenizer(gguf, metadata, source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -48,13 +53,13 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         )
     model, report = loaded
     check_fit(model, Checkpoint(source, {}), report)
-    check_read(model, metadata["general.architecture"], names, source)
+    check_read(model, architecture, names, source)
     # The weights are dense by now, but transformers refuses to save what it takes for quantised.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, metadata, out, source)
 
 
 def load(
@@ -66,11 +71,11 @@ def load(
     the files hold anything but the weights of that model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     with readable(f"model {source}"):
         folder, config, checkpoint = _opened(source, revision)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
         with unreported():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -100,13 +105,12 @@ def load_offloaded(
     Files on the hub are downloaded first.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from stages.model.offload import attach, skeleton
 
     with readable(f"model {source}"):
         folder, config, checkpoint = _opened(source, revision)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
         kind = getattr(torch, dtype)
         model = skeleton(config, kind, ATTENTION)
         attach(model, checkpoint, device, kind, offload)
@@ -115,18 +119,16 @@ def load_offloaded(
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder or hub id alone, refused where its model would be."""
-    from transformers import AutoTokenizer
-
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    local = folder.is_dir()
+    if local:
         check_folder(folder)
-    configuration(source, revision)
-    where = {**_LOCAL} if folder.is_dir() else {"revision": revision or "main"}
+    config = configuration(source, revision)
+    where: dict[str, Any] = (
+        {"local_files_only": True} if local else {"revision": revision or "main"}
+    )
     with readable(f"model {source}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else source, **{"trust_remote_code": False} | where
-        )
-    return tokenizer
+        return tokenizers.read(str(folder) if local else source, source, config, **where)
 
 
 def configuration(source: str, revision: str | None) -> PreTrainedConfig:
@@ -193,19 +195,18 @@ def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
     if not folder.is_dir():
         folder = Path(snapshot_download(source, revision=revision or "main", **_DOWNLOADED))
         check_folder(folder)
-    check_method(config, folder, source)
-    dequantise(config)
     tensors = stored(folder, config)
-    return folder, config, Checkpoint(source, tensors, scaled(config, tensors, source))
+    scaled = check_method(config, folder, tensors, source)
+    dequantise(config)
+    return folder, config, Checkpoint(source, tensors, scaled)
 
 
 def check_folder(folder: Path) -> None:
     """Raise InputError that names a missing file, before transformers looks for it elsewhere."""
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
     for what, names in {
         "config.json": ["config.json"],
         "*.safetensors": ["*.safetensors"],
-        "tokenizer": tokenizers,
+        "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"],
     }.items():
         if not any(True for name in names for _ in folder.glob(name)):
             raise InputError(
@@ -240,6 +241,7 @@ def readable(
         TypeError,
         AttributeError,
         ImportError,
+        AssertionError,
     )
     try:
         yield

@@ -1,21 +1,24 @@
-"""Checkpoints with quantised weights: one method is dequantised, every other is refused by its name."""
+"""Checkpoints with quantised weights: FP8 and MXFP4 are dequantised, all others refused by their names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError
-from stages.model.files import Stored
+from stages.model.files import NUMBERS, Stored, unreported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPIKING = "spiking"  # as `quantization_config.quant_method` in the config.json of an export
-FP8 = "fp8"  # one scale a block of weights, or one a matrix; transformers multiplies them out
+# What transformers multiplies out. FP8 has one scale a block of weights, or one a matrix, as numbers or
+# (mxfp8) as powers of two; MXFP4, of gpt-oss' experts, a power of two for 32 codes of 4 bits.
+FP8, MXFP4 = ("fp8", "mxfp8"), "mxfp4"
 _SCALE = "_scale_inv"
+_POWERS = ("F8_E8M0", "U8")  # a scale's exponent, 127 for 1
 _PACKAGES = {  # what transformers needs beside itself, for methods that a user is likely to meet
     "aqlm": "aqlm",
     "auto-round": "auto-round",
@@ -23,9 +26,9 @@ _PACKAGES = {  # what transformers needs beside itself, for methods that a user 
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
     "eetq": "kernels",
+    "fbgemm_fp8": "fbgemm-gpu",
     "gptq": "gptqmodel and optimum",
     "hqq": "hqq",
-    "mxfp4": "kernels",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
     "torchao": "torchao",
@@ -51,8 +54,14 @@ def _spec(config: Any) -> dict[str, Any]:
     return {}
 
 
-def check_method(config: Any, folder: Path, source: str) -> None:
-    """Raise InputError unless weights are stored as they are, or by the method that is dequantised."""
+def check_method(
+    config: Any, folder: Path, tensors: Mapping[str, Stored], source: str
+) -> frozenset[str]:
+    """Return the tensors that the config's method reads, codes and their scales.
+
+    Raises InputError for a method that is not dequantised, for codes without a scale that fits, and for
+    a method in the config of files that hold no codes.
+    """
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     name = method(config)
@@ -61,8 +70,17 @@ def check_method(config: Any, folder: Path, source: str) -> None:
             f"model {source} is quantised by ModelOpt (its hf_quant_config.json), whose scales "
             f"transformers does not read; {_INSTEAD}"
         )
-    if name in (None, FP8):
-        return
+    if name is None:
+        return frozenset()
+    if all(tensor.dtype in NUMBERS for tensor in tensors.values()):
+        raise InputError(
+            f"model {source}: its config.json says that it is quantised by {name}, and its files hold "
+            "no codes; if they are the weights themselves, take quantization_config out of config.json"
+        )
+    if name in FP8:
+        return _eight_bit(_spec(config), tensors, source)
+    if name == MXFP4:
+        return _four_bit(tensors, source)
     if name not in {key.partition("_4bit")[0] for key in AUTO_QUANTIZER_MAPPING}:
         raise InputError(
             f"model {source} is quantised by {name!r}, which transformers does not read; {_INSTEAD}"
@@ -73,18 +91,14 @@ def check_method(config: Any, folder: Path, source: str) -> None:
     )
 
 
-def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset[str]:
-    """Return the tensors that the config's method reads; InputError where one has no scale that fits."""
-    if method(config) != FP8:
-        return frozenset()
-    block = _spec(config).get("weight_block_size", (128, 128)) or ()  # null: one for a matrix
+def _eight_bit(
+    spec: Mapping[str, Any], tensors: Mapping[str, Stored], source: str
+) -> frozenset[str]:
+    """Codes [rows, columns] in E4M3, each with a scale for every block that the config gives."""
+    block = spec.get("weight_block_size", (128, 128)) or ()  # null: one for a matrix
     codes = {name for name, tensor in tensors.items() if tensor.dtype.startswith("F8_E4M3")}
     for name in sorted(codes):
-        scale = tensors.get(f"{name}{_SCALE}")
-        if scale is None:
-            raise InputError(
-                f"model {source}: {name} is {tensors[name].dtype}, and its files lack {name}{_SCALE}"
-            )
+        scale = _scale(tensors, name, f"{name}{_SCALE}", (*NUMBERS, *_POWERS), source)
         blocks = tuple(n * size for n, size in zip(scale.shape, block, strict=False))
         # transformers would cut the matrix into equal parts, also where the last block is a smaller one
         if math.prod(scale.shape) > 1 and blocks != tensors[name].shape:
@@ -92,16 +106,47 @@ def scaled(config: Any, tensors: Mapping[str, Stored], source: str) -> frozenset
                 f"model {source}: {name} {list(tensors[name].shape)} is no whole number of blocks "
                 f"{list(block)}, {list(scale.shape)} of them by {name}{_SCALE}; {_INSTEAD}"
             )
-    return frozenset(codes)
+    return frozenset(codes | {f"{name}{_SCALE}" for name in codes})
+
+
+def _four_bit(tensors: Mapping[str, Stored], source: str) -> frozenset[str]:
+    """Blocks [experts, rows, blocks, 16], two codes a byte, each with a scale [experts, rows, blocks]."""
+    blocks = {n for n, tensor in tensors.items() if n.endswith("_blocks") and tensor.dtype == "U8"}
+    scales = {name: f"{name.removesuffix('_blocks')}_scales" for name in blocks}
+    for name in sorted(blocks):
+        scale = _scale(tensors, name, scales[name], ("U8",), source)
+        if tensors[name].shape != (*scale.shape, 16):
+            raise InputError(
+                f"model {source}: {name} {list(tensors[name].shape)} is no whole number of blocks of 16 "
+                f"bytes, {list(scale.shape)} of them by {scales[name]}; {_INSTEAD}"
+            )
+    return frozenset({*scales, *scales.values()})
+
+
+def _scale(
+    tensors: Mapping[str, Stored], name: str, wanted: str, kinds: Sequence[str], source: str
+) -> Stored:
+    """The scales of the codes `name`."""
+    scale = tensors.get(wanted)
+    if scale is None:
+        raise InputError(
+            f"model {source}: {name} is {tensors[name].dtype}, and its files lack {wanted}"
+        )
+    if scale.dtype not in kinds:
+        raise InputError(
+            f"model {source}: {wanted} is {scale.dtype}, and scales are {', '.join(kinds)}; {_INSTEAD}"
+        )
+    return scale
 
 
 def dequantise(config: Any) -> None:
     """Let transformers multiply the scales out, on every device.
 
-    Without it a device that computes in FP8 would round the activations to FP8 too.
+    Without it a device that computes in FP8 would round the activations to FP8 too, and one that
+    computes in MXFP4 would keep the codes.
     """
     for part in (config, config.get_text_config(decoder=True)):
-        if method(config) == FP8 and getattr(part, "quantization_config", None):
+        if method(config) in (*FP8, MXFP4) and getattr(part, "quantization_config", None):
             part.quantization_config["dequantize"] = True
 
 
@@ -112,7 +157,8 @@ def quantiser(model: PreTrainedModel) -> Any:
     if method(model.config) is None:
         return None
     made = AutoHfQuantizer.from_config(_spec(model.config), pre_quantized=True)
-    made.preprocess_model(model)
+    with unreported():
+        made.preprocess_model(model)
     made.remove_quantization_config(model)
     return made
 

@@ -6,14 +6,16 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Tokenizer, LlamaForCausalLM, Qwen2Tokenizer
 from transformers.integrations.gguf import read_gguf_metadata
 
 from stages.errors import InputError
 from stages.model.gguf_file import check_read, read_tokenizer
 from stages.model.loading import convert_gguf
+from stages.model.tokenizers import PROBE
 from tests.model.test_loading import write_gguf
+from tests.text.tokenizers import LLAMA3, text
 
 MERGES = [("Ċ", "Ċ"), ("1", "2"), ("12", "3"), ("4", "5"), ("!", "?"), ("!?", "a")]
 WHOLE = "xyz"  # a token that no merges lead to
@@ -38,7 +40,7 @@ def tokenizer_of(folder: Path, pre: str | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("pre", "text", "pieces"),
+    ("pre", "words", "pieces"),
     [
         # By hand from the pattern of each: a line break in front of a number stays alone in GPT-2's.
         ("gpt-2", "a\n\n12", "a Ċ Ċ 12"),
@@ -56,10 +58,33 @@ def tokenizer_of(folder: Path, pre: str | None) -> Any:
         ("smollm", " 1½2", "Ġ 1 Â ½ 2"),
     ],
 )
-def test_text_is_split_as_the_file_names_it(pre, text, pieces, tmp_path):
+def test_text_is_split_as_the_file_names_it(pre, words, pieces, tmp_path):
     tokenizer = tokenizer_of(tmp_path, pre)
-    assert tokenizer.tokenize(text) == pieces.split()
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.tokenize(words) == pieces.split()
+    assert tokenizer.decode(tokenizer(words).input_ids) == words
+
+
+def llama3(vocabulary: dict[str, int]) -> Any:
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, ignore_merges=True))
+    unsplit = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, unsplit])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("pre", "own"),
+    [
+        ("gpt-2", lambda v: GPT2Tokenizer(vocab=v, merges=MERGES).backend_tokenizer),
+        ("qwen2", lambda v: Qwen2Tokenizer(vocab=v, merges=MERGES).backend_tokenizer),
+        ("llama-bpe", llama3),
+    ],
+    ids=["gpt-2", "qwen2", "llama-bpe"],
+)
+def test_ids_are_those_of_the_tokenizer_of_the_family(pre, own, tmp_path):
+    read, own = tokenizer_of(tmp_path, pre), own({token: i for i, token in enumerate(TOKENS)})
+    for words in (PROBE, "cafe\u0301\n\n12345!?a xyz", *(text(seed, 400) for seed in range(8))):
+        assert read(words, add_special_tokens=False).input_ids == own.encode(words).ids
 
 
 @pytest.mark.parametrize("pre", ["default", None])

@@ -5,7 +5,15 @@ import torch
 from transformers import AutoConfig
 
 from stages.errors import InputError
-from stages.model.limits import check_positions, check_tokens, learned, positions, vocabulary
+from stages.model.limits import (
+    check_positions,
+    check_tokens,
+    check_window,
+    learned,
+    positions,
+    vocabulary,
+)
+from tests.model import families
 
 
 def config(kind="llama", **fields):
@@ -41,11 +49,17 @@ def test_the_kinds_of_layers_of_one_model_have_one_limit():
     assert positions(made) == 800 and not learned(made)
 
 
-def test_a_learned_table_ends_where_the_forward_pass_does(tiny):
-    model = tiny("opt", max_position_embeddings=20)
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "gpt2 2", "gpt_neo", "gpt_bigcode", "gptj", "mpt"])
+def test_a_learned_table_ends_where_the_forward_pass_does(kind):
+    """OPT's has two rows more than positions; GPT-J's angles and MPT's slopes are tables too."""
+    field = "max_seq_len" if kind == "mpt" else "max_position_embeddings"
+    model = families.made(kind, **{field: 20})
     assert positions(model.config) == 20 and learned(model.config)
+    check_window(model.config, 20, kind)
     model(torch.ones(1, 20, dtype=torch.long))
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match=f"a window of 21 tokens: {kind} has 20 positions"):
+        check_window(model.config, 21, kind)
+    with pytest.raises((IndexError, RuntimeError)):
         model(torch.ones(1, 21, dtype=torch.long))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,31 +159,3 @@ def test_fp8_that_no_config_names_is_refused(quantised):
     assert f"14 weights are F8_E4M3, the first is {DOWN}" in refused(folder)
     (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}}))
     assert "is quantised by ModelOpt (its hf_quant_config.json)" in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        (
-            {"quant_method": "modelopt", "quant_algo": "FP8"},
-            "'modelopt', which transformers does not",
-        ),
-        (
-            {"quant_algo": "FP8"},
-            "is quantised by 'a method without a name', which transformers does not read",
-        ),
-        ({"quant_method": "gptq", "bits": 4}, "transformers reads it with gptqmodel and optimum"),
-        ({"quant_method": "awq", "bits": 4}, "is quantised by awq, .* reads it with gptqmodel"),
-        ({"load_in_4bit": True}, "transformers reads it with bitsandbytes"),
-        ({"quant_method": "compressed-tensors"}, "reads it with compressed-tensors"),
-        ({"quant_method": "torchao"}, "reads it with torchao"),
-        ({"quant_method": "mxfp4"}, "is quantised by mxfp4, .* reads it with kernels"),
-        ({"quant_method": "bitnet"}, "is quantised by bitnet, which a conversion does not take; "),
-    ],
-)
-def test_other_methods_are_one_line_that_names_them(spec, says, quantised):
-    _, folder = quantised()
-    configure(folder, quantization_config=spec)
-    line = refused(folder)
-    assert re.search(says, line), line
-    assert "dequantise it, write it by save_pretrained" in line
