@@ -57,6 +57,7 @@ LONGEST = (
     "test_real.py",
     "pipeline/run/test_experiments.py",
     "ports/test_compiled.py",
+    "pipeline/run/test_hub_runs.py",
     "pipeline/run/test_parallel.py",
     "pipeline/commands/test_main.py",
     "pipeline/tracking/test_tracking_server.py",

@@ -18,7 +18,15 @@ from pipeline.store.provenance import libraries
 from pipeline.store.step import Step, code_hash
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
-from stages.model.loading import ATTENTION, convert_gguf, load, load_offloaded, load_tokenizer
+from stages.model.hub import commit
+from stages.model.loading import (
+    ATTENTION,
+    configuration,
+    convert_gguf,
+    load,
+    load_offloaded,
+    load_tokenizer,
+)
 from stages.model.offload import Offload
 from stages.model.sources import PackageFile
 from stages.model.spec import ModelSpec
@@ -51,6 +59,7 @@ class Weights(Stage):
 class ModelSource:
     """A model that can be loaded, and what identifies it: its key enters every artifact made with it.
 
+    The revision in `spec` is a commit, also where the settings name a branch of the hub.
     `weights` is the key without the transform, for what depends on the tokenizer alone, and
     `fingerprint` that of its files in whatever dtype. Nothing is fetched before the model is loaded.
     """
@@ -168,7 +177,8 @@ def model_source(
     elif spec.gguf is not None:
         identity = {"gguf": spec.gguf.sha256}
     elif spec.hub is not None:
-        identity = {"hub": spec.hub, "revision": _commit(spec.hub, spec.revision)}
+        spec = replace(spec, revision=commit("model", spec.hub, spec.revision))
+        identity = {"hub": spec.hub, "revision": spec.revision}
     else:
         raise InputError(f"model {spec.name} has no weights; give model.path=FOLDER")
     parts = identity | {"dtype": spec.dtype, "attention": ATTENTION, "rules": _rules(spec)}
@@ -189,7 +199,7 @@ def _rules(spec: ModelSpec) -> str | None:
     if spec.path is not None:
         kind = _model_type(Path(spec.path).expanduser() / "config.json")
     elif spec.hub is not None:
-        kind = _hub_config(spec.hub, spec.revision).model_type
+        kind = configuration(spec.hub, spec.revision).model_type
     try:
         return code_hash((f"stages.model.architectures.{str(kind).replace('-', '_')}",))
     except ModuleNotFoundError:
@@ -204,21 +214,3 @@ def _model_type(config: Path) -> str | None:
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{config} cannot be read, or names no model_type: {error}") from error
     return model_type
-
-
-def _commit(hub: str, revision: str | None) -> str:
-    """The commit a hub revision stands for today, so that a moved branch is another model."""
-    return str(getattr(_hub_config(hub, revision), "_commit_hash", None) or revision or "main")
-
-
-@functools.cache
-def _hub_config(hub: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(hub, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {hub} cannot be reached on the hub ({str(error).splitlines()[0]}); log in "
-            "if it is gated, or give a local folder by model.path=FOLDER"
-        ) from error

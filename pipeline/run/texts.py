@@ -20,6 +20,7 @@ from pipeline.run.stage import Source, Stage
 from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
+from stages.model.hub import commit
 from stages.model.sources import HubText, PackageFile
 from stages.text.corpus import Corpus, Purpose
 from stages.text.documents import Piece, read_pieces, shards
@@ -68,12 +69,13 @@ class Text:
         return {"articles": Articles.of(origin, self.corpus.name)}
 
     def key(self) -> str:
-        """Of the package, of the data set on the hub, or of the digests of a user's files."""
+        """Of the package, of a commit of the data set on the hub, or of the digests of a user's files."""
         origin = self.corpus.origin(self.purpose)
         if isinstance(origin, PackageFile):
             return self.inputs["articles"].key()
         if isinstance(origin, HubText):
-            return Step("hub", origin, {}, ("stages.text.hub",)).key()
+            pinned = replace(origin, revision=commit("dataset", origin.id, origin.revision))
+            return Step("hub", pinned, {}, ("stages.text.hub",)).key()
         files = [digest(file) for file in shards(origin)]
         return Step("files", {"files": files, "rows": self.corpus.rows}, {}, ()).key()
 

@@ -12,6 +12,7 @@ from stages.model import tokenizers
 from stages.model.files import Checkpoint, check_fit, keep_apart, stored, unreported
 from stages.model.gguf_config import check_stated
 from stages.model.gguf_file import check_read, read_tokenizer, save_tokenizer
+from stages.model.hub import INSTEAD, SMALL, first_line, one_file, snapshot
 from stages.model.quantised import SPIKING, check_method, check_plain, dequantise
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = None  # what transformers chooses, SDPA where there is one; ports bring their own
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_DOWNLOADED: dict[str, Any] = {
-    "allow_patterns": ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"],
-    "ignore_patterns": ["*/*", "consolidated*.safetensors"],  # the same weights in another layout
-}
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
@@ -124,11 +121,10 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase
     if local:
         check_folder(folder)
     config = configuration(source, revision)
-    where: dict[str, Any] = (
-        {"local_files_only": True} if local else {"revision": revision or "main"}
-    )
     with readable(f"model {source}"):
-        return tokenizers.read(str(folder) if local else source, source, config, **where)
+        if not local:
+            folder = snapshot(source, revision, SMALL)
+        return tokenizers.read(str(folder), source, config, local_files_only=True)
 
 
 def configuration(source: str, revision: str | None) -> PreTrainedConfig:
@@ -136,15 +132,12 @@ def configuration(source: str, revision: str | None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"model folder {folder} has no config.json")
     with readable(f"model {source}"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(folder) if folder.is_dir() else source,
-            revision=revision or "main",
-            local_files_only=folder.is_dir(),
-            trust_remote_code=False,
-        )
+        if not folder.is_dir():
+            folder = one_file(source, revision, "config.json").parent
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model folder {folder} has no config.json")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), **_LOCAL)
     _refuse_spiking(config, source)
     return config
 
@@ -161,7 +154,7 @@ def dims_config(dims: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.for_model(dims["model_type"], **fields)
     except (ValueError, TypeError) as error:
-        raise InputError(f"model.dims describe no model: {_first_line(error)}") from error
+        raise InputError(f"model.dims describe no model: {first_line(error)}") from error
     return config
 
 
@@ -176,13 +169,12 @@ def meta_model(described: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedMod
             return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"the model's config describes no causal language model: {_first_line(error)}"
+            f"the model's config describes no causal language model: {first_line(error)}"
         ) from error
 
 
 def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
     """The folder of a model, its config and what its files hold; files on the hub are downloaded."""
-    from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -193,7 +185,7 @@ def _opened(source: str, revision: str | None) -> tuple[Path, Any, Checkpoint]:
         raise InputError(f"model folder {source} does not exist")
     config: Any = configuration(source, revision)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, revision=revision or "main", **_DOWNLOADED))
+        folder = snapshot(source, revision)
         check_folder(folder)
     tensors = stored(folder, config)
     scaled = check_method(config, folder, tensors, source)
@@ -226,9 +218,7 @@ def _refuse_spiking(config: Any, source: str) -> None:
 
 
 @contextmanager
-def readable(
-    what: str, instead: str = "a folder on this machine is used by model.path=FOLDER"
-) -> Iterator[None]:
+def readable(what: str, instead: str = INSTEAD["model"]) -> Iterator[None]:
     """Turn what transformers raises for a missing, gated or damaged model into one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -252,10 +242,4 @@ def readable(
         known = isinstance(error, (*damaged, StrictDataclassError, SafetensorError))
         if not known and type(error) is not Exception:
             raise
-        raise InputError(f"{what} cannot be loaded: {_first_line(error)}; {instead}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """Of what an error says; with the next where that tells what is wrong."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.rstrip().endswith(":") else first
+        raise InputError(f"{what} cannot be loaded: {first_line(error)}; {instead}") from error

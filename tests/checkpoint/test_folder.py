@@ -276,9 +276,9 @@ def test_a_conversion_does_not_start_from_an_exported_model(
     file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
     refused(spiking_llama)
     cached = tmp_path / "hub" / "models--org--spiking"  # as if downloaded before
-    shutil.copytree(spiking_llama, cached / "snapshots" / "0123")
+    shutil.copytree(spiking_llama, cached / "snapshots" / (commit := 10 * "0123"))
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123")
+    (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     refused("org/spiking")

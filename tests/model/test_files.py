@@ -25,6 +25,7 @@ from stages.transforms.transform import Untouched
 Tensors = dict[str, Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
+COMMIT = 10 * "0123"  # of a model on the hub
 
 
 @pytest.fixture
@@ -254,13 +255,13 @@ def test_a_model_on_the_hub_is_read_as_a_folder_is(saved, tokens, tmp_path, monk
     folder = saved(shards="10KB")
     expected = losses(folder, tokens(2, 12))
     cached = tmp_path / "hub" / "models--org--tiny"  # as if downloaded before
-    shutil.copytree(folder, cached / "snapshots" / "0123")
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123")
+    (cached / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert losses(Path("org/tiny"), tokens(2, 12)) == expected
-    shard = sorted((cached / "snapshots" / "0123").glob("*.safetensors"))[-1]
+    shard = sorted((cached / "snapshots" / COMMIT).glob("*.safetensors"))[-1]
     rewrite(shard, lambda weights: weights | {"more.weight": torch.ones(2)})
     assert "1 weights that its index does not name, the first is more.weight" in refused(
         Path("org/tiny")

@@ -83,7 +83,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("bits", [3, 7])
 def test_every_histogram_is_that_of_the_eager_model(tiny, tokens, monkeypatch, kind, bits):
-    model, ids = tiny(kind).double(), tokens(4, 12)  # float32 sums in another order on each processor
+    model, ids = (
+        tiny(kind).double(),
+        tokens(4, 12),
+    )  # float32 sums in another order on each processor
     values = {name: x.float() for name, x in values_of(model, ids, monkeypatch).items()}
     sites = find_sites(model)
     sketches = Capture(bits).run(model, ids, sites, batch=3)

@@ -1,6 +1,7 @@
 import bz2
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,32 +236,58 @@ def hub_text(**fields):
     return HubText(**{**plain, "field": "text", "documents": 3, **fields})
 
 
-def test_hub_text_takes_the_first_documents_of_each_split(monkeypatch):
-    def load_dataset(path, *, split, streaming, **_):
-        assert streaming
-        return ({"text": f"{path} {split} {number}"} for number in range(100))
+@pytest.fixture
+def published(monkeypatch):
+    """Publishes rows at commit c0ffee, whichever revision is asked for."""
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    def publish(rows, commit="c0ffee"):
+        def builder(path, *, name, revision):
+            assert path == "hf://datasets/org/text" and name is None and revision == "c0ffee"
+            return SimpleNamespace(hash=commit, as_streaming_dataset=lambda split: rows(split))
+
+        monkeypatch.setattr("datasets.load_dataset_builder", builder)
+        monkeypatch.setattr("stages.text.hub.commit", lambda *_: "c0ffee")
+
+    return publish
+
+
+def test_hub_text_takes_the_first_documents_of_each_split(published):
+    published(lambda split: ({"text": f"{split} {number}"} for number in range(100)))
 
     def read(text, purpose):
         return [piece.text for piece in read_hub(text, purpose)]
 
-    assert read(hub_text(), "evaluation") == [f"org/text test {n}" for n in range(3)]
-    assert read(hub_text(), "calibration") == [f"org/text train {n}" for n in range(3)]
+    assert read(hub_text(), "evaluation") == [f"test {n}" for n in range(3)]
+    assert read(hub_text(), "calibration") == [f"train {n}" for n in range(3)]
     same = hub_text(split="train")
-    assert read(same, "evaluation") == [f"org/text train {n}" for n in range(3)]
-    assert read(same, "calibration") == [f"org/text train {n}" for n in range(3, 6)]
+    assert read(same, "evaluation") == [f"train {n}" for n in range(3)]
+    assert read(same, "calibration") == [f"train {n}" for n in range(3, 6)]
     assert len(read(hub_text(documents=None), "evaluation")) == 100
 
 
-def test_without_network_one_line_says_what_to_give(monkeypatch):
-    def load_dataset(*_, **__):
+def test_without_network_one_line_says_what_to_give(published):
+    def rows(split):
+        yield {"text": "read before"}
         raise ConnectionError("no route\nto the hub")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    published(rows)
+    pieces = read_hub(hub_text(), "calibration")
+    assert next(pieces).text == "read before"
     with pytest.raises(InputError, match=r"org/text.*no route.*calibration_path=FILE") as error:
-        next(read_hub(hub_text(), "calibration"))
+        next(pieces)
     assert "\n" not in str(error.value)
+
+
+def test_a_field_that_the_rows_lack_is_named(published):
+    published(lambda split: iter([{"sentence": "one"}]))
+    with pytest.raises(InputError, match=r"\(test\) .*it has no field 'text', it has sentence;"):
+        next(read_hub(hub_text(), "evaluation"))
+
+
+def test_another_commit_than_the_one_that_is_asked_for_is_refused(published):
+    published(lambda split: iter([{"text": "of another commit"}]), commit="older")
+    with pytest.raises(InputError, match="commit c0ffee is not at hand; without it give"):
+        next(read_hub(hub_text(), "evaluation"))
 
 
 def test_hub_text_keeps_calibration_and_evaluation_apart():

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -103,14 +102,12 @@ def test_precision_is_in_the_key_and_not_in_the_fingerprint(settings: Make, tmp_
 
 
 def test_an_id_that_is_given_wins_over_the_packaged_file(settings: Make, tmp_path, monkeypatch):
-    def config(hub: str, revision: str | None) -> Any:
-        return SimpleNamespace(model_type="opt", _commit_hash=f"commit of {hub} {revision}")
-
-    monkeypatch.setattr(models, "_hub_config", config)
+    monkeypatch.setattr(models, "commit", lambda kind, name, revision: f"{kind} {name} {revision}")
+    monkeypatch.setattr(models, "configuration", lambda *_: SimpleNamespace(model_type="opt"))
     chosen = settings(tmp_path, "model.path=null", UNNAMED, "model.hub=org/Net-1b")
     assert chosen.model.name == "Net-1b" and chosen.axes["model"] == "Net-1b"
     source = models.model_source(chosen.model, Store(tmp_path), "cpu")
-    assert source.source == "org/Net-1b"
+    assert source.source == "org/Net-1b" and source.spec.revision == "model org/Net-1b None"
     assert models._rules(chosen.model) == code_hash(("stages.model.architectures.opt",))
     packaged = settings(tmp_path, "model.path=null", UNNAMED)
     assert packaged.model.name == "smollm2-135m"
