@@ -20,7 +20,8 @@ _IGNORED = ["*/*", "consolidated*.safetensors"]  # the same weights in another l
 SHOWN = 12  # digits of a commit in logs
 INSTEAD = {
     "model": "a folder on this machine is used by model.path=FOLDER",
-    "dataset": "a file is used by corpus.NAME.path=FILE and corpus.NAME.calibration_path=FILE",
+    "dataset": "a file is used by corpus.NAME.path=FILE and corpus.NAME.calibration_path=FILE,"
+    " of a task's questions by tasks.NAME.path=FILE",
 }
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.errors import InputError, nearest
+from stages.errors import InputError
 from stages.model.limits import check_tokens
 from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
+from stages.text.tasks import check_commit, pinned, yaml_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,6 @@ METRICS = ("acc", "acc_norm")
 SPLITS = ("validation", "test")
 QUESTIONS = "questions.parquet"
 _BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([^\"'\s#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class TaskSpec:
     """One column of accuracies: lm-eval's `task`, scored by `metric` on `split` of its data.
 
     The data are the file `path`, or else the one in `package`, which then stands for that
-    split; without either, the data set that lm-eval names, from the hub.
+    split; without either, the data set that lm-eval names, from the hub, of one commit.
     """
 
     name: str
@@ -187,16 +186,18 @@ def _load(tasks: Sequence[tuple[TaskSpec, Path | None]], folder: Path) -> Any:
     manager = TaskManager(include_defaults=False)
     loaded: dict[str, Any] = {}
     for spec, data in tasks:
-        file = folder / f"{spec.name}.yaml"
-        file.write_text(json.dumps(_config(spec, data, folder)))  # json is yaml
+        file, config = folder / f"{spec.name}.yaml", _config(spec, data, folder)
+        file.write_text(json.dumps(config))  # json is yaml
         with _readable(spec, data):
+            if data is None:
+                check_commit(config)
             loaded |= manager.load([str(file)])["tasks"]
     return {"tasks": loaded}
 
 
 def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "include": _yaml_of(spec.task),
+        "include": yaml_of(spec.task),
         "task": spec.name,
         "num_fewshot": 0,
         "training_split": None,
@@ -205,7 +206,7 @@ def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
         f"{spec.split}_split": spec.split,
     }
     if data is None:
-        return config
+        return config | pinned(spec.name, spec.task)
     if data.suffix not in _BUILDERS or not data.is_file():
         raise InputError(
             f"tasks.{spec.name}: {data} is no file with one of the suffixes {', '.join(_BUILDERS)}"
@@ -216,51 +217,6 @@ def _config(spec: TaskSpec, data: Path | None, folder: Path) -> dict[str, Any]:
         "dataset_name": None,
         "dataset_kwargs": kwargs,
     }
-
-
-@cache
-def _index() -> dict[str, Any]:
-    """lm-eval's tasks, groups and tags by name; it parses thousands of files to find them."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
-
-
-@cache
-def _named() -> dict[str, list[Path]]:
-    """lm-eval's files by the task or group that a line of theirs names."""
-    from lm_eval import tasks
-
-    files: dict[str, list[Path]] = {}
-    for path in Path(str(tasks.__file__)).parent.glob("**/*.yaml"):
-        for name in _NAME.findall(path.read_bytes()):
-            files.setdefault(name.decode(), []).append(path)
-    return files
-
-
-def _entry(task: str) -> Any:
-    """lm-eval's entry of a task, from its folder alone where one file only names it; None: no such."""
-    from lm_eval.tasks import TaskManager
-
-    files = _named().get(task, [])
-    if len(files) == 1:
-        index = TaskManager(include_path=files[0].parent, include_defaults=False).task_index
-        entry = index.get(task)
-        if entry is not None and entry.kind.name == "TASK" and entry.yaml_path == files[0]:
-            return entry
-    return _index().get(task)
-
-
-def _yaml_of(task: str) -> str:
-    entry = _entry(task)
-    if entry is None or entry.yaml_path is None:
-        hint = nearest(task, _index()) or "`lm-eval ls tasks` lists them"
-        raise InputError(f"lm-eval has no task {task!r}; {hint}")
-    if entry.kind.name != "TASK":
-        raise InputError(
-            f"lm-eval's {task} is a {entry.kind.name.lower()} of tasks; give one of them"
-        )
-    return str(entry.yaml_path)
 
 
 @contextmanager

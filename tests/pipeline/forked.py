@@ -21,7 +21,7 @@ from tests.pipeline.conftest import REPOSITORY, Finished
 PRELOADED = (
     *("pipeline.commands.launch", "pipeline.commands.sweep", "pipeline.run.runner"),
     *("pyarrow.parquet", "datasets.load", "datasets.packaged_modules.json.json"),
-    *("transformers.models.llama.modeling_llama", "accelerate"),
+    *("transformers.models.llama.modeling_llama", "accelerate", "lm_eval.evaluator"),
 )
 
 

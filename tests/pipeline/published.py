@@ -16,6 +16,7 @@ from pyarrow import parquet
 from tests.hub import Hub, Repository
 
 LLAMA, WIKITEXT, C4 = "meta-llama/Llama-2-7b-hf", "Salesforce/wikitext", "allenai/c4"
+PIQA = "baber/piqa"  # that lm-eval's task reads
 PTB, PILE = "ptb-text-only/ptb_text_only", "NeelNanda/pile-10k"
 READER = {"HF_TOKEN": "reader"}  # has access to what is gated
 SHARD = "model-00002-of-00004.safetensors"
@@ -78,6 +79,19 @@ def gated_text(hub: Hub) -> Repository:
     tables = {f"data/{name}-0.parquet": _table(documents(9)) for name in ("train", "test")}
     made.commit({"README.md": b"# Gated"} | tables)
     return made
+
+
+def questions(number: int) -> dict[str, bytes]:
+    """The files of a commit of PIQA: other questions for another number."""
+    draw = random.Random(number)
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(24)]
+    rows = [{"goal": w, "sol1": w[:3], "sol2": w[3:], "label": ord(w[0]) % 2} for w in words]
+    files = {}
+    for split in ("train", "validation"):
+        stream = io.BytesIO()
+        parquet.write_table(pa.Table.from_pylist(rows), stream)
+        files[f"data/{split}-00000-of-00001.parquet"] = stream.getvalue()
+    return {"README.md": b"# PIQA"} | files
 
 
 def _table(rows: Sequence[str], field: str = "text") -> bytes:

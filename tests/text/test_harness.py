@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from stages.errors import InputError
-from stages.text import harness
+from stages.text import tasks
 from stages.text.harness import TaskSpec, answers, zero_shot
 
 ROWS = [
@@ -242,13 +242,13 @@ def test_a_question_longer_than_the_model_has_positions_is_refused(
 @pytest.mark.slow
 def test_every_task_is_found_where_lm_eval_finds_it_among_all():
     """What lm-eval itself knows a name by, after it has parsed all of its files."""
-    everything, named = TaskManager().task_index, harness._named()
+    everything, named = TaskManager().task_index, tasks._named()
     assert len(named) > 10_000 and {"piqa", "arc_easy", "lambada_openai"} <= set(named)
     for name, files in named.items():
         if len(files) == 1:
             assert everything[name].yaml_path == files[0]
     for name in ("piqa", "arc_challenge", "mmlu", "mmlu_stem", "ai2_arc", "nothing"):
         known = everything.get(name)
-        entry = harness._entry(name)
+        entry = tasks._entry(name)
         assert (entry is None) == (known is None)
         assert known is None or (entry.kind, entry.yaml_path) == (known.kind, known.yaml_path)

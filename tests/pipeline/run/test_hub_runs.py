@@ -19,11 +19,13 @@ from tests.pipeline.published import (
     C4_SHARD,
     LLAMA,
     PILE,
+    PIQA,
     READER,
     SHARD,
     WIKITEXT,
     gated_text,
     publish_texts,
+    questions,
     sharded,
     wikitext,
 )
@@ -181,6 +183,32 @@ def test_a_moved_branch_is_another_model_and_a_pinned_commit_is_not(
     changed = {name for name in keys(first) if keys(first)[name] != keys(text)[name]}
     assert changed and all("wikitext2" in name or name == "energy" for name in changed)
     assert {*states(text)["built"]} == changed
+
+
+def test_questions_of_the_hub_are_of_one_commit(world: World) -> None:
+    """A moved branch is other questions; without the hub those that were seen last are in the store."""
+    none = "tasks.piqa.path=null"
+    asked = ("coding=dense", "evaluation.corpora=[c4]", "evaluation.tasks=[piqa]", none)
+    asked = (*asked, "tasks.piqa.package=null", "evaluation.items=24")
+    assert f"dataset {PIQA} on the hub: there is none of this name" in world.refused(*asked)
+    piqa = world.hub.repository("datasets", PIQA)
+    before = piqa.commit(questions(1))
+    one = world.run(*asked)
+    assert one.code == 0 and keys(world.run(*asked)) == keys(one)
+    with world.hub.closed():
+        gone = world.run(*asked)
+    assert f"dataset {PIQA}: the hub cannot be reached; its main is taken to be" in gone.out
+    assert states(gone)["built"] == [] and keys(gone) == keys(one)
+    now = piqa.commit(questions(2))
+    two = world.run(*asked)
+    assert f"{PIQA}: main has moved from {before[:12]} to {now[:12]}" in two.out
+    assert {*states(two)["built"]} == {"evaluation acc_piqa"}
+    assert two.results[0]["acc_piqa"] != one.results[0]["acc_piqa"]
+    with world.hub.closed():
+        others = world.run(*asked, "evaluation.items=20")  # which are in no store
+    assert others.code == 0 and f"taken to be the last one seen, {now}" in others.out
+    read = ("tasks.piqa.task=niah_single_1", "evaluation.tasks=[piqa]")
+    assert "no data set with commits on the hub" in world.refused(*asked, *read)
 
 
 def test_what_is_not_on_the_hub_is_one_line(world: World) -> None:
