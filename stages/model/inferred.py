@@ -118,8 +118,14 @@ def _attention(layer: nn.Module) -> tuple[Rules, tuple[Rule, ...], dict[str, str
     raise Unsaid(f"a layer has no attention with {listed} beside {', '.join(OUTPUTS)}")
 
 
-def check_interface(path: str, module: nn.Module) -> None:
+def check_interface(path: str, module: Any) -> None:
     """Raise Unsaid where attention multiplies by itself, so that no port would see its operands."""
+    if getattr(module, "slow_but_exact", False) and module.pretraining_tp > 1:
+        raise Unsaid(
+            f"{path} ({type(module).__name__}) multiplies slices of its matrices with slow_but_exact and "
+            f"pretraining_tp={module.pretraining_tp}, past the modules that hold them; give a config "
+            "with slow_but_exact=false"
+        )
     if type(module).__name__ in REWRITTEN:
         return
     forward: Any = inspect.unwrap(type(module).forward)

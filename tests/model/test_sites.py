@@ -195,3 +195,15 @@ def test_the_number_of_an_expert_is_no_pattern():
     assert select(sites, SiteSelection(exclude=["mlp.experts:down[1]"])) == sites[1:]
     with pytest.raises(InputError, match="leave no site"):
         select(sites, SiteSelection(exclude=["mlp.experts:down[*]"]))
+
+
+def test_slices_of_a_matrix_that_pass_its_module_by_are_refused():
+    """They are added up without the module, whose input no port would see."""
+    small = {"hidden_size": 8, "n_head": 2, "n_layer": 2, "vocab_size": 50, "pretraining_tp": 2}
+    for exact in (False, True):
+        model = meta_model(AutoConfig.for_model("bloom", **small, slow_but_exact=exact))
+        if exact:
+            with pytest.raises(InputError, match="slices of its matrices with slow_but_exact"):
+                find_sites(model)
+        else:
+            assert find_sites(model)
