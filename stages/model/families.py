@@ -69,7 +69,7 @@ def architecture(model: PreTrainedModel) -> Architecture:
         return inferred
     except Unsaid as missing:
         raise InputError(
-            f"no role rules for model_type={kind!r} (known: {', '.join(known())}), and its modules do "
-            f"not say them: {missing}; modules that could not be placed: "
+            f"no role rules for model_type={kind!r} (known: {', '.join(sorted({*known(), *TESTED}))}), "
+            f"and its modules do not say them: {missing}; modules that could not be placed: "
             f"{shortened(multiplying(model))}; rules are one file in {PACKAGE.replace('.', '/')}/"
         ) from missing

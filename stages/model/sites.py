@@ -91,7 +91,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     """Find every site of the model in forward order, those outside of layers and the head last.
 
     Raises InputError if a rule names a module the model lacks, or if a module that multiplies is fed
-    by no site (it would silently stay dense).
+    by no site (it would silently stay dense), or if tokens see those behind them.
     """
     rules = architecture(model)
     modules = dict(model.named_modules())
@@ -114,7 +114,20 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             f"sites of {type(model).__name__} cannot be resolved: missing {missing[:4]}, "
             f"linear modules fed by no site {unfed[:4]}, {count} decoder layers"
         )
+    _refuse_bidirectional(model, [modules[site.path] for site in sites if site.port == "q"])
     return sites
+
+
+def _refuse_bidirectional(model: PreTrainedModel, attention: Iterable[nn.Module]) -> None:
+    """Raise InputError where a token sees those behind it, as in models that embed texts."""
+    config = model.config.get_text_config()
+    causal = [getattr(each, "is_causal", True) for each in (config, *attention)]
+    if not all(causal):
+        option = "is_causal=false" if not causal[0] else "use_bidirectional_attention"
+        raise InputError(
+            f"{type(model).__name__} is no causal language model: with {option} in its config a token "
+            "sees those behind it; give the model that this one was made from"
+        )
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,11 @@ def _rotatable(model: PreTrainedModel) -> tuple[list[Site], list[StreamNorm]]:
             "transform: embeddings are projected, and what is projected is not rotated; use "
             "transform=none or transform=fuse"
         )
+    if rules.latent:
+        raise InputError(
+            "transform: values are made of a latent (multi-head latent attention), which a rotation of "
+            "heads does not pass; use transform=none or transform=fuse"
+        )
     norms = stream_norms(model, sites)
     behind = {name for s in sites if s.role in ("attn.out", "mlp.down") for name in s.consumers}
     inside = [norm.path for norm in norms if behind & set(norm.readers)]

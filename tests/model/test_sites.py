@@ -207,3 +207,21 @@ def test_slices_of_a_matrix_that_pass_its_module_by_are_refused():
                 find_sites(model)
         else:
             assert find_sites(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("gemma3_text", "use_bidirectional_attention"),
+        ("llama", "is_causal"),
+        ("bloom", "is_causal"),
+    ],
+)
+def test_a_model_whose_tokens_see_those_behind_them_is_refused(kind, option):
+    sizes = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes)
+    assert find_sites(meta_model(config))
+    setattr(config, option, option != "is_causal")
+    with pytest.raises(InputError, match=f"no causal language model: with {option}") as raised:
+        find_sites(meta_model(config))
+    assert "\n" not in str(raised.value)

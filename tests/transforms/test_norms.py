@@ -112,3 +112,12 @@ def test_a_family_gives_the_same_logits_or_is_refused_untouched(name, change):
     assert difference(model, before) < 1e-5
     moved = [n for n, p in model.named_parameters() if n in old and not torch.equal(p, old[n])]
     assert moved or name == "olmo"  # whose norms have no scales
+
+
+def test_values_made_of_a_latent_are_fused_and_not_rotated():
+    model = made("deepseek_v3", first_k_dense_replace=2)  # no experts, which are refused before
+    before = logits(model)
+    with pytest.raises(InputError, match=r"values are made of a latent .*use transform=none"):
+        rotate(model, 3)
+    fuse(model)
+    assert difference(model, before) < 1e-5
