@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with readable(f"model {source}"):
+    with _of_model(source):
         folder, config, checkpoint = _opened(source, revision)
         tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
         with unreported():
@@ -105,7 +105,7 @@ def load_offloaded(
 
     from stages.model.offload import attach, skeleton
 
-    with readable(f"model {source}"):
+    with _of_model(source):
         folder, config, checkpoint = _opened(source, revision)
         tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
         kind = getattr(torch, dtype)
@@ -121,7 +121,7 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase
     if local:
         check_folder(folder)
     config = configuration(source, revision)
-    with readable(f"model {source}"):
+    with _of_model(source):
         if not local:
             folder = snapshot(source, revision, SMALL)
         return tokenizers.read(str(folder), source, config, local_files_only=True)
@@ -132,7 +132,7 @@ def configuration(source: str, revision: str | None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     folder = Path(source).expanduser()
-    with readable(f"model {source}"):
+    with _of_model(source):
         if not folder.is_dir():
             folder = one_file(source, revision, "config.json").parent
         if not (folder / "config.json").is_file():
@@ -217,9 +217,13 @@ def _refuse_spiking(config: Any, source: str) -> None:
         )
 
 
+AGAIN = "save it again by save_pretrained, or download it again"
+
+
 @contextmanager
 def readable(what: str, instead: str = INSTEAD["model"]) -> Iterator[None]:
-    """Turn what transformers raises for a missing, gated or damaged model into one line."""
+    """Turn what transformers raises for a missing, gated or damaged model into one line, which ends with
+    what to do."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -242,4 +246,13 @@ def readable(what: str, instead: str = INSTEAD["model"]) -> Iterator[None]:
         known = isinstance(error, (*damaged, StrictDataclassError, SafetensorError))
         if not known and type(error) is not Exception:
             raise
-        raise InputError(f"{what} cannot be loaded: {first_line(error)}; {instead}") from error
+        said = first_line(error)
+        if isinstance(error, KeyError):  # which says the key alone
+            said = f"{said} is missing, or a name that transformers does not know"
+        raise InputError(f"{what} cannot be loaded: {said}; {instead}") from error
+
+
+def _of_model(source: str) -> AbstractContextManager[None]:
+    """`readable`, with what to do about a local folder or a model on the hub."""
+    local = Path(source).expanduser().is_dir()
+    return readable(f"model {source}", *([AGAIN] if local else []))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import gguf
@@ -54,9 +55,16 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def rope_of_no_kind(folder):
+    file = folder / "config.json"
+    rope = {"rope_type": "none such", "rope_theta": 1e4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
+        (rope_of_no_kind, "'none such' is missing, or a name that transformers .*; save it again"),
         (lambda folder: remove(folder, "config.json"), "has no config.json"),
         (lambda folder: remove(folder, "tokenizer.json"), "has no tokenizer"),
         (only_a_pickle, r"has no \*.safetensors"),
