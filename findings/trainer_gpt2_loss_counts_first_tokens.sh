@@ -3,10 +3,10 @@
 #
 # A model's loss over a text of L tokens is the mean over the L - 1 tokens that have one before them. Trainer
 # has the model sum and divide by a count of labels instead, which leaves out the first token of each row only
-# if the class name of the model has a loss registered. `ForCausalLM` has; `GPT2LMHeadModel` has not: its
-# loss_type is None, the loss falls back to that of ForCausalLM, but the count does not, and takes in all L.
-# So exp(eval_loss) is not the perplexity of GPT-2, but is that of Llama, in the same program. A text of 1024
-# tokens hides the factor (1 in 1000), a batch of short ones does not. model(input_ids, labels=...) is right.
+# if a loss is registered for the name of the model's class. One is for `...ForCausalLM`, none for
+# `GPT2LMHeadModel`: its loss_type is None, its loss falls back to that of ForCausalLM, but the count does not,
+# and takes in all L. So exp(eval_loss) is the perplexity of Llama, but not that of GPT-2, in the same program. A
+# text of 1024 tokens hides the factor (1 in 1000), short ones do not. model(input_ids, labels=...) is right.
 # The count was mended for the registered losses: https://github.com/huggingface/transformers/pull/46204
 #
 # Seen with transformers 5.24.0, torch 2.13.0 (texts of 8 tokens, eval_loss / mean cross-entropy of 7):
@@ -23,7 +23,8 @@ import sys
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer,
+                          TrainingArguments)
 
 LENGTH = 8
 texts = torch.randint(0, 50, (6, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -39,13 +40,15 @@ for model in (gpt2.eval(), llama.eval()):
     with torch.no_grad():
         output = model(input_ids=texts, labels=texts)
     mean = cross_entropy(output.logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten())
-    options = TrainingArguments(sys.argv[1], per_device_eval_batch_size=3, report_to="none", use_cpu=True)
-    loss = Trainer(model, options, eval_dataset=rows).evaluate()["eval_loss"]
+    options = TrainingArguments(
+        sys.argv[1], per_device_eval_batch_size=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, options, eval_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    loss = trainer.evaluate()["eval_loss"]
     ratios.append((loss / mean.item(), output.loss.item() / mean.item()))
     parts.append(f"{type(model).__name__} {model.loss_type} {ratios[-1][0]:.4f} (its own loss {ratios[-1][1]:.4f})")
-print("; ".join(parts), file=sys.stderr)
+print("; ".join(parts))
 expected = [((LENGTH - 1) / LENGTH, 1), (1, 1)]
 sys.exit(0 if torch.allclose(torch.tensor(ratios), torch.tensor(expected), atol=1e-4) else 1)
 PY
-"$folder/venv/bin/python" "$folder/run.py" "$folder" 2> "$folder/log" > /dev/null || { code=$?; tail -3 "$folder/log"; exit $code; }
-tail -1 "$folder/log"
+"$folder/venv/bin/python" "$folder/run.py" "$folder" 2> "$folder/log" || { code=$?; tail -3 "$folder/log"; exit $code; }
