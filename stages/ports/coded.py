@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.errors import InputError
 from stages.ports.events import Events, events, few
-from stages.ports.planes import Planes, Product, Sum
+from stages.ports.planes import Planes, Product, Sum, summed
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
@@ -124,7 +124,7 @@ def _linear(x: Coded, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return partial(_added, torch.matmul, spikes, weight.t())
         if not rows:
             rows.append(weight.t().contiguous())
-        return partial(_summed, spikes.selected(rows[0]))
+        return partial(summed, spikes.selected(rows[0]))
 
     total = _one(x, select).view(*x.shape[:-1], len(weight))
     if x.planes.centre is not None:
@@ -157,11 +157,7 @@ def _added(
     if total is not None and fits and left.dim() == right.dim() in (2, 3):
         add = torch.addmm if left.dim() == 2 else torch.baddbmm
         return add(total, left, right, beta=factor, out=total)
-    return _summed(multiply(left, right).float(), total, factor)
-
-
-def _summed(product: Tensor, total: Tensor | None, factor: float) -> Tensor:
-    return product if total is None else torch.add(product, total, alpha=factor)
+    return summed(multiply(left, right).float(), total, factor)
 
 
 def _one(x: Coded, select: Callable[[int, Tensor], Product]) -> Tensor:

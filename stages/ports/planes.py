@@ -79,6 +79,11 @@ class Accumulator:
 Product = Callable[[Tensor | None, float], Tensor]
 
 
+def summed(product: Tensor, total: Tensor | None, factor: float) -> Tensor:
+    """What a `Product` gives of a product that is there."""
+    return product if total is None else torch.add(product, total, alpha=factor)
+
+
 class Sum:
     """What an accumulator adds up, with as few multiplications as its weights allow: one at the end
     where they halve from step to step or are the same, else one a step."""

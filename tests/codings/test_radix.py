@@ -1,6 +1,7 @@
 """Digits of a code in time, worked out by hand and beside bit planes, and what decoding them costs."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stages.codings.gated import Gated
 from stages.codings.signed_digit import SignedDigit
 from stages.errors import InputError
 from stages.neurons.spikes import SpikeTime, decode
-from stages.ports.planes import Accumulator, Group, Planes, Sum, planes, timed
+from stages.ports.planes import Accumulator, Group, Planes, Sum, planes, summed, timed
 from tests.codings.reference import atoms_of, bfloat16_patterns, fitted, heavy_tailed
 
 SIXTEEN = {"scale": torch.tensor([16.0])}  # T=4: a level is 1
@@ -176,7 +177,7 @@ def test_what_a_radix_cannot_be_is_refused_in_a_line(radix: object) -> None:
 
 def arrivals(total: Sum, products: list[float], weights: tuple[float, ...]) -> float:
     for product, weight in zip(products, weights, strict=True):
-        total.add(torch.tensor([product]), weight)
+        total.add(partial(summed, torch.tensor([product])), weight)
     return float(total.value())
 
 
@@ -212,7 +213,7 @@ def test_a_part_of_the_slots_can_still_be_multiplied() -> None:
     for accumulator in part.accumulators:
         made = Sum.of(accumulator)
         for plane, weight, _ in accumulator.spikes:
-            made.add(plane.float(), weight)
+            made.add(partial(summed, plane.float()), weight)
         total = made.value() + total
     assert torch.equal(total, part.value())
     assert part.value().tolist() == [12.0, -16.0, 40.0]

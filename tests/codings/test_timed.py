@@ -1,6 +1,7 @@
 """One spike in time, worked out by hand: slots, windows, silence, decoding, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from stages.codings.timed import Timed
 from stages.errors import InputError
 from stages.fits.sensitivity import Sensitivity
 from stages.neurons.spikes import decode
-from stages.ports.planes import Accumulator, Sum, planes
+from stages.ports.planes import Accumulator, Sum, planes, summed
 from tests.codings.reference import atoms_of, heavy_tailed
 
 # Levels 1, 2, 4 and 8 times a half: gaps 1, 1, 2, 4. Silent below 0.75 of it, or 3/8.
@@ -49,16 +50,16 @@ def check(coding: Timed, p: dict[str, Tensor], rows: list[tuple[float, float, in
     assert count.tolist() == spikes.count.tolist() == [int(t < spikes.timesteps) for t in time]
     coded, _ = planes(coding, x, p)
     torch.testing.assert_close(coded.value(), value)
-    torch.testing.assert_close(summed(coded.accumulators), value)
+    torch.testing.assert_close(accumulated(coded.accumulators), value)
 
 
-def summed(accumulators: tuple[Accumulator, ...]) -> Tensor:
+def accumulated(accumulators: tuple[Accumulator, ...]) -> Tensor:
     """The values as running sums, or products, make them."""
     total = torch.zeros(())
     for accumulator in accumulators:
         made = Sum.of(accumulator)
         for plane, weight, _ in accumulator.spikes:
-            made.add(plane.float(), weight)
+            made.add(partial(summed, plane.float()), weight)
         total = total + made.value()
     return total
 

@@ -23,6 +23,7 @@ from tests.model.families import made
 
 SMOOTHING = Smoothing(8, 4, 0.02, 0.75, 2, 16, 0.0)
 PLANTED = (3, 17)
+DRAWS = 16  # what learning adds to one of them depends on the last bits of sums
 
 
 @pytest.fixture
@@ -57,13 +58,19 @@ def coded(model, ids, smoothing: Smoothing | None) -> Callable[[], Tensor]:
     return run
 
 
-def test_the_block_error_falls_below_the_unsmoothed_one(outliers, ids) -> None:
-    with torch.inference_mode():
-        right = outliers(ids, output_hidden_states=True).hidden_states[1]
-    plain, smoothed, once = (
-        float((coded(outliers, ids, s)() - right).square().mean())
-        for s in (None, SMOOTHING, replace(SMOOTHING, epochs=1, lr=1e-9))
-    )
+def test_the_block_error_falls_below_the_unsmoothed_one(outliers) -> None:
+    errors = []
+    for seed in range(DRAWS):
+        ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            right = outliers(ids, output_hidden_states=True).hidden_states[1]
+        errors.append(
+            [
+                float((coded(outliers, ids, s)() - right).square().mean())
+                for s in (None, SMOOTHING, replace(SMOOTHING, epochs=1, lr=1e-9))
+            ]
+        )
+    plain, smoothed, once = torch.tensor(errors).mean(0).tolist()
     assert smoothed < 0.5 * plain
     assert smoothed < once  # learning adds to the start
 
