@@ -146,6 +146,8 @@ def dequantise(config: Any) -> None:
     computes in MXFP4 would keep the codes.
     """
     for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) == {}:  # nothing is, and no method reads that
+            del part.quantization_config
         if method(config) in (*FP8, MXFP4) and getattr(part, "quantization_config", None):
             part.quantization_config["dequantize"] = True
 

@@ -159,3 +159,10 @@ def test_fp8_that_no_config_names_is_refused(quantised):
     assert f"14 weights are F8_E4M3, the first is {DOWN}" in refused(folder)
     (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}}))
     assert "is quantised by ModelOpt (its hf_quant_config.json)" in refused(folder)
+
+
+def test_a_config_that_names_no_method_is_that_of_plain_weights(quantised, tokens):
+    _, folder = quantised()
+    expected = losses(folder, tokens(3, 12))
+    configure(folder, quantization_config={})
+    assert losses(folder, tokens(3, 12)) == expected
