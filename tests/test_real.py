@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,11 +227,12 @@ def test_an_export_is_the_model_that_was_converted(
     model, _ = run.model.load()
     made: list[Kept] = []
 
-    def kept(*given):  # type: ignore[no-untyped-def]
-        made.append(Kept(*given))
-        return made[-1]
+    class Recorded(Kept):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
 
-    monkeypatch.setattr("stages.ports.patched.SpikingPort", kept)
+    monkeypatch.setattr("stages.ports.patched.SpikingPort", Recorded)
     with torch.inference_mode():
         with patched(model, conversion):
             expected = model(ids, use_cache=False).logits
