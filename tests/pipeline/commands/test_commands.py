@@ -98,6 +98,15 @@ def test_help_loads_only_the_parser():
     assert "click" in loaded and not HEAVY & loaded
 
 
+@pytest.mark.slow
+def test_a_plan_does_without_what_reads_a_model():
+    code = "import sys, pipeline.commands.plan; print('transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
 def test_the_script_is_the_same_command(capsys):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     ((name, place),) = project["scripts"].items()
