@@ -72,7 +72,7 @@ def load(
 
     with _of_model(source):
         folder, config, checkpoint = _opened(source, revision)
-        tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
+        tokenizer = tokenizers.read(folder, source, config)
         with unreported():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -107,7 +107,7 @@ def load_offloaded(
 
     with _of_model(source):
         folder, config, checkpoint = _opened(source, revision)
-        tokenizer = tokenizers.read(str(folder), source, config, local_files_only=True)
+        tokenizer = tokenizers.read(folder, source, config)
         kind = getattr(torch, dtype)
         model = skeleton(config, kind, ATTENTION)
         attach(model, checkpoint, device, kind, offload)
@@ -117,14 +117,13 @@ def load_offloaded(
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder or hub id alone, refused where its model would be."""
     folder = Path(source).expanduser()
-    local = folder.is_dir()
-    if local:
+    if folder.is_dir():
         check_folder(folder)
     config = configuration(source, revision)
     with _of_model(source):
-        if not local:
+        if not folder.is_dir():
             folder = snapshot(source, revision, SMALL)
-        return tokenizers.read(str(folder), source, config, local_files_only=True)
+        return tokenizers.read(folder, source, config)
 
 
 def configuration(source: str, revision: str | None) -> PreTrainedConfig:

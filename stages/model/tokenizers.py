@@ -31,24 +31,20 @@ _NAMES = {
 }
 
 
-def read(
-    place: str, source: str, config: PreTrainedConfig, **where: Any
-) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a folder or hub id `place` as transformers does; `where` are its options of
-    place, `source` is what a user calls it.
+def read(folder: Path, source: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a folder as transformers does; `source` is what a user calls it.
 
     Warns of tokens that the model's embedding lacks, and of a tokenizer that is another than the one of
     tokenizer.json.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        place, trust_remote_code=False, **where
+        folder, local_files_only=True, trust_remote_code=False
     )
     say_behind(tokenizer, vocabulary(config), source)
-    file = cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False, **where)
-    if file is not None and (other := difference(tokenizer, Path(file))):
+    file = folder / _FILE
+    if file.is_file() and (other := difference(tokenizer, file)):
         log.warning("model %s: %s", source, other)
     return tokenizer
 

@@ -9,6 +9,8 @@ from stages.model.hub import commit, reason
 from stages.model.sources import HubText
 from stages.text.documents import Piece
 
+ADDRESS = "hf://datasets/"  # the hub's even where a folder here has its name
+
 
 def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> Iterator[Piece]:
     """Stream the documents for `purpose`, so that no more is downloaded than is used.
@@ -27,7 +29,8 @@ def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> It
     last = None if text.documents is None else first + text.documents
     revision = commit("dataset", text.id, text.revision)
     try:
-        for row in islice(_rows(text, revision, split), first, last):
+        data = builder(f"{ADDRESS}{text.id}", text.config, revision)
+        for row in islice(data.as_streaming_dataset(split=split), first, last):
             if text.field not in row:
                 raise ValueError(f"it has no field {text.field!r}, it has {', '.join(row)}")
             yield Piece(row[text.field])
@@ -42,14 +45,15 @@ def read_hub(text: HubText, purpose: Literal["calibration", "evaluation"]) -> It
         ) from error
 
 
-def _rows(text: HubText, revision: str, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split, of this commit alone."""
+def builder(path: str, config: str | None, revision: str, **options: Any) -> Any:
+    """Return what `datasets` makes of a data set on the hub at a commit, and of no other.
+
+    `path` as `ADDRESS` begins it. Raises ConnectionError where the hub does not answer: `datasets` takes
+    any commit then that it has read before.
+    """
     import datasets
 
-    # with hf:// it is the hub's even where a folder here has its name
-    builder = datasets.load_dataset_builder(
-        f"hf://datasets/{text.id}", name=text.config, revision=revision
-    )
-    if builder.hash != revision:  # where the hub does not answer, any commit that was loaded before
+    made = datasets.load_dataset_builder(path, name=config, revision=revision, **options)
+    if made.hash != revision:
         raise ConnectionError(f"the hub does not answer, so that commit {revision} is not at hand")
-    yield from builder.as_streaming_dataset(split=split)
+    return made

@@ -9,9 +9,9 @@ from typing import Any
 
 from stages.errors import InputError, nearest
 from stages.model.hub import commit
+from stages.text.hub import ADDRESS, builder
 
 _NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([^\"'\s#]+)", re.MULTILINE)
-_HUB = "hf://datasets/"  # the hub's even where a folder here has its name
 _FORMATS = ("json", "csv", "parquet", "arrow", "text")  # of files, in place of a data set
 _IGNORED = "trust_remote_code"  # an option that datasets no longer has
 
@@ -37,24 +37,16 @@ def pinned(name: str, task: str) -> dict[str, Any]:
         )
     sha = commit("dataset", path, options.get("revision"))
     return {
-        "dataset_path": f"{_HUB}{path}",
+        "dataset_path": f"{ADDRESS}{path}",
         "dataset_name": config.get("dataset_name"),
         "dataset_kwargs": {**options, "revision": sha},
     }
 
 
 def check_commit(data: dict[str, Any]) -> None:
-    """Raise ConnectionError where `datasets` would read another commit than that of `pinned`'s fields.
-
-    Where the hub does not answer, it takes any that it has read before.
-    """
-    import datasets
-
+    """Raise ConnectionError where `datasets` would read another commit than that of `pinned`'s fields."""
     options = {key: value for key, value in data["dataset_kwargs"].items() if key != _IGNORED}
-    builder = datasets.load_dataset_builder(data["dataset_path"], data["dataset_name"], **options)
-    if builder.hash != options["revision"]:
-        sha = options["revision"]
-        raise ConnectionError(f"the hub does not answer, so that commit {sha} is not at hand")
+    builder(data["dataset_path"], data["dataset_name"], **options)
 
 
 @cache
