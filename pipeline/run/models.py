@@ -14,8 +14,9 @@ from pipeline.run.assets import Asset, content
 from pipeline.run.fingerprint import folder_fingerprint
 from pipeline.run.memory import keep_freed_memory
 from pipeline.run.stage import Source, Stage
+from pipeline.store.code import code_hash
 from pipeline.store.provenance import libraries
-from pipeline.store.step import Step, code_hash
+from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
 from stages.model.hub import commit

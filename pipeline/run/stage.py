@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from pipeline.store.step import Step, source_hash
+from pipeline.store.code import source_hash
+from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 
 

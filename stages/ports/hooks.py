@@ -144,6 +144,8 @@ def _hooks(
     modules: Mapping[str, nn.Module], site: Site, port: Port, state: Pass, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
+        if state.real is None and x.dim() == 3:
+            return port(x, None, fanout)
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
         if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
             return port(rows, _fresh(rows, state), fanout)
@@ -188,6 +190,8 @@ class _Shared:
 
     def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
+        if len(self._readers) == 1:
+            return (self._passed(x), *args[1:])
         if self._last is None or self._last[0] is not x or reader not in self._waiting:
             self._waiting = set(self._readers)
             self._last = (x, self._passed(x))
