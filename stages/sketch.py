@@ -148,7 +148,8 @@ class Accumulator:
         inner = (index - 1) % 2**self.sub_bits
         last = self.grid.magnitudes - 1
         coarse = torch.where(index > 0, 1 + ((index - 1) >> self.sub_bits), 0).clamp(max=last)
-        codes, place = (sign * self.grid.magnitudes + coarse).unique(return_inverse=True)
+        ascending = sign * self.grid.magnitudes + coarse
+        codes, place = ascending.unique_consecutive(return_inverse=True)
         half = 0.5 if self.sub_bits else 0.0
         position = (inner + half).double() * 2.0**-self.sub_bits
         spread = 4.0**-self.sub_bits / 12 if self.sub_bits else 0.0
