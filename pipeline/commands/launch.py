@@ -153,6 +153,7 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
         tables.sweep_table(folder, name, TABLES)
         print(f"\nresults: {folder.pattern(finished)}")
         print(f"table: {TABLES / name}.md, .csv, .tex")
+        print(f"explore: python -m pipeline report {folder.path}")
         files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:
             if written := sweep.draw(folder, name, TABLES):
