@@ -202,21 +202,21 @@ class SketchSet:
         cls, named: Sequence[tuple[str, str, int]], grid: Grid, accumulators: Sequence[Accumulator]
     ) -> SketchSet:
         """Gather the non-empty bins of every accumulator; named holds (site, role, layer)."""
-        code, count, first, second = zip(*(a.bins() for a in accumulators), strict=True)
+        bins = ([part.cpu() for part in a.bins()] for a in accumulators)  # of several devices
+        code, count, first, second = zip(*bins, strict=True)
         tensors = {
             "offsets": _offsets([len(c) for c in code]),
             "code": torch.cat(code),
             "count": torch.cat(count),
             "first": torch.cat(first),
             "second": torch.cat(second),
-            "range": torch.stack([a.range for a in accumulators]),
+            "range": torch.stack([a.range.cpu() for a in accumulators]),
             "channel_offsets": _offsets([len(a.absmax) for a in accumulators]),
-            "absmax": torch.cat([a.absmax for a in accumulators]),
-            "square": torch.cat([a.square for a in accumulators]),
+            "absmax": torch.cat([a.absmax.cpu() for a in accumulators]),
+            "square": torch.cat([a.square.cpu() for a in accumulators]),
         }
         names, roles, layers = zip(*named, strict=True)
-        cpu = {key: value.cpu() for key, value in tensors.items()}
-        return cls(tuple(names), tuple(roles), tuple(layers), grid, cpu)
+        return cls(tuple(names), tuple(roles), tuple(layers), grid, tensors)
 
     def split(self, size: int) -> Iterator[SketchSet]:
         """Yield sets of `size` sites in turn, the last of what is left."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.errors import choose
-from pipeline.run.specs import TrackingSpec
+from pipeline.run.specs import PlanSpec, TrackingSpec
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.distribution import Distribution
@@ -80,9 +80,11 @@ class Runtime:
     offload: Offload | None
     figures: bool
     plan: bool
+    workers: int = 1
+    engine: str = "local"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "evaluation_batch", "task_batch"):
+        for name in ("batch", "evaluation_batch", "task_batch", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"runtime.{name}={getattr(self, name)}: give 1 or more")
         if self.execution not in EXECUTIONS:
@@ -126,6 +128,7 @@ class Settings:
     runtime: Runtime
     tracking: TrackingSpec
     table: TableSpec
+    plan: PlanSpec
     row: str | None
     timesteps: int
 

@@ -62,19 +62,20 @@ def _layered(
 ) -> None:
     layers = weights.layers
     shape = (sum(map(len, batches)), batches[0].shape[1], model.config.hidden_size)
-    with weights.spec.states(shape, model.dtype) as states:
+    order = (OUTSIDE, *range(len(layers)), OUTSIDE)
+    with weights.spec.states(shape, model.dtype) as states, weights.in_turn(order) as turn:
         boundary = states.split(len(batches[0]))
-        with weights.resident(OUTSIDE):
+        with turn():
             calls = _enter(model, layers, batches, boundary)
         for index, layer in enumerate(tqdm(layers, desc=name, unit="layer", disable=None)):
-            with weights.resident(index):
+            with turn():
                 for tokens, hidden in zip(batches, boundary, strict=True):
                     args, kwargs = calls[len(tokens)][index]
                     out = layer(hidden.to(weights.device), *args, **kwargs)
                     hidden.copy_(out[0] if isinstance(out, tuple) else out)
                     after()
             through(index)
-        with weights.resident(OUTSIDE):
+        with turn():
             for tokens, hidden in zip(batches, boundary, strict=True):
                 with _replaced(layers, _leaving(hidden.to(weights.device))):
                     out = model(tokens, use_cache=False, logits_to_keep=logits)

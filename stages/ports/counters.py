@@ -89,28 +89,33 @@ class SiteCounter:
         """
         rows, width = shape[:-1], shape[-1]
         number = rows.numel() if real is None else real.expand(rows).sum()
-        self._row[0] += number * width if values is None else values
+        self._add(0, number * width if values is None else values)
         if isinstance(fanout, int):
-            self._row[2] += (number * width if values is None else values) * fanout
+            self._add(2, (number * width if values is None else values) * fanout)
         else:
-            self._row[2] += fanout.expand(rows).sum(dtype=torch.float64) * width
+            self._add(2, fanout.expand(rows).sum(dtype=torch.float64) * width)
         if spikes is None:
             return
         spikes = spikes.view(rows).double()
         counted = spikes if real is None else spikes * real
         total = counted.sum()
-        self._row[1] += total
+        self._add(1, total)
         if isinstance(fanout, int):
-            self._row[3] += total * fanout
+            self._add(3, total * fanout)
         else:
-            self._row[3] += (spikes * fanout).sum()
+            self._add(3, (spikes * fanout).sum())
 
     def add_error(self, error: Tensor, power: Tensor) -> None:
         """Add sums of squared error and of squared values."""
-        self._row[4] += error
-        self._row[5] += power
+        self._add(4, error)
+        self._add(5, power)
 
     def add_nonzero(self, x: Tensor, real: Tensor | None) -> None:
         """Count the values of x [..., C] that are not zero, of the rows that are `real` [...]."""
         number = x.count_nonzero(-1)
-        self._row[6] += (number if real is None else number * real).sum()
+        self._add(6, (number if real is None else number * real).sum())
+
+    def _add(self, field: int, amount: Tensor | float) -> None:
+        """Layers that accelerate has spread over devices count where the sums are."""
+        here = self._row.device
+        self._row[field] += amount.to(here) if isinstance(amount, Tensor) else amount

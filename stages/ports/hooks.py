@@ -149,7 +149,8 @@ def _hooks(
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
         if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
             return port(rows, _fresh(rows, state), fanout)
-        real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
+        real = state.real_at(x)
+        real = None if real is None else real[:, -rows.shape[1] :]  # the head sees few
         return port(rows, real, fanout).view(x.shape)
 
     module = modules[site.path]
@@ -173,10 +174,11 @@ def _hooks(
 def _fresh(x: Tensor, state: Pass) -> Tensor | None:
     """The rows of latents [B, 1, S, C] that are new, real tokens, [B, 1, S]; None for all."""
     old = x.shape[2] - state.length
-    if state.real is None and not old:
+    real = state.real_at(x)
+    if real is None and not old:
         return None
     new = torch.ones(len(x), state.length, dtype=torch.bool, device=x.device)
-    return nn.functional.pad(new if state.real is None else state.real, (old, 0))[:, None]
+    return nn.functional.pad(new if real is None else real, (old, 0))[:, None]
 
 
 class _Shared:
