@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,12 +15,12 @@ from pipeline.run import checks
 from pipeline.run.chain import Chain, chain
 from pipeline.run.jobs import jobs
 from pipeline.run.settings import Settings
-from pipeline.store import manifest
-from pipeline.store.manifest import Damaged
+from pipeline.store.objects import Away
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
 from stages.text.corpus import ALL
 
+log = logging.getLogger(__name__)
 # What a build's time grows with, where its fields say so: tokens or questions.
 SIZES = (("count", "length"), ("windows", "length"), ("items",))
 
@@ -79,7 +79,7 @@ def _checked(settings: Settings) -> Chain:
         read = settings.evaluation
         check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
-    steps = chain(settings, Store(Path(settings.store.path)))
+    steps = chain(settings, settings.store.open())
     if steps.export is not None:
         settings.export.check_free(steps.export.key())
     checks.planned(steps)
@@ -89,7 +89,7 @@ def _checked(settings: Settings) -> Chain:
 def plan(chains: Iterable[Chain]) -> list[Planned]:
     """Every job's artifacts, in the order of the jobs; nothing is built or loaded."""
     coming: set[str] = set()
-    past: dict[Path, History] = {}
+    past: dict[str, History] = {}
     rows = []
     for steps in chains:
         store = steps.model.store
@@ -97,15 +97,15 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
         rows.append(row := Planned(f"{steps.settings.name} on {model}"))
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
-            if (store.root / step.name / key).is_dir():
+            if store.holds(step.name, key):
                 row.stored += 1
             elif key in coming:
                 row.shared += 1
             else:
                 coming.add(key)
-                if store.root not in past:  # which reads every manifest of a store
-                    past[store.root] = History(store)
-                row.builds[label], same_model = past[store.root].estimate(step.step)
+                if store.name not in past:  # which reads every manifest of a store
+                    past[store.name] = History(store)
+                row.builds[label], same_model = past[store.name].estimate(step.step)
                 row.stages.append(step.name)
                 if not same_model:
                     row.borrowed.append(label)
@@ -117,10 +117,13 @@ class History:
 
     def __init__(self, store: Store):
         self.rates: dict[tuple[Any, ...], list[float]] = {}
-        for folder in store.folders():
-            try:
-                record = manifest.read(folder)
-            except Damaged:
+        try:
+            records = store.records(store.folders())
+        except Away as fault:
+            log.warning("no past builds to estimate from: %s", fault)
+            records = {}
+        for record in records.values():
+            if record is None:
                 continue
             rate = record["seconds"] / _size(record["spec"])
             for kind in _kinds(record["stage"], record["spec"], record["inputs"]):
