@@ -1,4 +1,7 @@
-"""A lock in an object store that creates what is not there and refuses what is: `If-None-Match: *`."""
+"""A lock of files that are created only where they are not there.
+
+S3 has `If-None-Match: *` for that, and a folder O_EXCL, which holds on every network file system.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ LONG = 10  # times the seconds of a lease, after which no clock can be that wron
 
 
 class Lease:
-    """A lock of numbered objects, `<folder>/<number>`: the highest has the lock while it changes.
+    """A lock of numbered files, `.leases/<name>.<number>`: the highest has the lock while it changes.
 
     A number is created only where it is not there, so that of all who find number n given back or dead
     one gets n + 1. Its holder writes it every third of `seconds`; others take n + 1 once it has not
@@ -32,7 +35,6 @@ class Lease:
     ) -> None:
         self._objects, self._name, self._seconds = objects, name, seconds
         self._clock, self._sleep = clock, sleep
-        self._folder = f"{FOLDER}/{name}"
         self._number = -1
         self._token = uuid4().hex
         self._beats = 0
@@ -50,6 +52,8 @@ class Lease:
             now = numbers[-1], self._objects.read(self._path(numbers[-1]))
             if now != seen:
                 seen, since = now, self._clock()
+            if now[1] is None and self._take(None):  # given back since
+                return True
             dead = self._clock() - since > self._seconds or (not wait and self._long_dead(now[0]))
             if dead and self._take(now[0]):
                 return True
@@ -97,14 +101,15 @@ class Lease:
 
     def _long_dead(self, number: int) -> bool:
         """Whether a lease is so old that no clock can be that wrong."""
-        ages = self._objects.ages(self._folder)
-        return ages.get(str(number), 0.0) > LONG * self._seconds
+        age = self._objects.ages(FOLDER).get(f"{self._name}.{number}", 0.0)
+        return age > LONG * self._seconds
 
     def _sign(self) -> bytes:
         return f"{self._token} {self._beats}".encode()
 
     def _numbers(self) -> list[int]:
-        return sorted(int(name) for name in self._objects.names(self._folder) if name.isdigit())
+        split = (name.rpartition(".") for name in self._objects.names(FOLDER))
+        return sorted(int(n) for name, _, n in split if name == self._name and n.isdigit())
 
     def _path(self, number: int) -> str:
-        return f"{self._folder}/{number}"
+        return f"{FOLDER}/{self._name}.{number}"

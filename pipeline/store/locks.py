@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from uuid import uuid4
 
-from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+from filelock import FileLock, Timeout
 
 from stages.errors import InputError
 
@@ -45,16 +45,7 @@ class Locks:
 
 def in_folder(folder: Path, exclusive: bool = True) -> Locks:
     """Locks by flock(2), which the system takes back when their holder dies."""
-    return Locks(lambda name: _InFolder(folder / f"{name}.lock", FileLock), exclusive)
-
-
-def leased_in_folder(folder: Path) -> Locks:
-    """Files made by O_EXCL and touched by their holder: these hold on every network file system."""
-
-    def lease(path: Path) -> BaseFileLock:
-        return SoftFileLease(path, lease_duration=SECONDS, poll_interval=POLL)
-
-    return Locks(lambda name: _InFolder(folder / f"{name}.lease", lease))
+    return Locks(lambda name: _InFolder(folder / f"{name}.lock"), exclusive)
 
 
 def none() -> Locks:
@@ -63,9 +54,9 @@ def none() -> Locks:
 
 
 class _InFolder:
-    def __init__(self, path: Path, kind: Callable[[Path], BaseFileLock]) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = kind(path)
+        self._lock = FileLock(path)
 
     def acquire(self, wait: bool) -> bool:
         try:
@@ -159,15 +150,15 @@ class Heartbeat:
 class RedisLock:
     """A lock of a Redis server, which forgets it where its holder gives no sign of life."""
 
-    def __init__(self, client: Any, name: str, seconds: float = SECONDS) -> None:
-        self._name, self._seconds = name, seconds
-        self._lock = client.lock(name, timeout=seconds, sleep=POLL / 4, thread_local=False)
+    def __init__(self, client: Any, name: str) -> None:
+        self._name = name
+        self._lock = client.lock(name, timeout=SECONDS, sleep=POLL / 4, thread_local=False)
         self._heart: Heartbeat | None = None
 
     def acquire(self, wait: bool) -> bool:
         if not self._lock.acquire(blocking=wait):
             return False
-        self._heart = Heartbeat(self._name, self._beat, self._seconds / 3)
+        self._heart = Heartbeat(self._name, self._beat, SECONDS / 3)
         return True
 
     def _beat(self) -> bool:

@@ -51,11 +51,6 @@ class Objects:
         return f"{self._root}/{path}" if path else self._root
 
     @property
-    def local(self) -> Path:
-        """The folder that an address of this machine names."""
-        return Path(self._root)
-
-    @property
     def atomic(self) -> bool:
         """Whether a file that is written is there whole or not at all."""
         return self.protocol in OBJECTS
@@ -65,7 +60,7 @@ class Objects:
         """Whether a file can be created only where it is not there. It is tried out, as a server that does
         not know the condition overwrites, and other file systems look first and write then."""
         if not self.atomic:
-            return False
+            return self.protocol in LOCAL
         path = f"{TRIALS}/{uuid4().hex}"
         self.write(path, b"1")
         try:
@@ -79,7 +74,11 @@ class Objects:
         """Write a file that is not there; False where it is."""
         with self._writing():
             try:
-                self._fs.pipe_file(self._path(path), data, mode="create")
+                if self.protocol in LOCAL:  # fsspec would look first and write then
+                    with self._fs.open(self._path(path), "xb") as stream:
+                        stream.write(data)
+                else:
+                    self._fs.pipe_file(self._path(path), data, mode="create")
             except Exception as error:
                 if _refused(error):
                     return False
@@ -149,7 +148,8 @@ class Objects:
             except FileNotFoundError:
                 return {}
         start = len(self._path(folder)) + 1
-        return {path[start:]: _age(info) for path, info in files.items()}
+        below = {path[start:]: info for path, info in files.items() if info["type"] == "file"}
+        return {path: _age(info) for path, info in below.items() if path}
 
     def delete(self, path: str) -> None:
         """Delete a file, where it is there."""
@@ -234,6 +234,6 @@ def _age(info: Mapping[str, Any]) -> float:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     name = type(error).__name__
     return f"{name}: {text}" if text else name

@@ -117,7 +117,9 @@ class SharedStore(Store):
                 try:
                     self.remote.download(key, text, temporary)
                 except (Damaged, FileNotFoundError) as fault:
-                    raise Damaged(f"{fault}, in {self.name}") from None
+                    absent = isinstance(fault, FileNotFoundError)
+                    what = "a file is missing" if absent else str(fault)
+                    raise Damaged(f"{what}, in {self.name}") from None
 
     def orphans(self) -> list[Path]:
         """Temporary folders of killed builders and of downloads; and paths that stand for the files of
@@ -207,6 +209,8 @@ class SharedStore(Store):
                         continue  # it was deleted or replaced meanwhile
                     self._bad[key] = seen
                     where = "/".join((self.name, *key))
+                    if isinstance(fault, FileNotFoundError):
+                        fault = Damaged("a file of it is missing")
                     raise Damaged(f"artifact {where} is damaged: {fault}") from None
                 if path.is_dir():
                     discard(path)

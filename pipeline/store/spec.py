@@ -14,7 +14,7 @@ from pipeline.store import locks, objects
 from pipeline.store.leases import Lease
 from pipeline.store.locks import Lock, Locks
 from pipeline.store.mounts import private_locks
-from pipeline.store.objects import LOCAL, Objects
+from pipeline.store.objects import Objects
 from pipeline.store.remote import Remote
 from pipeline.store.shared import SharedStore
 from pipeline.store.store import LOCKS, Store
@@ -77,7 +77,7 @@ class StoreSpec:
         address itself is asked by `Store.check`, or when it is first used.
         """
         if not self.remote:
-            return Store(self.folder, runtime, self._in_folder(self.folder / LOCKS))
+            return Store(self.folder, runtime, self._in_folder(self.folder))
         objects.known(self.path)
         remote = Remote(_objects(self.path))
         between = self._between(remote.objects)
@@ -87,18 +87,17 @@ class StoreSpec:
         if self.lock == "none":
             return locks.none()
         if self.lock == "lease":
-            return locks.leased_in_folder(folder)
+            there = _objects(f"file://{folder.absolute()}")
+            return Locks(lambda name: Lease(there, name))
         if urlsplit(self.lock).scheme in REDIS:
             return _by_redis(self.lock, str(folder.absolute()))
-        return locks.in_folder(folder, exclusive=_holds(folder))
+        return locks.in_folder(folder / LOCKS, exclusive=_holds(folder))
 
     def _between(self, there: Objects) -> Locks:
         if self.lock == "none":
             return locks.none()
         if urlsplit(self.lock).scheme in REDIS:
             return _by_redis(self.lock, there.address)
-        if there.protocol in LOCAL:
-            return locks.leased_in_folder(there.local / LOCKS)
         if self.lock == "lease" and not there.creates:
             raise InputError(f"store.lock=lease: {NO_LEASES.format(there.address)}")
         return Locks(lambda name: _lease(there, name))
@@ -132,7 +131,7 @@ def _holds(folder: Path) -> bool:
     """Whether locks of files hold against other machines, as far as the mount says."""
     if why := private_locks(folder):
         _warn(
-            f"{folder.parent} is mounted as {why}: locks hold on this machine only, and others may build "
+            f"{folder} is mounted as {why}: locks hold on this machine only, and others may build "
             "the same artifact; give store.lock=lease on all of them, or mount it otherwise"
         )
     return not why

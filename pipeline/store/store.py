@@ -6,7 +6,6 @@ the sha256 of each. `python -m pipeline store ls|show|verify|gc` looks after it.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -246,8 +245,8 @@ def placed(temporary: Path, folder: Path) -> bool:
     """Give a whole folder its name; False where another has it already."""
     try:
         os.rename(temporary, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+    except OSError:
+        if folder.is_dir():  # each network file system has an error of its own for that
             return False
         raise
     return True

@@ -54,7 +54,7 @@ def test_one_holds_until_it_gives_back(objects: Objects, lease: Callable[[], Lea
     assert first.acquire(wait=False)
     assert not second.acquire(wait=False)
     first.release()
-    assert objects.names(".leases/demo") == []
+    assert objects.names(".leases") == []
     assert second.acquire(wait=False)
     assert not first.beat(), "it is another's"
 
@@ -114,7 +114,7 @@ def test_numbers_that_begin_again_are_not_confused(
     assert first.acquire(wait=False)
     first.release()
     assert not late._take(0), "number 1 follows a number 0 that is no more"
-    assert objects.names(".leases/demo") == []
+    assert objects.names(".leases") == []
     assert first.acquire(wait=False) and first.beat()
 
 
@@ -127,8 +127,8 @@ def test_exactly_one_of_many_interleavings(objects: Objects, lease: Callable[[],
         for name in order:
             taker = takers[name]
             if name not in created:
-                created[name] = objects.create(f".leases/demo/{0}", taker._sign())
+                created[name] = objects.create(".leases/demo.0", taker._sign())
             elif created[name]:
                 held.append(name)
         assert len(held) == 1
-        objects.delete_folder(".leases/demo")
+        objects.delete(".leases/demo.0")
