@@ -69,9 +69,9 @@ class SharedStore(Store):
 
     def build(self, step: Step, make: Callable[[Path], None]) -> Artifact:
         artifact = super().build(step, make)
-        if artifact.hit and (artifact.stage, artifact.key) not in self._keys():
-            return self._uploaded(artifact)
-        return artifact
+        if not artifact.hit or self._listed_there((artifact.stage, artifact.key)):
+            return artifact
+        return self._uploaded(artifact)
 
     def load(self, stage: str, key: str, full: bool = False) -> Artifact | None:
         try:
@@ -85,7 +85,7 @@ class SharedStore(Store):
         return super().load(stage, key, full) if self._fetched((stage, key)) else None
 
     def holds(self, stage: str, key: str) -> bool:
-        return super().holds(stage, key) or (stage, key) in self._keys()
+        return super().holds(stage, key) or self._listed_there((stage, key))
 
     def folder(self, stage: str, key: str) -> Path:
         if not (folder := super().folder(stage, key)).is_dir():
@@ -234,12 +234,13 @@ class SharedStore(Store):
         (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
         return FileLock(self.root / LOCKS / f"{key[0]}-{key[1]}.fetch.lock")
 
-    def _keys(self) -> set[Key]:
-        """What the remote holds, as it was listed a minute ago at most."""
-        if time.monotonic() - self._listed_at > RECENT:
+    def _listed_there(self, key: Key) -> bool:
+        """Whether the remote holds an artifact, as it was listed a minute ago at most, or longer where it
+        did then."""
+        if key not in self._listed and time.monotonic() - self._listed_at > RECENT:
             self._listed = self._asked(self.remote.keys, self._listed)
             self._listed_at = time.monotonic()
-        return self._listed
+        return key in self._listed
 
     @property
     def _away(self) -> bool:
