@@ -64,10 +64,13 @@ def in_folder(folder):
             return 0
         return 1
 
+    sys.setswitchinterval(1e-5)
     most = 0
     with ThreadPoolExecutor(32) as threads:
-        for turn in range(200):
+        for turn in range(5000):
             most = max(most, sum(threads.map(create, range(32))))
+            if most > 1:
+                break
     return most
 
 

@@ -55,6 +55,16 @@ class Objects:
         """Whether a file that is written is there whole or not at all."""
         return self.protocol in OBJECTS
 
+    @property
+    def absent(self) -> bool:
+        """Whether there is nothing at the address, not even a bucket."""
+        with self._asking():
+            self._fs.invalidate_cache()
+            try:
+                return not self._fs.ls(self._path(""), detail=False)
+            except FileNotFoundError:
+                return True
+
     @functools.cached_property
     def creates(self) -> bool:
         """Whether a file can be created only where it is not there. It is tried out, as a server that does

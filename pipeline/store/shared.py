@@ -59,10 +59,8 @@ class SharedStore(Store):
         return self.remote.objects.address
 
     def reach(self) -> None:
-        try:
-            self.remote.objects.names("")
-        except Away as fault:
-            raise InputError(f"{fault}") from None
+        if self.remote.objects.absent:
+            raise InputError(f"no store at {self.name}; give its folder or address with --store")
 
     def check(self) -> None:
         assert self.remote.objects.takes

@@ -27,6 +27,7 @@ import pytest
 from pipeline.store import manifest, shared, spec
 from pipeline.store.leases import Lease
 from pipeline.store.objects import Objects
+from pipeline.store.remote import Remote
 from pipeline.store.shared import SharedStore
 from pipeline.store.spec import StoreSpec
 from stages.errors import InputError
@@ -130,6 +131,20 @@ def test_of_many_leases_one_is_had(address: str) -> None:
     assert sum(had) == 1
     leases[had.index(True)].release()
     assert Objects(address).ages(".leases") == {}
+
+
+def test_two_builders_without_a_lock(machine: Machine) -> None:
+    first, second = machine("first", "none"), machine("second", "none")
+    put = first.remote.objects.put
+
+    def late(given: dict[str, Path]) -> None:
+        put(given)
+        assert content(second.build(step(), writing("second"))) == "second"
+
+    first.remote = Remote(Objects(first.name))  # the second's is the same object
+    first.remote.objects.put = late  # type: ignore[method-assign]
+    assert content(first.build(step(), writing("first"))) == "second", "the manifest is refused"
+    assert content(machine("third").find(step())) == "second" and len(files(first)) == 2
 
 
 @pytest.mark.parametrize("lock", ["auto", "redis"])

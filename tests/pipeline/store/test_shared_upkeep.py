@@ -56,6 +56,12 @@ def test_the_verbs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.name for path in one.folders()] == sorted(keys), "those of another cache stay"
 
 
+def test_an_address_without_a_store_is_one_line(machine: Machine) -> None:
+    done = cli(machine("one"), "ls")
+    assert done.code == 2 and done.err.startswith("error: no store at ")
+    assert done.err.count("\n") == 1
+
+
 def test_gc_deletes_nothing_when_half_is_seen(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
