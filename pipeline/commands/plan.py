@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,15 +16,13 @@ from pipeline.run.chain import Chain, chain
 from pipeline.run.jobs import jobs
 from pipeline.run.models import unidentified
 from pipeline.run.settings import Settings
-from pipeline.store import manifest
-from pipeline.store.manifest import Damaged
+from pipeline.store.objects import Away
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
 from stages.errors import InputError
 from stages.text.corpus import ALL
 
 log = logging.getLogger(__name__)
-
 # What a build's time grows with, where its fields say so: tokens or questions.
 SIZES = (("count", "length"), ("windows", "length"), ("items",))
 
@@ -91,7 +88,7 @@ def _checked(settings: Settings) -> Chain:
         read = settings.evaluation
         check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
-    steps = _steps(settings, Store(Path(settings.store.path)))
+    steps = _steps(settings, settings.store.open())
     if steps.export is not None:
         settings.export.check_free(steps.export.key())
     checks.planned(steps)
@@ -123,7 +120,7 @@ def plan(chains: Iterable[Chain], past: Past | None = None) -> list[Planned]:
         rows.append(row := Planned(f"{steps.settings.name} on {model}"))
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
-            if (store.root / step.name / key).is_dir():
+            if store.holds(step.name, key):
                 row.stored += 1
             elif key in coming:
                 row.shared += 1
@@ -140,20 +137,23 @@ class Past:
     """The builds of stores, of which every manifest is read once, when it is asked for."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, History] = {}
+        self._known: dict[str, History] = {}
 
     def of(self, store: Store) -> History:
-        if store.root not in self._known:
-            self._known[store.root] = History(store)
-        return self._known[store.root]
+        if store.name not in self._known:
+            self._known[store.name] = History(store)
+        return self._known[store.name]
 
     def seconds(self, step: Step, store: Store) -> float | None:
         """What the build of an artifact took, or those of its kind of the same model; None: no such."""
         try:
-            return float(manifest.read(store.root / step.stage / step.key())["seconds"])
-        except Damaged:
-            seconds, same_model = self.of(store).estimate(step)
-            return seconds if same_model else None
+            place = store.root / step.stage / step.key()
+            if record := store.records([place])[place]:
+                return float(record["seconds"])
+        except (Away, KeyError):
+            pass
+        seconds, same_model = self.of(store).estimate(step)
+        return seconds if same_model else None
 
 
 class History:
@@ -161,10 +161,13 @@ class History:
 
     def __init__(self, store: Store):
         self.rates: dict[tuple[Any, ...], list[float]] = {}
-        for folder in store.folders():
-            try:
-                record = manifest.read(folder)
-            except Damaged:
+        try:
+            records = store.records(store.folders())
+        except Away as fault:
+            log.warning("no past builds to estimate from: %s", fault)
+            records = {}
+        for record in records.values():
+            if record is None:
                 continue
             rate = record["seconds"] / _size(record["spec"])
             for kind in _kinds(record["stage"], record["spec"], record["inputs"]):

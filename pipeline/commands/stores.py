@@ -1,24 +1,44 @@
-"""`store ls|show|verify|gc`: see, check and clean an artifact store."""
+"""`store ls|show|verify|push|gc`: see, check and clean an artifact store."""
 
 from __future__ import annotations
 
+import functools
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.commands import verbs
 
-_folder = click.option(
+_path = click.option(
     "--store",
-    "folder",
-    type=click.Path(path_type=Path),
+    "path",
     default="outputs/store",
     show_default=True,
     metavar="PATH",
-    help="The folder of the store.",
+    help="The folder of the store, or its address, s3://BUCKET/FOLDER.",
 )
+_cache = click.option(
+    "--cache",
+    default="outputs/cache",
+    show_default=True,
+    metavar="FOLDER",
+    help="The folder in front of an address.",
+)
+_lock = click.option("--lock", default="auto", show_default=True, help="As store.lock of runs.")
+
+
+def _store(command: Callable[..., int]) -> Callable[..., int]:
+    """The options that say which store: `spec` of the command."""
+
+    @functools.wraps(command)
+    def called(path: str, cache: str, lock: str, **options: Any) -> int:
+        return command(spec={"path": path, "cache": cache, "lock": lock}, **options)
+
+    return _path(_cache(_lock(called)))
 
 
 @click.group(cls=verbs.Verbs)
@@ -32,38 +52,50 @@ def store() -> None:
 
 
 @store.command()
-@_folder
-def ls(folder: Path) -> int:
+@_store
+def ls(spec: dict[str, str]) -> int:
     """List all artifacts with key, size, age and seconds."""
     from pipeline.commands import upkeep
 
-    return upkeep.status(folder, upkeep.ls)
+    return upkeep.status(spec, upkeep.ls)
 
 
 @store.command()
-@_folder
+@_store
 @click.argument("key")
-def show(folder: Path, key: str) -> int:
+def show(spec: dict[str, str], key: str) -> int:
     """Print the manifest of an artifact.
 
     KEY is its key, or the first digits of that.
     """
     from pipeline.commands import upkeep
 
-    return upkeep.status(folder, partial(upkeep.show, key=key))
+    return upkeep.status(spec, partial(upkeep.show, key=key))
 
 
 @store.command()
-@_folder
-def verify(folder: Path) -> int:
+@_store
+def verify(spec: dict[str, str]) -> int:
     """Compare every file with the sha256 in its manifest."""
     from pipeline.commands import upkeep
 
-    return upkeep.status(folder, upkeep.verify)
+    return upkeep.status(spec, upkeep.verify)
 
 
 @store.command()
-@_folder
+@_store
+def push(spec: dict[str, str]) -> int:
+    """Upload what the cache of an address alone holds.
+
+    Runs do that with what they make and use; this is for what they made while the address did not answer.
+    """
+    from pipeline.commands import upkeep
+
+    return upkeep.status(spec, upkeep.push)
+
+
+@store.command()
+@_store
 @click.option("--older-than", type=float, metavar="DAYS", help="What is younger stays.")
 @click.option(
     "--keep-file",
@@ -81,7 +113,7 @@ def verify(folder: Path) -> int:
 @click.option("--yes", is_flag=True, help="Delete; without it, only list.")
 @verbs.overrides
 def gc(
-    folder: Path,
+    spec: dict[str, str],
     older_than: float | None,
     keep_file: Path | None,
     keep: tuple[str, ...],
@@ -108,7 +140,7 @@ def gc(
     collect = partial(
         upkeep.gc, days=older_than, keep_file=keep_file, experiments=experiments, delete=yes
     )
-    return upkeep.status(folder, collect)
+    return upkeep.status(spec, collect)
 
 
 def _words(experiment: str) -> list[str]:

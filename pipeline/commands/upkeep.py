@@ -11,21 +11,24 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import manifest
 from pipeline.store.manifest import Damaged
+from pipeline.store.objects import Away
+from pipeline.store.shared import SharedStore
+from pipeline.store.spec import StoreSpec
 from pipeline.store.store import Store
 from stages.errors import InputError
 
 
-def status(folder: Path, work: Callable[[Store], int]) -> int:
-    """Do something with the store in a folder; returns its exit status, 2 for bad input."""
+def status(spec: Mapping[str, str], work: Callable[[Store], int]) -> int:
+    """Do something with the store of a configuration; returns its exit status, 2 for bad input and for a
+    store that does not answer."""
     try:
-        if not folder.is_dir():
-            raise InputError(f"no store at {folder}; give its folder with --store")
-        done = work(Store(folder))
+        store = StoreSpec.of(spec).open()
+        store.reach()
+        done = work(store)
         sys.stdout.flush()
         return done
-    except InputError as error:
+    except (InputError, Away) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `ls | head` has read enough; what is left goes nowhere
@@ -36,8 +39,8 @@ def status(folder: Path, work: Callable[[Store], int]) -> int:
 def ls(store: Store) -> int:
     """List all artifacts: stage, key, size, age and the seconds that the build took."""
     print(f"{'stage':<16} {'key':<32} {'MB':>10} {'age':>18} {'seconds':>9}")
-    for path in store.folders():
-        print(_line(path))
+    for path, record in store.records(store.folders()).items():
+        print(_line(path, record))
     return 0
 
 
@@ -46,29 +49,42 @@ def show(store: Store, key: str) -> int:
     artifacts = [path for path in store.folders() if path.name.startswith(key)]
     if len(artifacts) != 1:
         raise InputError(
-            f"{len(artifacts)} artifacts in {store.root} have a key that starts with "
+            f"{len(artifacts)} artifacts in {store.name} have a key that starts with "
             f"{key}; give one that `ls` prints"
         )
-    try:
-        print(json.dumps(manifest.read(artifacts[0]), indent=2))
-    except Damaged as fault:
-        raise InputError(f"artifact {artifacts[0]} is damaged: {fault}") from None
+    record = store.records(artifacts)[artifacts[0]]
+    if record is None:
+        raise InputError(f"artifact {artifacts[0]} is damaged: its manifest cannot be read")
+    print(json.dumps(record, indent=2))
     return 0
 
 
 def verify(store: Store) -> int:
     """Compare every file of every artifact with its manifest; returns 1 if one is damaged."""
-    damaged = 0
-    for path in store.folders():
+    damaged, paths = 0, store.folders()
+    for path in paths:
         try:
-            manifest.verified(path, full=True)
+            store.verify(path)
         except Damaged as fault:
             damaged += 1
             print(f"damaged  {path.parent.name}/{path.name}: {fault}")
         else:
             print(f"whole    {path.parent.name}/{path.name}")
-    print(f"{len(store.folders())} artifacts, {damaged} damaged")
+    print(f"{len(paths)} artifacts, {damaged} damaged")
     return 1 if damaged else 0
+
+
+def push(store: Store) -> int:
+    """Upload what the cache of a shared store alone holds."""
+    if not isinstance(store, SharedStore):
+        raise InputError(
+            f"{store.name} is a folder; give an address with --store, as s3://BUCKET/FOLDER"
+        )
+    sent = store.push()
+    for path in sent:
+        print(f"uploaded  {path.parent.name}/{path.name}")
+    print(f"{len(sent)} artifacts that were in {store.root} alone")
+    return 0
 
 
 def gc(
@@ -90,21 +106,23 @@ def gc(
         kept = [f"--keep {shlex.quote(shlex.join(words))}" for words in experiments]
         kept += [] if keep_file is None else [f"--keep-file {keep_file}"]
         doomed += _unneeded(store, days, named, " ".join(kept))
+    records = store.records([path for path in doomed if not path.name.startswith(".")])
     for path in doomed:
+        line = _line(path, records.get(path))
         done = "would delete"
         if delete:
             done = "deleted" if store.remove(path) else "in use, kept"
-        print(f"{done:<13} {_line(path)}")
+        print(f"{done:<13} {line}")
     print(f"{len(doomed)} folders" + ("" if delete else "; --yes deletes them"))
     return 0
 
 
 def _unneeded(store: Store, days: float | None, named: set[str], source: str) -> list[Path]:
     """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
-    known = {path: _read(path) for path in store.folders()}
+    known = store.records(store.folders())
     if source and not named & {path.name for path in known}:
         raise InputError(
-            f"nothing that {source} names is in {store.root}; this would delete everything"
+            f"nothing that {source} names is in {store.name}; this would delete everything"
         )
     roots = set(named)
     if days is not None:
@@ -153,21 +171,13 @@ def _closure(roots: Iterable[str], inputs: Mapping[str, Iterable[str]]) -> set[s
     return reached
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    try:
-        return manifest.read(folder)
-    except Damaged:
-        return None
-
-
 def _age(record: Mapping[str, Any]) -> float:
     """Days since the build."""
     passed = datetime.now(UTC) - datetime.fromisoformat(record["created"])
     return passed / timedelta(days=1)
 
 
-def _line(path: Path) -> str:
-    record = _read(path)
+def _line(path: Path, record: Mapping[str, Any] | None) -> str:
     if record is None:
         state = "leftover" if path.name.startswith(".") else "damaged"
         return f"{path.parent.name:<16} {path.name:<32} {state:>10}"

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.results.folders import NEUROBENCH, SITES, RunFolder
 from pipeline.run.measured import KINDS, PARTS
 from pipeline.store import provenance
+from pipeline.store.spec import StoreSpec
 from pipeline.store.step import Step
-from pipeline.store.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,10 +42,10 @@ class Kept:
 
         `draw` makes them where the store has none of this content, or cannot be written to.
         """
-        root = Path(next(iter(self.jobs)).config.store.path)
+        spec = StoreSpec.of(next(iter(self.jobs)).config.store)
         make = functools.partial(self._make, draw)
-        if root.is_dir() and os.access(root, os.W_OK):
-            return self._copied(Store(root).build(self._step(), make).path, stem)
+        if spec.folder.is_dir() and os.access(spec.folder, os.W_OK):
+            return self._copied(spec.open().build(self._step(), make).path, stem)
         with tempfile.TemporaryDirectory() as place:
             make(Path(place))
             return self._copied(Path(place), stem)

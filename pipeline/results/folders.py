@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run import processes
 from pipeline.run.measured import KINDS, PARTS
+from pipeline.store.spec import StoreSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +120,7 @@ class RunFolder:
     def artifact(self, stage: str) -> Path:
         """The folder in the store of an artifact that a job has used or made."""
         key = self.result["keys"][stage]
-        return next(Path(self.config.store.path).glob(f"[!.]*/{key}"), Path(key))
+        return StoreSpec.of(self.config.store).open().folder(stage.partition(" ")[0], key)
 
     @property
     def outcome(self) -> Path:

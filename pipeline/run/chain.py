@@ -54,9 +54,9 @@ class Chain:
 
     @property
     def stored(self) -> bool:
-        """Whether the store has a folder of every step; none of them is read."""
-        root = self.model.store.root
-        return all((root / step.name / step.key()).is_dir() for step in self.steps.values())
+        """Whether the store has every step; none of them is read."""
+        holds = self.model.store.holds
+        return all(holds(step.name, step.key()) for step in self.steps.values())
 
 
 def chain(

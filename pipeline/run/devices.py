@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock, Timeout
 
+from pipeline.store.store import LOCKS
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def placed(settings: Settings) -> Iterator[Settings]:
             f"{settings.model.device_map} spreads it over all: set one of them to null"
         )
     devices = [resolve(name) for name in runtime.devices]
-    locks = Path(settings.store.path) / ".locks"
+    locks = settings.store.folder / LOCKS
     locks.mkdir(parents=True, exist_ok=True)
     name, lock = _take(devices, locks)
     log.info("on %s", name)

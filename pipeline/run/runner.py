@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.run import checks
@@ -78,10 +77,9 @@ def start(settings: Settings, command: str = COMMAND) -> Run:
     """
     checks.configured(settings)
     device = resolve(settings.runtime.device)
-    root = Path(settings.store.path)
-    use_compiler(settings.runtime.compile, (root / ".compiled").absolute())
+    use_compiler(settings.runtime.compile, (settings.store.folder / ".compiled").absolute())
     how = asdict(settings.runtime) | {"device": device}
-    store = Store(root, runtime=how)
+    store = settings.store.open(how)
     steps = chain(settings, store, device)
     checks.described(steps)
     return Run(store, steps, Running.of(settings.runtime, device, command))
@@ -89,7 +87,7 @@ def start(settings: Settings, command: str = COMMAND) -> Run:
 
 def stored(settings: Settings) -> tuple[Run, list[str]]:
     """A run as the store holds it, without building anything, and the labels of what is missing."""
-    store = Store(Path(settings.store.path))
+    store = settings.store.open()
     run = Run(store, chain(settings, store))
     artifacts = {label: store.find(stage.step) for label, stage in run.chain.steps.items()}
     run.artifacts = {label: each for label, each in artifacts.items() if each is not None}

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.run.errors import choose
 from pipeline.run.specs import PlanSpec, TrackingSpec
+from pipeline.store.spec import StoreSpec
 from stages.capture import Capture
 from stages.codings.base import Coding
 from stages.distribution import Distribution
@@ -29,13 +30,6 @@ from stages.transforms.transform import Transform
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
 EXECUTIONS = ("fast", "stepped")  # those of `stages.ports.patched`
 MEANS = ("mean", "ppl_mean", "acc_mean")  # that a paper's tables call means over texts and tasks
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """The folder of the artifacts."""
-
-    path: str
 
 
 @dataclass(frozen=True)
@@ -155,8 +149,9 @@ class Settings:
             raise InputError("export.enabled=true with coding=dense: there is nothing to export")
 
     def check_places(self) -> None:
-        """Raises InputError where the store or the export has no folder to write to."""
-        writable("store.path", Path(self.store.path))
+        """Raises InputError where the store or the export has no place to write to."""
+        writable("store.cache" if self.store.remote else "store.path", self.store.folder)
+        self.store.open().check()
         if self.export.enabled and self.export.folder is not None:
             writable("export.folder", Path(self.export.folder).expanduser())
 

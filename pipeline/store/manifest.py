@@ -26,20 +26,27 @@ def entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put the manifest into its folder, sealed with a checksum of its own."""
-    sealed = {**manifest, "checksum": _checksum(manifest)}
+    sealed = {**manifest, "checksum": checksum_of(manifest)}
     (folder / NAME).write_text(json.dumps(sealed, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest in a folder; Damaged if it is missing or not what was written."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
-        checksum = manifest.pop("checksum")
+        text = (folder / NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged(f"{NAME} is missing") from None
+    return parse(text)
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """The manifest that a text holds; Damaged if it is not what was written."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        checksum = manifest.pop("checksum")
     except (ValueError, LookupError, AttributeError, TypeError):
         raise Damaged(f"{NAME} is unreadable") from None
-    if checksum != _checksum(manifest):
+    if checksum != checksum_of(manifest):
         raise Damaged(f"{NAME} has been altered")
     return manifest
 
@@ -50,8 +57,19 @@ def verified(folder: Path, full: bool = False) -> dict[str, Any]:
     `full` reads every file, also the large ones and those that this process has read before.
     """
     manifest = read(folder)
-    if (manifest["stage"], manifest["key"]) != (folder.parent.name, folder.name):
+    named(manifest, folder.parent.name, folder.name)
+    check(folder, manifest, full)
+    return manifest
+
+
+def named(manifest: Mapping[str, Any], stage: str, key: str) -> None:
+    """Raises Damaged for the manifest of another artifact."""
+    if (manifest["stage"], manifest["key"]) != (stage, key):
         raise Damaged(f"{NAME} belongs to {manifest['stage']}/{manifest['key']}")
+
+
+def check(folder: Path, manifest: Mapping[str, Any], full: bool = False) -> None:
+    """Raises Damaged unless a folder holds the files of a manifest and no others; see `verified`."""
     if odd := {*manifest["files"]} ^ {*_names(folder)}:
         raise Damaged(f"{min(odd)} is missing or does not belong there")
     for name, entry in manifest["files"].items():
@@ -59,7 +77,6 @@ def verified(folder: Path, full: bool = False) -> dict[str, Any]:
             _check(folder / name, entry, full)
         except (Damaged, FileNotFoundError) as fault:
             raise Damaged(f"{name} {fault}") from None
-    return manifest
 
 
 def _check(file: Path, entry: Mapping[str, Any], full: bool) -> None:
@@ -91,5 +108,6 @@ def sha256_of(file: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says, the digests of all files among it."""
     return hashlib.sha256(canonical(manifest).encode()).hexdigest()

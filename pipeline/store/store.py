@@ -10,21 +10,22 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from pipeline.store import manifest, provenance
+from pipeline.store import locks, manifest, provenance
+from pipeline.store.locks import Lock, Locks
 from pipeline.store.manifest import Damaged
 from pipeline.store.step import Step, plain
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
+LOCKS = ".locks"
+PATIENCE = 86400.0  # seconds after which an unfinished build is a leftover where no lock says so
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,35 @@ class Artifact:
 
 
 class Store:
-    """Artifacts under one folder, shared by any number of processes.
+    """Artifacts under one folder, shared by any number of processes and machines.
 
     `runtime` is what may not change the meaning of a result (device, batch size); it is written
-    into the manifests of what this store builds and is no part of any key.
+    into the manifests of what this store builds and is no part of any key. `locked` says which locks
+    builders take, files of the folder unless given.
     """
 
-    def __init__(self, root: Path, runtime: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        root: Path,
+        runtime: Mapping[str, Any] | None = None,
+        locked: Locks | None = None,
+    ):
         self.root = Path(root)
         self.runtime = plain(runtime or {}, "runtime")
+        self.locks = locked or locks.in_folder(self.root / LOCKS)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.root)
+
+    def reach(self) -> None:
+        """Raises InputError where there is no such store, or it does not answer."""
+        if not self.root.is_dir():
+            raise InputError(f"no store at {self.root}; give its folder or address with --store")
+
+    def check(self) -> None:
+        """Raises InputError where a store that is not in a folder cannot be written to."""
 
     def find(self, step: Step) -> Artifact | None:
         """The artifact of a step, or None if it is not there or is damaged, which is logged."""
@@ -77,9 +98,10 @@ class Store:
                     return artifact
             except Damaged as fault:
                 log.warning("%s; building it again", fault)
-                _discard(self.root / step.stage / key)
-            for leftover in self._temporary(step.stage, key):  # of killed builders
-                shutil.rmtree(leftover)
+                discard(self.root / step.stage / key)
+            if self.locks.exclusive:
+                for leftover in self._temporary(step.stage, key):  # of killed builders
+                    shutil.rmtree(leftover)
             return self._make(step, key, make)
 
     def open(self, stage: str, key: str) -> Artifact:
@@ -89,7 +111,7 @@ class Store:
         except Damaged as fault:
             raise InputError(f"{fault}; run the command that made it again") from None
         if artifact is None:
-            raise InputError(f"no artifact {stage}/{key} in {self.root}; run what makes it first")
+            raise InputError(f"no artifact {stage}/{key} in {self.name}; run what makes it first")
         return artifact
 
     def load(self, stage: str, key: str, full: bool = False) -> Artifact | None:
@@ -102,10 +124,26 @@ class Store:
         except Damaged as fault:
             raise Damaged(f"artifact {path} is damaged: {fault}") from None
 
+    def holds(self, stage: str, key: str) -> bool:
+        """Whether an artifact is there, whole or damaged; nothing of it is read."""
+        return (self.root / stage / key).is_dir()
+
+    def folder(self, stage: str, key: str) -> Path:
+        """The folder of an artifact, which is not verified; there is none where the store lacks it."""
+        return self.root / stage / key
+
     def folders(self) -> list[Path]:
         """The folders of all artifacts, whole or damaged."""
         places = self.root.glob("[!.]*/[!.]*")
         return sorted(path for path in places if path.is_dir())
+
+    def records(self, paths: Sequence[Path]) -> dict[Path, dict[str, Any] | None]:
+        """The manifests of some of the `folders`; None for a damaged one."""
+        return {path: _record(path) for path in paths}
+
+    def verify(self, path: Path) -> None:
+        """Read all files of one of the `folders`; raises Damaged."""
+        manifest.verified(path, full=True)
 
     def orphans(self) -> list[Path]:
         """Temporary folders whose builder was killed."""
@@ -113,17 +151,29 @@ class Store:
 
     def remove(self, path: Path) -> bool:
         """Delete an artifact or an orphan; False if some process is working on it."""
-        with suppress(Timeout), self._lock(path.parent.name, _key(path)):
-            if path.exists():
-                _discard(path)
-            return True
-        return False
+        lock = self._lock(path.parent.name, _key(path))
+        if not lock.acquire(wait=False):
+            return False
+        try:
+            self._delete(path)
+        finally:
+            lock.release()
+        return True
+
+    def _delete(self, path: Path) -> None:
+        if path.exists():
+            discard(path)
 
     def _make(self, step: Step, key: str, make: Callable[[Path], None]) -> Artifact:
         folder = self.root / step.stage
-        temporary = folder / f".tmp-{key}-{os.getpid()}"
+        temporary = folder / f".tmp-{key}-{locks.process_name()}"
         temporary.mkdir(parents=True)
         try:
+            # On a network file system a machine remembers for a minute that an artifact is not there,
+            # unless it changes the folder itself, as it has now.
+            if (folder / key).exists() and (artifact := self.load(step.stage, key)):
+                shutil.rmtree(temporary)
+                return artifact
             start = time.perf_counter()
             make(temporary)
             record = {
@@ -141,37 +191,39 @@ class Store:
                 "machine": provenance.machine(),
             }
             manifest.write(temporary, record)
-            os.rename(temporary, folder / key)
+            if not placed(temporary, folder / key):  # no lock has held
+                shutil.rmtree(temporary)
+                return self.open(step.stage, key)
         except BaseException:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         return Artifact(step.stage, key, folder / key, record, hit=False)
 
-    def _lock(self, stage: str, key: str) -> FileLock:
-        """The lock of one artifact, which the system takes back when its holder dies."""
-        locks = self.root / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / f"{stage}-{key}.lock", timeout=0)
+    def _lock(self, stage: str, key: str) -> Lock:
+        """The lock of one artifact."""
+        return self.locks.of(f"{stage}-{key}")
 
     @contextmanager
     def _locked(self, stage: str, key: str) -> Iterator[None]:
         lock = self._lock(stage, key)
-        try:
-            lock.acquire()
-        except Timeout:
+        if not lock.acquire(wait=False):
             log.info("another process is building %s %s; waiting for it", stage, key)
-            lock.acquire(timeout=-1)
+            lock.acquire(wait=True)
         try:
             yield
         finally:
             lock.release()
 
     def _busy(self, path: Path) -> bool:
-        try:
-            with self._lock(path.parent.name, _key(path)):
-                return False
-        except Timeout:
+        """Whether somebody may still be building in a temporary folder."""
+        if not self.locks.exclusive:
+            with suppress(FileNotFoundError):
+                return time.time() - path.stat().st_mtime < PATIENCE
+        lock = self._lock(path.parent.name, _key(path))
+        if not lock.acquire(wait=False):
             return True
+        lock.release()
+        return False
 
     def _temporary(self, stage: str, key: str) -> list[Path]:
         return sorted(self.root.glob(f"{stage}/.tmp-{key}-*"))
@@ -182,11 +234,30 @@ def _key(path: Path) -> str:
     return path.name.removeprefix(".tmp-").partition("-")[0]
 
 
-def _discard(path: Path) -> None:
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read(folder)
+    except Damaged:
+        return None
+
+
+def placed(temporary: Path, folder: Path) -> bool:
+    """Give a whole folder its name; False where another has it already."""
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if folder.is_dir():  # each network file system has an error of its own for that
+            return False
+        raise
+    return True
+
+
+def discard(path: Path) -> None:
     """Delete a folder such that no other process sees half of it."""
-    aside = path.with_name(f".tmp-{_key(path)}-discarded-{os.getpid()}")
-    os.rename(path, aside)
-    shutil.rmtree(aside)
+    aside = path.with_name(f".tmp-{_key(path)}-{locks.process_name()}-discarded")
+    with suppress(FileNotFoundError):  # another has
+        os.rename(path, aside)
+        shutil.rmtree(aside)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pipeline.commands import plan
 from pipeline.run import models, runner
 from pipeline.run.chain import chain
 from pipeline.run.jobs import jobs
+from pipeline.store import manifest
 from pipeline.store.store import Store
 from tests.pipeline.conftest import Finished, main_in
 
@@ -123,7 +124,7 @@ def test_an_estimate_is_the_median_of_like_builds_by_their_tokens(settings, tmp_
         step = steps[windows] = chain(chosen, store).steps["evaluation ppl_wikipedia"].step
         artifact = store.build(step, lambda out: (out / "x").write_text("x"))
         record = artifact.manifest | {"seconds": seconds}
-        plan.manifest.write(artifact.path, record)
+        manifest.write(artifact.path, record)
     history = plan.History(store)  # 1, 3 and 2 seconds a window
     assert history.estimate(steps[3]) == (pytest.approx(6.0), True)
     other = chain(settings(tmp_path, "coding=gated"), store).steps  # of another coding
