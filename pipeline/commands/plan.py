@@ -69,7 +69,7 @@ def show(overrides: Sequence[str]) -> None:
     if borrowed := sorted({label for row in rows for label in row.borrowed}):
         print(f"estimated from builds of other models: {', '.join(borrowed)}")
     if len(chains) == 1:
-        from pipeline.commands.prediction import predict  # takes seconds to import what it needs
+        from pipeline.commands.stage_table import predict  # takes seconds to import what it needs
 
         print(f"\n{predict(chains[0], past.seconds)}")
 

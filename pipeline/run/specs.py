@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # of weights, as stages.model.loadi
 OVERHEAD = (
     *(
         "start",
+        "compile",
         "process",
         "load",
         "stage",
@@ -23,9 +24,18 @@ OVERHEAD = (
         "dense",
         "dense_counted",
         "capture",
-        "patching",
     ),
-    *("spiking", "counted", "step", "distribution", "fitting", "trained", "task", "energy"),
+    *(
+        "patching",
+        "spiking",
+        "counted",
+        "step",
+        "distribution",
+        "fitting",
+        "trained",
+        "task",
+        "energy",
+    ),
 )
 PASSES = (
     "channel_scale",

@@ -25,7 +25,15 @@ WEIGHTS = 4 * (2 * (LAYER + 2 * 32) + OUTSIDE)  # bytes
 PAIRS = 48 * 49 // 2  # of a window
 MACS = 2 * (48 * LAYER + PAIRS * 2 * 32)
 RATES = Rates(1e6, 1e5, 1e4, 1e3, "cpu", "by hand")
-OVER = {"start": 3.0, "stage": 0.5, "process": 1e6, "load": 2.0, "elements": 0.0, "capture": 0.0}
+OVER = {
+    "start": 3.0,
+    "stage": 0.5,
+    "process": 1e6,
+    "load": 2.0,
+    "elements": 0.0,
+    "capture": 0.0,
+    "compile": 9.0,
+}
 OVER |= {"counted": 5.0, "fitting": 0.25}
 PLAIN = [
     "coding=gated",
