@@ -91,7 +91,7 @@ def push(spec: dict[str, str]) -> int:
     """
     from pipeline.commands import upkeep
 
-    return upkeep.status(spec, upkeep.push)
+    return upkeep.status(spec, upkeep.push, new=True)
 
 
 @store.command()

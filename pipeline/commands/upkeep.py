@@ -19,12 +19,15 @@ from pipeline.store.store import SHARES, Store
 from stages.errors import InputError
 
 
-def status(spec: Mapping[str, str], work: Callable[[Store], int]) -> int:
-    """Do something with the store of a configuration; returns its exit status, 2 for bad input and for a
-    store that does not answer."""
+def status(spec: Mapping[str, str], work: Callable[[Store], int], new: bool = False) -> int:
+    """Do something with the store of a configuration, which may be a `new` one; returns its exit status, 2
+    for bad input and for a store that does not answer."""
     try:
         store = StoreSpec.of(spec).open()
-        store.reach()
+        if new:
+            store.check()
+        else:
+            store.reach()
         done = work(store)
         sys.stdout.flush()
         return done

@@ -6,6 +6,7 @@ Credentials and endpoints are fsspec's: its configuration, or what the library b
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ LOCAL = ("file", "local")
 MODIFIED = ("LastModified", "mtime", "updated", "last_modified", "created")  # in fsspec's infos
 REFUSED = (409, 412)  # of HTTP: another writes it at this moment, or has written it
 TRIALS = ".trials"
+for _library in ("aiobotocore", "botocore"):  # which tell where they have found credentials
+    logging.getLogger(_library).setLevel(logging.WARNING)
 
 
 class Away(Exception):

@@ -51,7 +51,7 @@ def audited(kill: Moment | None) -> Counter[str]:
 
     def note(event: str, values: tuple[Any, ...]) -> None:
         if event in ("open", "os.mkdir", "os.rename"):
-            for names in re.findall(r"/(\w+)/\.tmp-(\w+)-\d+", str(values[0])):
+            for names in re.findall(r"/(\w+)/\.tmp-(\w+)-\w+", str(values[0])):
                 events[artifact := "/".join(names)] += 1
                 if (artifact, events[artifact]) == kill:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -60,6 +60,7 @@ def test_an_address_without_a_store_is_one_line(machine: Machine) -> None:
     done = cli(machine("one"), "ls")
     assert done.code == 2 and done.err.startswith("error: no store at ")
     assert done.err.count("\n") == 1
+    assert cli(machine("one"), "push").code == 0, "it may begin with what a cache holds"
 
 
 def test_gc_deletes_nothing_when_half_is_seen(
