@@ -38,7 +38,9 @@ def table(arguments: tuple[str, ...]) -> int:
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [KEY=VALUE]... | FOLDER..."
 )
 def report(arguments: tuple[str, ...]) -> int:
-    """Make one page of a study or of runs: figures to explore, tables, and their origins.
+    """Make a page to explore of a study or of runs.
+
+    Figures with filters, tables, configurations and origins, in one file that needs no network.
 
     \b
     NAME             conf/study/NAME.yaml; study=NAME is the same

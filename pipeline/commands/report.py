@@ -95,6 +95,7 @@ def experiment(
     return {
         "name": name,
         "title": name,
+        "failed": [],
         "tables": [
             {"name": key, "caption": sheet.caption, "html": html.styled(sheet, key)}
             for key, sheet in sheets.items()

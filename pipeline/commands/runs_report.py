@@ -16,6 +16,7 @@ from pipeline.results import naming
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import distinct, sweep_results
 from pipeline.run import jobs
+from pipeline.run.overrides import shown
 from pipeline.tables import html, tables
 from stages.errors import InputError
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     """Write the page of the runs in these folders; InputError where one is none."""
     if other := [word for word in arguments if not Path(word).is_dir()]:
         raise InputError(
-            f"got {other[0]}; a report of runs takes their folders alone, as outputs/runs/ID"
+            f"{other[0]} is no folder; a report of runs takes their folders alone, as outputs/runs/ID"
         )
     folders = [RunFolder(Path(word)) for word in dict.fromkeys(arguments)]
     empty = [folder for folder in folders if not folder.finished]
@@ -35,41 +36,38 @@ def main(arguments: Sequence[str]) -> None:
     for folder in empty:
         print(f"left out, for no job of it has left a result: {folder.path}")
     folders = [folder for folder in folders if folder not in empty]
-    names = [f"{naming.run_name(f)}_{f.path.resolve().name}" for f in folders]
+    names = [f"{naming.run_name(folder)}_{_place(folder)}" for folder in folders]
+    count = sum(len(folder.finished) for folder in folders)
     text = page.render(
-        title=", ".join(naming.run_name(folder) for folder in folders),
-        about=_about(folders),
+        title=names[0] if len(names) == 1 else f"{len(names)} runs",
+        about=f"What {count} jobs have measured.",
         command=shlex.join(["python", "-m", "pipeline", "report", *arguments]),
         experiments=[section(f"run-{n}", folder) for n, folder in enumerate(folders, 1)],
         environments=_environments(folders),
         folders=folders,
     )
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
-    stem = names[0] if len(names) == 1 else f"runs_{digest}"
-    page.write(text, REPORTS / f"{stem}.html")
+    page.write(text, REPORTS / f"{names[0] if len(names) == 1 else f'runs_{digest}'}.html")
 
 
-def _about(folders: Sequence[RunFolder]) -> str:
-    """How many rows there are of which folders, and what failed."""
-    said = []
-    for folder in folders:
-        failed = [f"{' '.join(f['overrides'])}: {f['error']}" for f in folder.failures]
-        lines = f"; failed: {'; '.join(failed)}" if failed else ""
-        said.append(f"{len(folder.finished)} jobs of {folder.path}{lines}.")
-    return " ".join(said)
+def _place(folder: RunFolder) -> str:
+    """The name of a run's folder; of that of a job in a run with its number."""
+    path = folder.path.resolve()
+    return f"{path.parent.name}_{path.name}" if folder.jobs == [folder] else path.name
 
 
 def section(name: str, folder: RunFolder) -> dict[str, Any]:
     """What the page shows of one run's folder: its table, its figures, and how to repeat its rows."""
     results = sweep_results(folder.path)
     kept = {id(each) for each in distinct(results.values())}
-    shown = {job: each for job, each in results.items() if id(each) in kept}
+    rows = {job: each for job, each in results.items() if id(each) in kept}
     config: Any = OmegaConf.to_container(folder.finished[0].config)
-    sheet = tables.run_sheet([*shown.values()], config["table"]["columns"], config["energy"])
-    labels = [result["label"] for result in shown.values()]
+    sheet = tables.run_sheet([*rows.values()], config["table"]["columns"], config["energy"])
+    labels = [result["label"] for result in rows.values()]
     return {
         "name": name,
-        "title": f"{naming.run_name(folder)} {folder.path.resolve().name}",
+        "title": f"{naming.run_name(folder)} {_place(folder)}",
+        "failed": [f"{' '.join(shown(f['overrides']))}: {f['error']}" for f in folder.failures],
         "tables": [
             {
                 "name": f"{name}-table",
@@ -78,7 +76,7 @@ def section(name: str, folder: RunFolder) -> dict[str, Any]:
             }
         ],
         "figures": _pictures(folder),
-        **page.differences(labels, [job.config for job in shown]),
+        **page.differences(labels, [job.config for job in rows]),
         "rows": [
             {
                 "name": result["label"],
@@ -86,7 +84,7 @@ def section(name: str, folder: RunFolder) -> dict[str, Any]:
                 "cost": page.cost(result),
                 "steps": html.plain(_steps(result)),
             }
-            for result in shown.values()
+            for result in rows.values()
         ],
     }
 

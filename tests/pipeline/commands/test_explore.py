@@ -172,9 +172,15 @@ def test_names_from_outside_are_no_markup(text):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["outputs/runs/zzz"], "got outputs/runs/zzz; a report of runs takes their folders alone"),
+        (
+            ["outputs/runs/zzz"],
+            "outputs/runs/zzz is no folder; a report of runs takes their folders",
+        ),
         (["empty"], "no job below empty has left a result.json"),
-        (["empty", "timesteps=6"], "got timesteps=6; a report of runs takes their folders alone"),
+        (
+            ["empty", "timesteps=6"],
+            "timesteps=6 is no folder; a report of runs takes their folders",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used_are_told_in_one_line(arguments, told, tmp_path, capsys):
@@ -186,11 +192,17 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(arguments, told, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_a_run_without_results_is_left_out_and_named(runs, folder, capsys):
+def test_what_has_failed_is_named(runs, folder, capsys):
+    """A run without any result is left out; a failed job stands on the page."""
     (folder / "killed").mkdir()
+    partly = RunFolder(shutil.copytree(runs[0], folder / "partly"))
+    (partly.jobs[0].path / "result.json").unlink()
+    partly.jobs[0].fail(["coding=dense"], "<b>no</b> room")
     with chdir(folder):
-        assert main(["report", str(runs[0]), "killed"]) == 0
+        assert main(["report", "./partly", "killed"]) == 0
     assert "left out, for no job of it has left a result: killed" in capsys.readouterr().out
+    (file,) = (folder / "outputs/reports").glob("*_partly.html")
+    assert "failed: coding=dense: &lt;b&gt;no&lt;/b&gt; room" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
