@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.store import manifest
 from pipeline.store.manifest import Damaged
-from pipeline.store.store import Store
+from pipeline.store.store import SHARES, Store
 from stages.errors import InputError
 
 
@@ -82,14 +82,14 @@ def gc(
 
     `experiments` are names with the overrides of each.
     """
-    doomed = store.orphans()
+    doomed = store.orphans() + _merged(store)
     if days is not None or keep_file is not None or experiments:
         named = set() if keep_file is None else _named(keep_file)
         for experiment in experiments:
             named |= _reachable(store, experiment)
         kept = [f"--keep {shlex.quote(shlex.join(words))}" for words in experiments]
         kept += [] if keep_file is None else [f"--keep-file {keep_file}"]
-        doomed += _unneeded(store, days, named, " ".join(kept))
+        doomed += [p for p in _unneeded(store, days, named, " ".join(kept)) if p not in doomed]
     for path in doomed:
         done = "would delete"
         if delete:
@@ -97,6 +97,16 @@ def gc(
         print(f"{done:<13} {_line(path)}")
     print(f"{len(doomed)} folders" + ("" if delete else "; --yes deletes them"))
     return 0
+
+
+def _merged(store: Store) -> list[Path]:
+    """Shares of artifacts that are there, left by workers that were killed."""
+    left = [(path, _read(path)) for path in store.folders() if path.parent.name == SHARES]
+    return [
+        path
+        for path, record in left
+        if record and (store.root / record["spec"]["stage"] / record["spec"]["key"]).is_dir()
+    ]
 
 
 def _unneeded(store: Store, days: float | None, named: set[str], source: str) -> list[Path]:
@@ -109,7 +119,12 @@ def _unneeded(store: Store, days: float | None, named: set[str], source: str) ->
     roots = set(named)
     if days is not None:
         roots |= {path.name for path, record in known.items() if record and _age(record) < days}
-    inputs = {path.name: record["inputs"].values() for path, record in known.items() if record}
+    inputs = {
+        path.name: list(record["inputs"].values()) for path, record in known.items() if record
+    }
+    for path, record in known.items():
+        if record and record["stage"] == SHARES:  # needed by what they are shares of
+            inputs.setdefault(record["spec"]["key"], []).append(path.name)
     needed = _closure(roots, inputs)
     return [path for path, record in known.items() if record is None or path.name not in needed]
 

@@ -27,13 +27,30 @@ class Counters:
     def __init__(self, sites: Sequence[Site], device: torch.device | str) -> None:
         self.sites = tuple(sites)
         self.sums = torch.zeros(len(sites), len(FIELDS), dtype=torch.float64, device=device)
+        self._closed = torch.zeros_like(self.sums)
+
+    def close(self) -> None:
+        """End a batch: its sums, added up by themselves, are one term each of those of all batches."""
+        self._closed += self.sums
+        self.sums.zero_()
+
+    def take(self) -> Tensor:
+        """Return the sums [sites, fields] of the batch that has passed, on the CPU, and begin the next."""
+        part = self.sums.to("cpu", copy=True)
+        self.sums.zero_()
+        return part
+
+    def merge(self, part: Tensor) -> None:
+        """Add what `take` has given of a batch; of all in their order the sums are those of one pass."""
+        self._closed += part.to(self._closed.device)
 
     def frame(self, coded: set[str]) -> pd.DataFrame:
         """Return one row a site; spikes and acs of sites that are not coded are missing, not zero, and so
         is nonzero where it is not counted."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
+        sums = self._closed + self.sums
+        frame = pd.DataFrame(sums.cpu().numpy(), columns=list(FIELDS))
         frame.insert(0, "site", [site.name for site in self.sites])
         frame.insert(1, "role", [site.role for site in self.sites])
         frame.insert(2, "layer", [site.layer for site in self.sites])

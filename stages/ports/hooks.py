@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-from stages.model.forward import windows
+from stages.model.forward import Windows, windows
 from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
@@ -67,7 +67,7 @@ def attached(
 
 def stream(
     model: PreTrainedModel,
-    ids: Tensor,
+    ids: Windows,
     batch: int,
     ports: Mapping[str, Port],
     name: str,
@@ -77,7 +77,7 @@ def stream(
 ) -> None:
     """Run full windows ids [W, S] through the dense model with `ports` on its sites.
 
-    `after`, `through` and `logits` are those of `stages.model.forward.windows`.
+    `ids` by batches, `after`, `through` and `logits` are those of `stages.model.forward.windows`.
     """
     with torch.inference_mode(), attached(model, find_sites(model), ports), _last_logits(model):
         windows(model, ids, batch, name, after=after, through=through, logits=logits)
