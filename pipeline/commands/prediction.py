@@ -25,6 +25,7 @@ from stages.analysis.operations import operations
 from stages.analysis.work import Work, work
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites, select
+from stages.text.answers import AT_ONCE
 from stages.text.corpus import ALL
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class Prediction:
         self._offloaded = settings.runtime.offload is not None
 
     def start(self) -> Cost:
-        """A process begins: imports, kernels, and the weights where they stay in memory."""
-        fixed = self._over["start"]
+        """A process begins, which starts workers where there are several: imports, and weights where they
+        stay in memory."""
+        fixed = self._over["start"] * min(2, self.settings.runtime.workers)
         if self._offloaded:
             return Cost(fixed=fixed, held=self._held())
         read = self.file_bytes
@@ -141,7 +143,7 @@ class Prediction:
     def _calibrated(self, name: str, spec: Any) -> Cost:
         s = self.settings
         windows = s.patching.windows if name == "patching" else spec["windows"]
-        passes, what = 1.0, "capture"
+        passes, what, workers = 1.0, "capture", None
         if name == "patching":
             what = "patching"
         elif name == "statistics":
@@ -150,7 +152,9 @@ class Prediction:
             passes = s.plan.passes.get(statistic.name, 1.0) * getattr(statistic, "epochs", 1)
         elif name == "prefix":
             what = "dense"
-        cost = self._windows(windows, spec["length"], s.runtime.batch, what, passes, logits=1)
+        if name in ("prefix", "statistics"):  # which one worker makes
+            workers = 1
+        cost = self._windows(windows, spec["length"], s.runtime.batch, what, passes, 1, workers)
         if name == "capture":
             return self._capturing(cost, windows, spec["length"])
         return cost
@@ -191,16 +195,24 @@ class Prediction:
         s = self.settings
         sequences, length = s.plan.questions.get(spec["task"].name, s.plan.questions["other"])
         what = "spiking" if spec["coding"].converts else "dense"
-        number = math.ceil(spec["items"] / s.runtime.workers) * s.runtime.workers * sequences
-        cost = self._windows(number, length, s.runtime.task_batch, what)
+        shared = Shared.of(spec["items"], AT_ONCE, s.runtime.workers)
+        mine = min(spec["items"], shared.each * AT_ONCE)
+        cost = self._windows(mine * sequences, length, s.runtime.task_batch, what, workers=1)
         return replace(cost, fixed=cost.fixed + self._over["task"])
 
     def _windows(
-        self, number: int, length: int, batch: int, what: str, passes: float = 1.0, logits: int = 0
+        self,
+        number: int,
+        length: int,
+        batch: int,
+        what: str,
+        passes: float = 1.0,
+        logits: int = 0,
+        workers: int | None = None,
     ) -> Cost:
-        """So many windows through the model, `passes` times."""
+        """So many windows through the model, `passes` times, shared out among all workers or so many."""
         rates, over, itemsize = self.rates, self._over, self._dtype.itemsize
-        shared = Shared.of(number, batch, self.settings.runtime.workers)
+        shared = Shared.of(number, batch, workers or self.settings.runtime.workers)
         mine = min(number, shared.each * batch)
         one: Work = work(self._plan, self._sites, length, logits)
         products = mine * 2 * one.macs / rates.flops
