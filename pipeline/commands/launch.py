@@ -126,7 +126,7 @@ def _run(settings: Settings, folder: RunFolder) -> None:
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s on %s", settings.name, settings.model.name)
     result, sites, run = runner.execute(settings, jobs.command(_overrides()))
-    result["run"] = _provenance(folder.path) | {"device": run.store.runtime["device"]}
+    result["run"] = _provenance(folder.path) | {"device": run.device}
     result["run"] |= {name: run.store.runtime[name] for name in ("workers", "engine")}
     result["run"] |= {"started": started, "ended": time.time()}
     folder.leave(result, sites, energy_tables(run.measured), neurobench.read(run.measured))

@@ -12,7 +12,7 @@ import torch
 from pipeline.run import checks, peers, workers
 from pipeline.run.chain import Chain, chain
 from pipeline.run.devices import placed, resolve
-from pipeline.run.measured import CONVERSION, Measured, per_site, row
+from pipeline.run.measured import CONVERSION, RUNNING, Measured, per_site, row
 from pipeline.run.models import ModelSource
 from pipeline.run.settings import Settings
 from pipeline.run.stage import Running, Stage
@@ -76,6 +76,15 @@ class Run:
     def measured(self) -> Measured[Artifact]:
         """The artifacts of what is measured, which are all there."""
         return self.chain.measured.map(lambda stage: self.artifacts[stage.label])
+
+    @property
+    def device(self) -> str:
+        """Where the run computes; of a cluster, where what it has measured was computed."""
+        spec = self.settings.runtime
+        if spec.workers == 1 or spec.engine == "local":
+            return str(self.store.runtime["device"])
+        made = [each.manifest for each in self.artifacts.values() if each.stage in RUNNING]
+        return ", ".join(sorted({record["runtime"]["device"] for record in made}))
 
     def collect(self) -> tuple[dict[str, Any], pd.DataFrame]:
         """What the artifacts of a whole run hold: the row of result.json, and the per-site table."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run import peers, runner
+from pipeline.run import models, peers, runner
 from pipeline.run.shares import Cut, Shared
+from pipeline.run.stages import Captured
 from pipeline.store.store import SHARES, Store
 
 MEASURED = (
@@ -107,3 +108,26 @@ def test_units_of_another_way_to_run_are_not_mixed(settings, tmp_path):
         assert not Shared(capture, run.store, replace(runtime, **{name: value})).there, name
     assert Shared(capture, run.store, replace(runtime, command="another")).there
     assert Shared(capture, run.store, replace(runtime, device="cpu:0")).there
+
+
+def test_layers_on_disk_are_read_once_for_several_units(settings, tmp_path):
+    disk = ("runtime=offload", "runtime.batch=1", "evaluation.tasks=[]", "evaluation.anytime=false")
+    models.forget()
+    runner.execute(settings(tmp_path / "alone", *MEASURED, *disk))
+    run = started(settings, tmp_path / "shared", *disk)
+    passes = []
+    share = Captured.share
+
+    def noted(claims, *arguments):
+        claims = list(claims)
+        passes.append([claimed.number for claimed in claims])
+        share(claims, *arguments)
+
+    every = [*run.chain.steps.values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Captured, "share", staticmethod(noted))
+        assert run.chain.capture is not None and run.runtime is not None
+        peers.work(every, run.store, run.runtime, (1, 2), True, lambda *_: None)
+    models.forget()
+    assert passes == [[2, 3, 4], [0, 1]]  # the second worker of two, and what the first has left
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
