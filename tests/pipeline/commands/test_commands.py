@@ -21,7 +21,7 @@ from tests.pipeline.conftest import REPOSITORY
 
 VERBS = ["run", "plan", "table", "report", "store", "sync", "relocate"]
 VERBS += ["import-paper", "generate", "simulate", "energy", "sites"]
-STORE = ["ls", "show", "verify", "gc"]
+STORE = ["ls", "show", "verify", "push", "gc"]
 HEAVY = {"torch", "transformers", "hydra", "omegaconf", "mlflow", "pandas", "numpy"}
 
 
@@ -185,7 +185,7 @@ def test_a_refused_plan_is_one_line_with_status_1(capsys):
         (["reprot"], "Did you mean 'report'?"),
         (["nothing"], "Choose among run, plan, table"),
         ([""], "Choose among run, plan, table"),
-        (["store"], "Give one of ls, show, verify, gc"),
+        (["store"], "Give one of ls, show, verify, push, gc"),
         (["store", "verfy"], "Did you mean 'verify'?"),
         (["store", "show"], "Missing argument 'KEY'"),
         (["store", "gc", "--older-then", "3"], "Did you mean '--older-than'?"),
