@@ -32,7 +32,7 @@ conf/README.md: $(INSTALLED)
 
 ui: $(INSTALLED)
 	@mkdir -p outputs/mlflow
-	@echo "sweeps: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+	@echo "sweeps: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=runs"
 	@echo "charts: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=energy"
 	-@$(BIN)/python -m pipeline relocate
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stages.compiler import fused
 from stages.errors import InputError
+from stages.model.shares import Part, Parts, Share, run_shares
 from stages.model.sites import Site
 from stages.ports.kernels import dense_softmax
 from stages.sketch import MOST_BITS, SUB_BITS, Accumulator, Grid, SketchSet
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 UNREACHED = ("error", "dense")
+FIELDS = ("code", "count", "range", "absmax", "square")  # of `Accumulator.part`
+SITES_AT_ONCE = 64  # of a megabyte each while their bins are dense
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,67 @@ class Capture:
         """
         from stages.ports.hooks import stream  # takes seconds to import what it needs
 
-        grid = Grid(self.mantissa_bits)
-        exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
-        ports = {site.name: SketchPort(grid, exact, site) for site in sites}
+        ports = self._ports(model, sites)
+
+        def after() -> None:
+            for port in ports.values():
+                if port.reached:
+                    port.accumulator.close()
 
         def through(layer: int) -> None:
             for site in sites:
                 if site.layer == layer and ports[site.name].reached:
                     ports[site.name].accumulator.finish()
 
-        stream(model, ids, batch, ports, "capture", through=through)
+        stream(model, ids, batch, ports, "capture", after=after, through=through)
+        return self._collected(sites, ports)
+
+    def run_shares(
+        self, model: PreTrainedModel, shares: Iterable[Share], sites: Sequence[Site]
+    ) -> None:
+        """Sketch the batches of `shares` by themselves; `merged` makes of their parts what `run` makes."""
+        from stages.ports.hooks import stream  # likewise
+
+        ports = self._ports(model, sites)
+
+        def take() -> Part:
+            return {
+                f"{index} {name}": value
+                for index, site in enumerate(sites)
+                for name, value in ports[site.name].take().items()
+            }
+
+        run_shares(
+            model,
+            shares,
+            take,
+            lambda batches, after: stream(model, batches, 0, ports, "capture", after=after),
+        )
+
+    def merged(self, model: PreTrainedModel, sites: Sequence[Site], parts: Parts) -> SketchSet:
+        """The sketches of what all batches have left. Raises what `run` does."""
+        ports = self._ports(model, sites)
+        every = [(str(index), ports[site.name]) for index, site in enumerate(sites)]
+        for start in range(0, len(every), SITES_AT_ONCE):
+            block = dict(every[start : start + SITES_AT_ONCE])
+            for part in parts.chosen(partial(_among, block)):
+                for index, port in block.items():
+                    port.merge(part, index)
+            for port in block.values():
+                if port.reached:
+                    port.accumulator.finish()
+        return self._collected(sites, ports)
+
+    def _ports(self, model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, SketchPort]:
+        grid = Grid(self.mantissa_bits)
+        exact = model.dtype == torch.bfloat16 and self.mantissa_bits >= 7
+        return {site.name: SketchPort(grid, exact, site) for site in sites}
+
+    def _collected(self, sites: Sequence[Site], ports: Mapping[str, SketchPort]) -> SketchSet:
         reached = self._reached(sites, ports)
         named = [(site.name, site.role, site.layer) for site in reached]
-        sketches = SketchSet.collect(named, grid, [ports[s.name].accumulator for s in reached])
+        accumulators = [ports[site.name].accumulator for site in reached]
+        sketches = SketchSet.collect(named, Grid(self.mantissa_bits), accumulators)
         sketches.check_finite()
         unreached = tuple(site.name for site in sites if not ports[site.name].reached)
         return replace(sketches, unreached=unreached)
@@ -88,6 +140,10 @@ class Capture:
                 )
             log.warning("%s: they stay dense", fault)
         return [site for site in sites if site.expert is None or ports[site.name].reached]
+
+
+def _among(indices: Container[str], name: str) -> bool:
+    return name.partition(" ")[0] in indices
 
 
 def _lowest_allowed(probs: Tensor, bias: Tensor) -> Tensor:
@@ -119,6 +175,17 @@ class SketchPort:
             raise RuntimeError("a site was never reached by the forward pass")
         return self._accumulator
 
+    def take(self) -> Part:
+        """Return what has passed since this was last asked, and begin anew; nothing if nothing has."""
+        accumulator, self._accumulator = self._accumulator, None
+        return {} if accumulator is None else accumulator.part()
+
+    def merge(self, part: Part, index: str) -> None:
+        """Add what this site has left of a batch, under its number; nothing where that is not there."""
+        of = {name: part[f"{index} {name}"] for name in FIELDS if f"{index} {name}" in part}
+        if of:
+            self._grown(len(of.get("absmax", ())), torch.device("cpu")).merge(of)
+
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         # [B, H, S, D] of an attention port: a channel is a head's dimension.
         flat = x.transpose(1, 2).flatten(2) if x.dim() == 4 else x
@@ -141,9 +208,10 @@ class SketchPort:
     def _add(
         self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None
     ) -> None:
+        channels = x.shape[-1] if self._channels else 0
+        self._grown(channels, x.device).add(x, surplus_zeros, lowest)
+
+    def _grown(self, channels: int, device: torch.device) -> Accumulator:
         if self._accumulator is None:
-            channels = x.shape[-1] if self._channels else 0
-            self._accumulator = Accumulator(
-                self._grid, channels, self._exact, x.device, self._sparse
-            )
-        self._accumulator.add(x, surplus_zeros, lowest)
+            self._accumulator = Accumulator(self._grid, channels, self._exact, device, self._sparse)
+        return self._accumulator

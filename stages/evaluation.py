@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +18,15 @@ from torch.nn import functional as F
 
 from stages.errors import InputError
 from stages.fitted import Conversion
-from stages.model.forward import windows
+from stages.model.forward import Windows, windows
 from stages.model.offload import device_of, refuse_offloaded
 from stages.model.perturbation import Perturbation, perturbed
+from stages.model.shares import Part, Parts, Share, run_shares
 from stages.model.sites import find_sites
 from stages.ports.counters import Counters, decoding
+from stages.text.answers import Answers, Portion
 from stages.text.corpus import ALL
-from stages.text.harness import Answers, TaskSpec, zero_shot
+from stages.text.harness import TaskSpec, asking, zero_shot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,41 +146,100 @@ def perplexity(
     `execution` and `steps` are those of `stages.ports.patched.patched`; `perturbation` is that of a
     replicate. Where nothing is `counted` the same perplexity takes less time.
     """
-    import pandas as pd
+    likelihoods = Likelihoods(conversion, corpus, execution, steps, perturbation, counted)
+    return likelihoods.run(model, ids, batch)
 
-    from stages.ports.patched import patched  # takes seconds to import what it needs
 
-    sites = find_sites(model)
-    device = device_of(model)
-    counters = Counters(sites, device) if counted else None
-    sums: list[Tensor] = []  # they stay on the device until all windows have passed
+@dataclass(frozen=True)
+class Likelihoods:
+    """How perplexity is measured, see `perplexity`."""
 
-    def add(tokens: Tensor, logits: Tensor) -> None:
-        sums.append(negative_log_likelihood(logits, tokens))
+    conversion: Conversion | None
+    corpus: str
+    execution: str = "fast"
+    steps: int | None = None
+    perturbation: Perturbation | None = None
+    counted: bool = True
 
-    with (
-        torch.inference_mode(),
-        perturbed(model, perturbation),
-        patched(model, conversion, counters, execution, steps),
-    ):
-        windows(model, ids, batch, f"perplexity {corpus}", consume=add)
-    predicted = ids.shape[1] - 1
-    nll = torch.cat(sums).cpu().numpy()
-    mean = float((nll / predicted).mean())
-    metrics = {
-        "corpus": corpus,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "nll": mean if math.isfinite(mean) else math.inf,
-        "windows": ids.shape[0],
-        "length": ids.shape[1],
-        "tokens": ids.numel(),
-        "ids_sha256": _sha256(ids),
-    }
-    if perturbation is not None:
-        metrics["perturbation"] = asdict(perturbation)
-    by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
-    counts = pd.DataFrame() if counters is None else counters.of(conversion)
-    return Perplexity(metrics, counts, by_window)
+    def run(self, model: PreTrainedModel, ids: Tensor, batch: int) -> Perplexity:
+        """Measure ids [windows, length]."""
+        counters = self._counters(model, device_of(model))
+        sums: list[Tensor] = []  # they stay on the device until all windows have passed
+        after = counters.close if counters is not None else lambda: None
+        self._pass(model, ids, batch, counters, sums, after)
+        return self._result(ids, torch.cat(sums).cpu(), counters)
+
+    def run_shares(self, model: PreTrainedModel, shares: Iterable[Share]) -> None:
+        """Measure batches by themselves; `merged` makes of their parts what `run` makes."""
+        counters = self._counters(model, device_of(model))
+        sums: list[Tensor] = []
+
+        def take() -> Part:
+            part = {"nll": torch.cat(sums).cpu()} if sums else {}
+            sums.clear()
+            return part if counters is None else part | {"sums": counters.take()}
+
+        run_shares(
+            model,
+            shares,
+            take,
+            lambda batches, after: self._pass(model, batches, 0, counters, sums, after),
+        )
+
+    def merged(self, model: PreTrainedModel, ids: Tensor, parts: Parts) -> Perplexity:
+        """The perplexity on ids [windows, length], of what all their batches have left."""
+        counters, sums = self._counters(model, torch.device("cpu")), []
+        for part in parts:
+            sums.append(part["nll"])
+            if counters is not None:
+                counters.merge(part["sums"])
+        return self._result(ids, torch.cat(sums), counters)
+
+    def _counters(self, model: PreTrainedModel, device: torch.device) -> Counters | None:
+        return Counters(find_sites(model), device) if self.counted else None
+
+    def _pass(
+        self,
+        model: PreTrainedModel,
+        ids: Windows,
+        batch: int,
+        counters: Counters | None,
+        sums: list[Tensor],
+        after: Callable[[], None],
+    ) -> None:
+        """Let windows pass, and add their likelihoods to `sums`."""
+        from stages.ports.patched import patched  # takes seconds to import what it needs
+
+        def add(tokens: Tensor, logits: Tensor) -> None:
+            sums.append(negative_log_likelihood(logits, tokens))
+
+        with (
+            torch.inference_mode(),
+            perturbed(model, self.perturbation),
+            patched(model, self.conversion, counters, self.execution, self.steps),
+        ):
+            windows(model, ids, batch, f"perplexity {self.corpus}", consume=add, after=after)
+
+    def _result(self, ids: Tensor, sums: Tensor, counters: Counters | None) -> Perplexity:
+        import pandas as pd
+
+        predicted = ids.shape[1] - 1
+        nll = sums.numpy()
+        mean = float((nll / predicted).mean())
+        metrics = {
+            "corpus": self.corpus,
+            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "nll": mean if math.isfinite(mean) else math.inf,
+            "windows": ids.shape[0],
+            "length": ids.shape[1],
+            "tokens": ids.numel(),
+            "ids_sha256": _sha256(ids),
+        }
+        if self.perturbation is not None:
+            metrics["perturbation"] = asdict(self.perturbation)
+        by_window = pd.DataFrame({"window": np.arange(len(nll)), "nll": nll, "tokens": predicted})
+        counts = pd.DataFrame() if counters is None else counters.of(self.conversion)
+        return Perplexity(metrics, counts, by_window)
 
 
 def _sha256(ids: Tensor) -> str:
@@ -198,6 +260,13 @@ def anytime(
     """
     import pandas as pd
 
+    every = range(1, longest(conversion) + 1)
+    parts = [after_steps(t, model, ids, conversion, batch, corpus) for t in every]
+    return pd.concat(parts, ignore_index=True)
+
+
+def longest(conversion: Conversion) -> int:
+    """The steps of the longest neuron of a conversion. Raises InputError for more than `MOST_PASSES`."""
     last = int(decoding(conversion)["steps"].max())
     if last > MOST_PASSES:
         raise InputError(
@@ -205,12 +274,16 @@ def anytime(
             f"takes {last} of them, more than {MOST_PASSES}: give fewer coding.timesteps, a smaller "
             "coding.radix where it has one, or evaluation.anytime=false"
         )
-    parts = []
-    for t in range(1, last + 1):
-        steps = None if t == last else t
-        result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
-        parts.append(result.windows.assign(t=t))
-    return pd.concat(parts, ignore_index=True)
+    return last
+
+
+def after_steps(
+    t: int, model: PreTrainedModel, ids: Tensor, conversion: Conversion, batch: int, corpus: str
+) -> pd.DataFrame:
+    """The rows of `anytime` after the first t steps."""
+    steps = None if t == longest(conversion) else t
+    result = perplexity(model, ids, conversion, batch, f"{corpus} t={t}", steps=steps)
+    return result.windows.assign(t=t)
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -241,7 +314,34 @@ def accuracy(
     refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
     with perturbed(model, perturbation), patched(model, conversion, execution=execution):
         scores = zero_shot(model, tokenizer, tasks, items, batch)
+    return {name: noted(score, perturbation) for name, score in scores.items()}
+
+
+@contextmanager
+def questioned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion | None,
+    task: tuple[TaskSpec, Path | None],
+    items: int,
+    batch: int,
+    execution: str = "fast",
+    perturbation: Perturbation | None = None,
+) -> Iterator[Callable[[int], Portion]]:
+    """Give a function that asks one portion of the questions of `accuracy`, by its number from 0 on."""
+    from stages.ports.patched import patched
+
+    refuse_offloaded(model, "zero-shot accuracy", "use evaluation.tasks=[]")
+    with (
+        perturbed(model, perturbation),
+        patched(model, conversion, execution=execution),
+        asking(model, tokenizer, [task], batch) as (ask, _),
+    ):
+        yield lambda portion: ask(task[0], portion, items)
+
+
+def noted(score: Answers, perturbation: Perturbation | None) -> Answers:
+    """The accuracy of a replicate, which says so."""
     if perturbation is not None:
-        for score in scores.values():
-            score.metrics["perturbation"] = asdict(perturbation)
-    return scores
+        score.metrics["perturbation"] = asdict(perturbation)
+    return score

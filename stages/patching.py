@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from stages.errors import InputError
 from stages.fitted import Conversion
 from stages.model.offload import device_of
-from stages.model.sites import find_sites
+from stages.model.shares import Part, Parts, Share, run_shares
+from stages.model.sites import Site, find_sites
 from stages.ports.counters import Counters, SiteCounter
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
+
+    from stages.ports.port import ErrorPort
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,64 @@ class Patching:
         sum (SN(x) - x)^2 / sum x^2 over live values that the fit has not seen, and the last two are
         those of the fit.
         """
-        from stages.ports.hooks import stream  # take seconds to import what they need
-        from stages.ports.patched import parameters
-        from stages.ports.port import ErrorPort
+        from stages.ports.hooks import stream  # takes seconds to import what it needs
 
-        sites = find_sites(model)
-        converted = parameters(conversion, sites, device_of(model))
-        kept = [site for site in sites if site.name in converted]
-        counters = Counters(kept, device_of(model))
-        ports = {
-            site.name: ErrorPort(
-                conversion.coding, converted[site.name], SiteCounter(counters, index)
-            )
-            for index, site in enumerate(kept)
-        }
-        stream(model, ids, batch, ports, "patching")
-        frame = counters.frame(set(converted))
-        frame["nmse"] = frame["error"] / frame["power"]
-        if not conversion.coding.neuron:
-            frame["spikes"] = float("nan")  # a bound quantises but does not spike
-        neurons = conversion.neurons
-        for name, value in (("nmse_atoms", neurons.nmse), ("bound_db", neurons.bound_db)):
-            frame[name] = frame["site"].map(dict(zip(neurons.sites, value.tolist(), strict=True)))
-        return frame.drop(columns=["macs", "acs", "error", "power", "nonzero"])
+        counters = Counters(_converted(model, conversion), device_of(model))
+        ports = _ports(model, conversion, counters)
+        stream(model, ids, batch, ports, "patching", after=counters.close)
+        return _frame(counters, conversion)
+
+    def run_shares(
+        self, model: PreTrainedModel, shares: Iterable[Share], conversion: Conversion
+    ) -> None:
+        """Measure batches by themselves; `merged` makes of their parts what `run` makes."""
+        from stages.ports.hooks import stream  # likewise
+
+        counters = Counters(_converted(model, conversion), device_of(model))
+        ports = _ports(model, conversion, counters)
+
+        def take() -> Part:
+            return {"sums": counters.take()}
+
+        run_shares(
+            model,
+            shares,
+            take,
+            lambda batches, after: stream(model, batches, 0, ports, "patching", after=after),
+        )
+
+    def merged(self, model: PreTrainedModel, conversion: Conversion, parts: Parts) -> pd.DataFrame:
+        """The rows of `run`, of what all batches have left."""
+        counters = Counters(_converted(model, conversion), torch.device("cpu"))
+        for part in parts:
+            counters.merge(part["sums"])
+        return _frame(counters, conversion)
+
+
+def _converted(model: PreTrainedModel, conversion: Conversion) -> list[Site]:
+    names = {*conversion.neurons.sites}
+    return [site for site in find_sites(model) if site.name in names]
+
+
+def _ports(
+    model: PreTrainedModel, conversion: Conversion, counters: Counters
+) -> dict[str, ErrorPort]:
+    from stages.ports.patched import parameters  # take seconds to import what they need
+    from stages.ports.port import ErrorPort
+
+    converted = parameters(conversion, find_sites(model), device_of(model))
+    return {
+        site.name: ErrorPort(conversion.coding, converted[site.name], SiteCounter(counters, index))
+        for index, site in enumerate(counters.sites)
+    }
+
+
+def _frame(counters: Counters, conversion: Conversion) -> pd.DataFrame:
+    neurons = conversion.neurons
+    frame = counters.frame({*neurons.sites})
+    frame["nmse"] = frame["error"] / frame["power"]
+    if not conversion.coding.neuron:
+        frame["spikes"] = float("nan")  # a bound quantises but does not spike
+    for name, value in (("nmse_atoms", neurons.nmse), ("bound_db", neurons.bound_db)):
+        frame[name] = frame["site"].map(dict(zip(neurons.sites, value.tolist(), strict=True)))
+    return frame.drop(columns=["macs", "acs", "error", "power", "nonzero"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +96,17 @@ class Accumulator:
         self._bins: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.range = torch.tensor([float("inf"), float("-inf")], device=device)
         self.absmax = torch.zeros(channels, device=device)
-        self.square = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._square, self._passing = torch.zeros(2, channels, dtype=torch.float64, device=device)
+
+    @property
+    def square(self) -> Tensor:
+        """Sums of x^2 of every channel, [C] float64."""
+        return self._square + self._passing
+
+    def close(self) -> None:
+        """End a batch: its squares, added up by themselves, are one term of those of all batches."""
+        self._square += self._passing
+        self._passing.zero_()
 
     def add(self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None) -> None:
         """Add x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
@@ -105,7 +115,7 @@ class Accumulator:
         if len(self.absmax):
             low, high, square = _channels(x.reshape(-1, x.shape[-1]))
             self.absmax = torch.maximum(self.absmax, torch.maximum(high, -low))
-            self.square += square
+            self._passing += square
         else:
             low, high = x.aminmax()
         self.range[0] = torch.minimum(self.range[0], low.amin() if lowest is None else lowest)
@@ -114,11 +124,33 @@ class Accumulator:
         for chunk in x.reshape(-1).split(CHUNK):
             count += _counted(_codes(self.fine, chunk), len(count))
         count[0] -= surplus_zeros
+        self._keep(count)
+
+    def _keep(self, count: Tensor) -> None:
+        """Store the count of every bin, of the sparse form the filled ones alone."""
         if self.filled is not None:
             self.filled = count.nonzero().squeeze(-1).int()
             count = count[self.filled]
             count = count.int() if int(count.max()) < 2**31 else count
         self.count = count
+
+    def part(self) -> dict[str, Tensor]:
+        """Return what one batch has left, on the CPU: filled sub-bins, counts, range, channels."""
+        dense = self._dense()
+        code = dense.nonzero().squeeze(-1)
+        part = {"code": code.int(), "count": dense[code], "range": self.range}
+        if len(self.absmax):
+            part |= {"absmax": self.absmax, "square": self.square}
+        return {name: value.cpu() for name, value in part.items()}
+
+    def merge(self, part: Mapping[str, Tensor]) -> None:
+        """Add the `part` of a batch; of all in their order the sketch is that of one pass."""
+        self._keep(self._dense().index_add_(0, part["code"].long(), part["count"]))
+        low, high = part["range"]
+        self.range = torch.stack([self.range[0].minimum(low), self.range[1].maximum(high)])
+        if len(self.absmax):
+            self.absmax = torch.maximum(self.absmax, part["absmax"])
+            self._square += part["square"]
 
     def _dense(self) -> Tensor:
         """The count of every bin, which the sparse form spreads out."""
@@ -143,12 +175,14 @@ class Accumulator:
             return self._bins
         dense = self._dense()
         filled = dense.nonzero().squeeze(-1)
-        count = dense[filled]
+        # On the CPU, which adds up in order: the same bits on every device.
+        count, filled = dense[filled].cpu(), filled.cpu()
         sign, index = filled // self.fine.magnitudes, filled % self.fine.magnitudes
         inner = (index - 1) % 2**self.sub_bits
         last = self.grid.magnitudes - 1
         coarse = torch.where(index > 0, 1 + ((index - 1) >> self.sub_bits), 0).clamp(max=last)
-        codes, place = (sign * self.grid.magnitudes + coarse).unique(return_inverse=True)
+        ascending = sign * self.grid.magnitudes + coarse
+        codes, place = ascending.unique_consecutive(return_inverse=True)
         half = 0.5 if self.sub_bits else 0.0
         position = (inner + half).double() * 2.0**-self.sub_bits
         spread = 4.0**-self.sub_bits / 12 if self.sub_bits else 0.0
@@ -201,21 +235,21 @@ class SketchSet:
         cls, named: Sequence[tuple[str, str, int]], grid: Grid, accumulators: Sequence[Accumulator]
     ) -> SketchSet:
         """Gather the non-empty bins of every accumulator; named holds (site, role, layer)."""
-        code, count, first, second = zip(*(a.bins() for a in accumulators), strict=True)
+        bins = ([part.cpu() for part in a.bins()] for a in accumulators)  # of several devices
+        code, count, first, second = zip(*bins, strict=True)
         tensors = {
             "offsets": _offsets([len(c) for c in code]),
             "code": torch.cat(code),
             "count": torch.cat(count),
             "first": torch.cat(first),
             "second": torch.cat(second),
-            "range": torch.stack([a.range for a in accumulators]),
+            "range": torch.stack([a.range.cpu() for a in accumulators]),
             "channel_offsets": _offsets([len(a.absmax) for a in accumulators]),
-            "absmax": torch.cat([a.absmax for a in accumulators]),
-            "square": torch.cat([a.square for a in accumulators]),
+            "absmax": torch.cat([a.absmax.cpu() for a in accumulators]),
+            "square": torch.cat([a.square.cpu() for a in accumulators]),
         }
         names, roles, layers = zip(*named, strict=True)
-        cpu = {key: value.cpu() for key, value in tensors.items()}
-        return cls(tuple(names), tuple(roles), tuple(layers), grid, cpu)
+        return cls(tuple(names), tuple(roles), tuple(layers), grid, tensors)
 
     def split(self, size: int) -> Iterator[SketchSet]:
         """Yield sets of `size` sites in turn, the last of what is left."""

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,9 @@ def _job(cfg: DictConfig) -> None:
             settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles]
         )
         settings.check_places()
-        with placed(settings) as settings:
+        _check_workers(settings)
+        alone = settings.runtime.workers == 1  # workers take a device each, and this process none
+        with placed(settings) if alone else nullcontext(settings) as settings:
             _run(settings, folder)
     except Exception as error:
         line = failures.reason(error)
@@ -100,6 +103,16 @@ def _job(cfg: DictConfig) -> None:
         folder.fail(_overrides(), line)
         failures.release(error)
         tracked.log_job(folder, lambda job: ())
+
+
+def _check_workers(settings: Settings) -> None:
+    """Raises InputError for several workers of each of several jobs at once."""
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if settings.runtime.workers > 1 and launcher not in ("basic", None):
+        raise InputError(
+            f"runtime.workers={settings.runtime.workers} and hydra/launcher={launcher}: jobs at once "
+            "would each have as many workers; give one of the two"
+        )
 
 
 def _run(settings: Settings, folder: RunFolder) -> None:
@@ -113,7 +126,8 @@ def _run(settings: Settings, folder: RunFolder) -> None:
         raise InputError("runtime.plan is on in a file; give runtime.plan=true on the command line")
     log.info("%s on %s", settings.name, settings.model.name)
     result, sites, run = runner.execute(settings, jobs.command(_overrides()))
-    result["run"] = _provenance(folder.path) | {"device": run.store.runtime["device"]}
+    result["run"] = _provenance(folder.path) | {"device": run.device}
+    result["run"] |= {name: run.store.runtime[name] for name in ("workers", "engine")}
     result["run"] |= {"started": started, "ended": time.time()}
     folder.leave(result, sites, energy_tables(run.measured), neurobench.read(run.measured))
     tracked.log_job(folder, sweep.job_figures)
@@ -153,6 +167,7 @@ def _finish(folder: RunFolder, stopped: list[dict[str, Any]]) -> int:
         tables.sweep_table(folder, name, TABLES)
         print(f"\nresults: {folder.pattern(finished)}")
         print(f"table: {TABLES / name}.md, .csv, .tex")
+        print(f"explore: python -m pipeline report {folder.path}")
         files = sorted(TABLES / f"{name}{part}.{s}" for part in ("", "_energy") for s in SUFFIXES)
         try:
             if written := sweep.draw(folder, name, TABLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -33,20 +34,30 @@ def table(arguments: tuple[str, ...]) -> int:
 
 
 @click.command(epilog=f"Studies: {', '.join(names('study'))}.")
-@_named
+@click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [KEY=VALUE]... | FOLDER..."
+)
 def report(arguments: tuple[str, ...]) -> int:
-    """Make one page of a study: tables, figures and their origins.
+    """Make a page to explore of a study or of runs.
+
+    Figures with filters, tables, configurations and origins, in one file that needs no network.
 
     \b
     NAME             conf/study/NAME.yaml; study=NAME is the same
     study.KEY=VALUE  an option of that file; study.fill=true runs the jobs that the store lacks
     KEY=VALUE        an override of `run`, for every experiment of the study
+    FOLDER           of a run or of one of its jobs, as outputs/runs/ID; several make one page
 
     \b
     python -m pipeline report quickstart
+    python -m pipeline report outputs/runs/ID
     """
     from pipeline.commands import report
 
+    first = next(iter(arguments), "")
+    named = first in names("study") or (not Path(first).is_dir() and "=" in first)
+    if arguments and not named and (Path(first).is_dir() or "/" in first):
+        return report.of_runs(arguments)
     return report.main(_keyed("study", arguments))
 
 

@@ -14,10 +14,12 @@ from tabulate import tabulate
 from pipeline.run import checks
 from pipeline.run.chain import Chain, chain
 from pipeline.run.jobs import jobs
+from pipeline.run.models import unidentified
 from pipeline.run.settings import Settings
 from pipeline.store.objects import Away
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
+from stages.errors import InputError
 from stages.text.corpus import ALL
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,11 @@ class Planned:
 
 
 def show(overrides: Sequence[str]) -> None:
-    """Prints the jobs of a command line, what each would build and about how long that takes."""
-    rows = plan(_checked(job.settings) for job in jobs(overrides))
+    """Prints the jobs of a command line, what each would build and about how long that takes; of one job
+    also what its stages take by the dimensions of the model."""
+    chains = [_checked(job.settings) for job in jobs(overrides)]
+    past = Past()
+    rows = plan(chains, past)
     table = [
         (
             number,
@@ -63,6 +68,10 @@ def show(overrides: Sequence[str]) -> None:
         print(f"no past build to estimate from: {', '.join(unknown)}")
     if borrowed := sorted({label for row in rows for label in row.borrowed}):
         print(f"estimated from builds of other models: {', '.join(borrowed)}")
+    if len(chains) == 1:
+        from pipeline.commands.stage_table import predict  # takes seconds to import what it needs
+
+        print(f"\n{predict(chains[0], past.seconds)}")
 
 
 def _short(names: Iterable[str]) -> str:
@@ -79,17 +88,31 @@ def _checked(settings: Settings) -> Chain:
         read = settings.evaluation
         check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
-    steps = chain(settings, settings.store.open())
+    steps = _steps(settings, settings.store.open())
     if steps.export is not None:
         settings.export.check_free(steps.export.key())
     checks.planned(steps)
     return steps
 
 
-def plan(chains: Iterable[Chain]) -> list[Planned]:
+def _steps(settings: Settings, store: Store) -> Chain:
+    """The steps; of a model with dimensions also where the hub does not say its commit."""
+    try:
+        return chain(settings, store)
+    except InputError as error:
+        spec = settings.model
+        if spec.hub is None or not spec.dims:
+            raise
+        steps = chain(settings, store, known=unidentified(spec, store))
+        log.info("%s", error)
+        log.info("planned by the dimensions of conf/model, as if nothing of it were stored")
+        return steps
+
+
+def plan(chains: Iterable[Chain], past: Past | None = None) -> list[Planned]:
     """Every job's artifacts, in the order of the jobs; nothing is built or loaded."""
     coming: set[str] = set()
-    past: dict[str, History] = {}
+    past = past or Past()
     rows = []
     for steps in chains:
         store = steps.model.store
@@ -103,13 +126,34 @@ def plan(chains: Iterable[Chain]) -> list[Planned]:
                 row.shared += 1
             else:
                 coming.add(key)
-                if store.name not in past:  # which reads every manifest of a store
-                    past[store.name] = History(store)
-                row.builds[label], same_model = past[store.name].estimate(step.step)
+                row.builds[label], same_model = past.of(store).estimate(step.step)
                 row.stages.append(step.name)
                 if not same_model:
                     row.borrowed.append(label)
     return rows
+
+
+class Past:
+    """The builds of stores, of which every manifest is read once, when it is asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, History] = {}
+
+    def of(self, store: Store) -> History:
+        if store.name not in self._known:
+            self._known[store.name] = History(store)
+        return self._known[store.name]
+
+    def seconds(self, step: Step, store: Store) -> float | None:
+        """What the build of an artifact took, or those of its kind of the same model; None: no such."""
+        try:
+            place = store.root / step.stage / step.key()
+            if record := store.records([place])[place]:
+                return float(record["seconds"])
+        except (Away, KeyError):
+            pass
+        seconds, same_model = self.of(store).estimate(step)
+        return seconds if same_model else None
 
 
 class History:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,31 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from pipeline.commands import page, runs_report
 from pipeline.results import naming
 from pipeline.results.folders import RunFolder
-from pipeline.run.shipped import leaves
 from pipeline.tables import html, paper
 from stages.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.results.lookup import Row
 
-FIGURES = {
-    "ppl_timesteps": "Perplexity against the number of steps.",
-    "ppl_bits": "Perplexity against T + log2 n.",
-    "ppl_energy": "Perplexity against energy.",
-    "saving_spikes": "Energy saved against spikes a value, under every hardware profile.",
-    "energy_parts": "Where the joules go, over what the dense model costs.",
-    "levels": "Density of the activations, and of the levels of the codings.",
-    "error_per_layer": "Error by layer and role.",
-    "spike_rate_per_layer": "Spikes a value by layer and role.",
-    "convergence": "Convergence of Algorithm 1.",
-}
-
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the page of study=NAME; returns the exit status, 1 for missing cells and bad input."""
     return paper.status(lambda: _main(arguments))
+
+
+def of_runs(folders: Sequence[str]) -> int:
+    """Writes the page of the runs in these folders; returns the exit status."""
+    return paper.status(lambda: runs_report.main(folders))
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -49,12 +41,9 @@ def _main(arguments: Sequence[str]) -> None:
     if unknown := sorted(tables - set(paper.names("table"))):
         raise InputError(f"got table {unknown[0]}; choose among {', '.join(paper.names('table'))}")
     rows = looked_up(study, rest, command)
-    page = render(study, rows, command)
+    text = render(study, rows, command)
     model = next(iter(rows.values()))[0].run.settings.axes["model"]
-    path = Path(study.folder) / f"{naming.stem(name, [*mine, *rest], model)}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
-    print(f"written: {path}, {len(page) / 1e6:.1f} MB")
+    page.write(text, Path(study.folder) / f"{naming.stem(name, [*mine, *rest], model)}.html")
 
 
 def looked_up(study: Any, overrides: Sequence[str], command: str) -> dict[str, list[Row]]:
@@ -76,64 +65,48 @@ def looked_up(study: Any, overrides: Sequence[str], command: str) -> dict[str, l
 
 def render(study: Any, rows: Mapping[str, Sequence[Row]], command: str) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from pipeline.store import provenance
-
-    environment = Environment(
-        loader=PackageLoader("pipeline.commands", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["revision"] = revision
     artifacts, environments = paper.origins([row for each in rows.values() for row in each])
-    return environment.get_template("report.html.j2").render(
-        title=study.title,
-        about=study.about,
-        command=command,
-        tree=provenance.git_state(),
-        experiments=[
-            experiment(name, study.experiments[name], each, artifacts)
-            for name, each in rows.items()
-        ],
-        environments=environments,
-    )
-
-
-def revision(git: Mapping[str, Any]) -> str:
-    """A source revision for people."""
-    if git["revision"] is None:
-        return "unknown to git"
-    return str(git["revision"])[:12] + (" with changes" if git["dirty"] else "")
+    with tempfile.TemporaryDirectory() as place:
+        folders = {name: left(each, Path(place, name)) for name, each in rows.items()}
+        return page.render(
+            title=study.title,
+            about=study.about,
+            command=command,
+            experiments=[
+                experiment(name, study.experiments[name], each, folders[name], artifacts)
+                for name, each in rows.items()
+            ],
+            environments=environments,
+            folders=[*folders.values()],
+        )
 
 
 def experiment(
     name: str,
     tables: Sequence[str],
     rows: Sequence[Row],
+    folder: RunFolder,
     artifacts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What the page shows of one experiment; `artifacts` are the origins of every key."""
+    """What the page shows of one experiment, whose rows are in `folder` too; `artifacts` are the origins
+    of every key."""
     sheets = {f"{name}-{t}": paper.lay_out(paper.loaded("table", t, []), rows) for t in tables}
-    common, different = configurations(rows)
     names = [row.run.settings.name for row in rows]
-    texts = [", ".join(f"{key}={value}" for key, value in each.items()) for each in different]
     return {
         "name": name,
+        "title": name,
+        "failed": [],
         "tables": [
             {"name": key, "caption": sheet.caption, "html": html.styled(sheet, key)}
             for key, sheet in sheets.items()
         ],
-        "figures": figures(rows),
-        "common": common,
-        "differences": html.plain(pd.DataFrame({"row": names, "what differs": texts})),
+        "figures": page.pictures(folder),
+        **page.differences(names, [row.job.config for row in rows]),
         "rows": [
             {
                 "name": row.run.settings.name,
                 "command": row.job.command,
-                "cost": f"{sum(row.result['seconds'].values()):.0f} s in {len(row.result['keys'])} steps",
+                "cost": page.cost(row.result),
                 "steps": html.plain(steps(row.result["keys"], artifacts)),
             }
             for row in rows
@@ -150,66 +123,25 @@ def steps(keys: Mapping[str, str], artifacts: Mapping[str, Mapping[str, Any]]) -
             "key": list(keys.values()),
             "seconds": [f"{a['seconds']:.1f}" for a in made.values()],
             "built": [a["created"] for a in made.values()],
-            "source": [revision(a["git"]) for a in made.values()],
+            "source": [page.revision(a["git"]) for a in made.values()],
             "environment": [str(a["environment"] + 1) for a in made.values()],
         }
     )
 
 
-def figures(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """What a sweep over these rows draws, as data URIs with captions."""
-    from pipeline.commands import sweep
-
-    with tempfile.TemporaryDirectory() as place:
-        folder, into = RunFolder(Path(place, "sweep")), Path(place, "figures")
-        for number, row in enumerate(rows):
-            _leave(row, RunFolder(folder.path / str(number)))
-        into.mkdir()
-        drawn = [path for path in sweep.draw(folder, "figure", into) if path.suffix == ".png"]
-        return [
-            {
-                "caption": FIGURES.get(kind := path.stem.removeprefix("figure_"), kind),
-                "source": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
-            }
-            for path in drawn
-        ]
-
-
-def _leave(row: Row, job: RunFolder) -> None:
-    """The files that a job of a sweep leaves, which its figures are drawn from."""
+def left(rows: Sequence[Row], place: Path) -> RunFolder:
+    """A folder with the files that a sweep over these rows leaves."""
     from omegaconf import OmegaConf
 
     from pipeline.run import neurobench
     from pipeline.run.measured import energy_tables
 
-    (job.path / ".hydra").mkdir(parents=True)
-    OmegaConf.save(row.job.config, job.path / ".hydra/config.yaml")
-    measured = row.run.measured
-    job.leave(row.result, row.sites, energy_tables(measured), neurobench.read(measured))
-
-
-def configurations(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
-    """What all configurations share, as yaml, and of every row the rest by dotted key."""
-    from omegaconf import OmegaConf
-
-    whole: list[Any] = [OmegaConf.to_container(row.job.config, resolve=True) for row in rows]
-    common = _shared(whole)
-    known = leaves(common)
-    rest = [{k: v for k, v in leaves(config).items() if k not in known} for config in whole]
-    return OmegaConf.to_yaml(OmegaConf.create(common)), rest
-
-
-def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The part that nested mappings have in common."""
-    shared: dict[str, Any] = {}
-    for key, value in configs[0].items():
-        members = [config[key] for config in configs if key in config]
-        if len(members) == len(configs):
-            if all(member == value for member in members):
-                shared[key] = value
-            elif all(isinstance(m, Mapping) for m in members) and (inner := _shared(members)):
-                shared[key] = inner
-    return shared
+    for number, row in enumerate(rows):
+        job, measured = RunFolder(place / str(number)), row.run.measured
+        (job.path / ".hydra").mkdir(parents=True)
+        OmegaConf.save(row.job.config, job.path / ".hydra/config.yaml")
+        job.leave(row.result, row.sites, energy_tables(measured), neurobench.read(measured))
+    return RunFolder(place)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,14 @@ def plan(overrides: tuple[str, ...], multirun: bool) -> int:
     Takes the overrides of `run`, runs nothing and loads no model. A sweep is listed whole, with -m or
     without. `run` with runtime.plan=true is the same.
 
+    Of one job, a table of its stages follows: seconds, memory, bytes and what bounds them, from the
+    dimensions of the model and the rates of a machine, which plan.measure=true measures here and
+    plan.flops=, plan.memory=, plan.disk= and plan.network= give. Where a model is on the hub, which need
+    not answer, its file in conf/model has the dimensions.
+
     \b
     python -m pipeline plan experiment=codings
+    python -m pipeline plan model=llama2-70b runtime.workers=8 runtime.engine=slurm
     """
     return _show_plan(overrides)
 

@@ -15,7 +15,7 @@ from pipeline.store.manifest import Damaged
 from pipeline.store.objects import Away
 from pipeline.store.shared import SharedStore
 from pipeline.store.spec import StoreSpec
-from pipeline.store.store import Store
+from pipeline.store.store import SHARES, Store
 from stages.errors import InputError
 
 
@@ -101,14 +101,14 @@ def gc(
 
     `experiments` are names with the overrides of each.
     """
-    doomed = store.orphans()
+    doomed = store.orphans() + _merged(store)
     if days is not None or keep_file is not None or experiments:
         named = set() if keep_file is None else _named(keep_file)
         for experiment in experiments:
             named |= _reachable(store, experiment)
         kept = [f"--keep {shlex.quote(shlex.join(words))}" for words in experiments]
         kept += [] if keep_file is None else [f"--keep-file {keep_file}"]
-        doomed += _unneeded(store, days, named, " ".join(kept))
+        doomed += [p for p in _unneeded(store, days, named, " ".join(kept)) if p not in doomed]
     records = store.records([path for path in doomed if not path.name.startswith(".")])
     for path in doomed:
         line = _line(path, records.get(path))
@@ -118,6 +118,13 @@ def gc(
         print(f"{done:<13} {line}")
     print(f"{len(doomed)} folders" + ("" if delete else "; --yes deletes them"))
     return 0
+
+
+def _merged(store: Store) -> list[Path]:
+    """Shares of artifacts that are there, left by workers that were killed."""
+    left = store.records([path for path in store.folders() if path.parent.name == SHARES])
+    of = {path: record["spec"] for path, record in left.items() if record}
+    return [path for path, spec in of.items() if store.holds(spec["stage"], spec["key"])]
 
 
 def _unneeded(store: Store, days: float | None, named: set[str], source: str) -> list[Path]:
@@ -130,7 +137,12 @@ def _unneeded(store: Store, days: float | None, named: set[str], source: str) ->
     roots = set(named)
     if days is not None:
         roots |= {path.name for path, record in known.items() if record and _age(record) < days}
-    inputs = {path.name: record["inputs"].values() for path, record in known.items() if record}
+    inputs = {
+        path.name: list(record["inputs"].values()) for path, record in known.items() if record
+    }
+    for path, record in known.items():
+        if record and record["stage"] == SHARES:  # needed by what they are shares of
+            inputs.setdefault(record["spec"]["key"], []).append(path.name)
     needed = _closure(roots, inputs)
     return [path for path, record in known.items() if record is None or path.name not in needed]
 

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.run import processes
 from pipeline.run.measured import KINDS, PARTS
 from pipeline.store.spec import StoreSpec
 
@@ -32,6 +33,7 @@ JOBS = ".jobs"  # a file for each job of a sweep, called by its number: its fold
 RESULT, FAILED = "result.json", "failed.json"
 SITES, NEUROBENCH = "per_site.parquet", "neurobench.json"
 MULTIRUN = "multirun.yaml"  # which Hydra leaves in the folder of a sweep
+PROCESS = "process.json"  # of a sweep: which process started it, and when
 ENDED = "ended.json"
 KILLED = "ended without a result: killed, or still running where a launcher lost sight of it"
 _started: list[Path] = []
@@ -208,6 +210,7 @@ class Started(Callback):
         folder = Path(config.hydra.sweep.dir)
         _start(folder)
         (folder / JOBS).mkdir(parents=True)
+        RunFolder(folder).write(PROCESS, {"process": processes.this(), "started": time.time()})
 
 
 def _start(folder: Path) -> None:

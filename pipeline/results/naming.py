@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.results.folders import RunFolder
-from pipeline.results.rows import sweep_results
+from pipeline.results.rows import TOLD, sweep_results
 
 # Overrides of these say where and how results are made, not what they are; a name has its experiment.
 CIRCUMSTANCES = re.compile(
@@ -66,6 +66,27 @@ def run_stem(result: Mapping[str, Any], overrides: Iterable[str], swept: bool) -
         parts += [f"{name}{count}" for name, count in counts.items() if count is not None]
         parts += [t for t in [result.get("transform")] if t not in (None, "none")]
     return "_".join([*parts, *_tail(rest)])
+
+
+def job_name(job: RunFolder, model: str, label: str, overrides: Iterable[str]) -> str:
+    """Label, id and number of a job, what it was asked for beside others of its sweep, and the model.
+
+    What tells it apart comes first, for a narrow column shows no more; paths are left out.
+    """
+    shared = job.sweep.overrides if job.sweep else ()
+    given = [
+        o for o in overrides if not CIRCUMSTANCES.match(o) and o not in shared and "/" not in o
+    ]
+    given = [o.removeprefix("coding.") for o in given if o.partition("=")[0] not in TOLD]
+    setting = " ".join(given)
+    setting = setting if len(setting) <= LONGEST else f"{setting[: LONGEST - 1]}…"
+    run = f"{short_id(job.path.parent.name)}/{job.path.name}"
+    return " ".join(filter(None, [label, run, setting, model]))
+
+
+def short_id(folder: str) -> str:
+    """The letters of a run's folder that no other has, without its time; of another folder its name."""
+    return re.sub(r"^\d{8}-\d{6}-", "", folder)
 
 
 def _tail(rest: Sequence[str]) -> list[str]:

@@ -59,10 +59,15 @@ class Chain:
         return all(holds(step.name, step.key()) for step in self.steps.values())
 
 
-def chain(settings: Settings, store: Store, device: str = "cpu") -> Chain:
-    """All stages of a run. Raises InputError where a model, text or file that it names is missing."""
+def chain(
+    settings: Settings, store: Store, device: str = "cpu", known: ModelSource | None = None
+) -> Chain:
+    """All stages of a run. Raises InputError where a model, text or file that it names is missing.
+
+    `known` stands in for the model of the settings where nobody can say its key.
+    """
     s = settings
-    model = model_source(s.model, store, device, s.runtime.offload)
+    model = known or model_source(s.model, store, device, s.runtime.offload)
     tokens: dict[tuple[str, Purpose], Tokens] = {}
 
     def read(name: str, purpose: Purpose, needed: int | None) -> dict[str, Source]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.run import neurobench, shipped
 from pipeline.run.measured import ANYTIME
 from pipeline.run.models import ModelSource
+from pipeline.run.shares import Claimed, Cut, batches, passing
 from pipeline.run.stage import Source, Stage
 from pipeline.run.stages import MODEL, Inputs, Spec, conversion
 from pipeline.run.texts import Questions, load_tokens
@@ -23,16 +25,21 @@ from stages.codings.base import Coding
 from stages.energy import by_part, of_model, spent
 from stages.model.loading import meta_model
 from stages.model.perturbation import Perturbation
+from stages.model.shares import Parts
 from stages.text import corpus
+from stages.text.answers import Answers, Portion, portions
 from stages.text.harness import TaskSpec
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
     from pipeline.run.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-class Perplexity(Stage):
+class Perplexity(Cut):
     """Perplexity on a corpus, with the counters of every site."""
 
     name = "evaluation"
@@ -44,22 +51,48 @@ class Perplexity(Stage):
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        name = spec["perplexity"]
-        ids = load_tokens(inputs["tokens"])
-        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
+        ids = windows(spec, inputs, spec["perplexity"])
         model, _ = inputs["model"].load()
-        execution = runtime.execution
-        if execution == "stepped":
+        if runtime.execution == "stepped":
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
-        neurons, batch = conversion(spec, inputs), runtime.evaluation_batch
-        noise = spec["perturbation"]
-        how: Any = {"perturbation": noise, "counted": noise is None}  # as only the first is read
-        result = evaluation.perplexity(model, ids, neurons, batch, name, execution, **how)
+        result = likelihoods(spec, inputs, runtime).run(model, ids, runtime.evaluation_batch)
+        result.metrics["all"] = spec["count"] == corpus.ALL
+        result.save(out)
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        return batches(len(windows(spec, inputs, spec["perplexity"])), runtime.evaluation_batch)
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = windows(spec, inputs, spec["perplexity"])
+        model, _ = inputs["model"].load()
+        shares = passing(ids, runtime.evaluation_batch, claims)
+        likelihoods(spec, inputs, runtime).run_shares(model, shares)
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = windows(spec, inputs, spec["perplexity"])
+        model, _ = inputs["model"].load()
+        result = likelihoods(spec, inputs, runtime).merged(model, ids, Parts(parts))
         result.metrics["all"] = spec["count"] == corpus.ALL
         result.save(out)
 
 
-class Anytime(Stage):
+def windows(spec: Spec, inputs: Inputs, name: str) -> Tensor:
+    """The ids [windows, length] of a corpus that are evaluated."""
+    ids = load_tokens(inputs["tokens"])
+    return corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
+
+
+def likelihoods(spec: Spec, inputs: Inputs, runtime: Any) -> evaluation.Likelihoods:
+    """How perplexity is measured; only the counters of the first replicate are read."""
+    noise, neurons = spec["perturbation"], conversion(spec, inputs)
+    how: Any = {"perturbation": noise, "counted": noise is None}
+    return evaluation.Likelihoods(neurons, spec["perplexity"], runtime.execution, **how)
+
+
+class Anytime(Cut):
     """Perplexity on a corpus after each step of the neurons."""
 
     name = "evaluation"
@@ -72,13 +105,39 @@ class Anytime(Stage):
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
         name = spec["anytime"]
-        ids = load_tokens(inputs["tokens"])
-        ids = corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
+        ids = windows(spec, inputs, name)
         model, _ = inputs["model"].load()
         neurons = conversion(spec, inputs)
         assert neurons is not None
         by_step = evaluation.anytime(model, ids, neurons, runtime.evaluation_batch, name)
         by_step.to_parquet(out / ANYTIME)
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        neurons = conversion(spec, inputs)
+        assert neurons is not None
+        return evaluation.longest(neurons)
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        name, neurons = spec["anytime"], conversion(spec, inputs)
+        assert neurons is not None
+        how = (windows(spec, inputs, name), neurons, runtime.evaluation_batch, name)
+        model, _ = inputs["model"].load()
+        for claimed in claims:
+            rows = evaluation.after_steps(claimed.number + 1, model, *how)
+            claimed.leave(partial(_write, rows))
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        import pandas as pd
+
+        frames = [pd.read_parquet(folder / ANYTIME) for folder in parts]
+        pd.concat(frames, ignore_index=True).to_parquet(out / ANYTIME)
+
+
+def _write(rows: pd.DataFrame, folder: Path) -> None:
+    rows.to_parquet(folder / ANYTIME)
 
 
 def read(s: Settings, coding: Coding, perturbation: Perturbation | None = None) -> dict[str, Any]:
@@ -92,7 +151,7 @@ def asked(s: Settings, coding: Coding, perturbation: Perturbation | None = None)
     return {"coding": coding, "perturbation": perturbation, "items": s.evaluation.items}
 
 
-class Accuracy(Stage):
+class Accuracy(Cut):
     """Zero-shot accuracy on a task."""
 
     name = "evaluation"
@@ -111,6 +170,26 @@ class Accuracy(Stage):
         neurons, batch = conversion(spec, inputs), runtime.task_batch
         how = (spec["items"], batch, runtime.execution, spec["perturbation"])
         evaluation.accuracy(model, tokenizer, neurons, questions, *how)[task.name].save(out)
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        return portions(spec["items"])
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        task = (spec["task"], inputs["data"])
+        model, tokenizer = inputs["model"].load()
+        neurons, batch = conversion(spec, inputs), runtime.task_batch
+        how = (spec["items"], batch, runtime.execution, spec["perturbation"])
+        with evaluation.questioned(model, tokenizer, neurons, task, *how) as ask:
+            for claimed in claims:
+                claimed.leave(ask(claimed.number).save)
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        task = spec["task"]
+        answers = Answers.joined(map(Portion.load, parts), task.metric, task.split)
+        evaluation.noted(answers, spec["perturbation"]).save(out)
 
 
 class Energy(Stage):

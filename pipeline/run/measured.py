@@ -15,7 +15,7 @@ from stages.analysis import intervals
 from stages.codings.base import Coding
 from stages.energy import by_kind
 from stages.evaluation import Perplexity, per_token, window_nll
-from stages.text.harness import answers
+from stages.text.answers import answers
 
 if TYPE_CHECKING:
     import pandas as pd

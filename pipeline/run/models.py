@@ -14,8 +14,9 @@ from pipeline.run.assets import Asset, content
 from pipeline.run.fingerprint import folder_fingerprint
 from pipeline.run.memory import keep_freed_memory
 from pipeline.run.stage import Source, Stage
+from pipeline.store.code import code_hash
 from pipeline.store.provenance import libraries
-from pipeline.store.step import Step, code_hash
+from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 from stages.errors import InputError
 from stages.model.hub import commit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "prefix.json"  # the tokens that the search for a prefix has chosen
+UNKNOWN = "0" * 32  # instead of a key
 
 
 class Weights(Stage):
@@ -186,6 +188,11 @@ def model_source(
     if spec.gguf is not None:
         parts["gguf"] = Weights.of(spec.gguf).key()  # the code that dequantises it counts too
     return ModelSource(spec, _hashed(parts), _hashed(identity), store, device, offload)
+
+
+def unidentified(spec: ModelSpec, store: Store) -> ModelSource:
+    """A model whose commit nobody knows, for what needs no key: nothing is stored under this one."""
+    return ModelSource(spec, UNKNOWN, UNKNOWN, store, "cpu")
 
 
 def _hashed(parts: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.errors import choose
-from pipeline.run.specs import TrackingSpec
+from pipeline.run.specs import PlanSpec, TrackingSpec
 from pipeline.store.spec import StoreSpec
 from stages.capture import Capture
 from stages.codings.base import Coding
@@ -29,6 +29,7 @@ from stages.transforms.transform import Transform
 
 ENTRIES: dict[str, Any] = {"corpus": Corpus, "tasks": TaskSpec}  # groups whose entries have names
 EXECUTIONS = ("fast", "stepped")  # those of `stages.ports.patched`
+ENGINES = ("local", "ray", "slurm")  # those of `pipeline.run.engines`
 MEANS = ("mean", "ppl_mean", "acc_mean")  # that a paper's tables call means over texts and tasks
 
 
@@ -74,14 +75,25 @@ class Runtime:
     offload: Offload | None
     figures: bool
     plan: bool
+    workers: int = 1
+    engine: str = "local"
+    cluster: Mapping[str, Any] | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "evaluation_batch", "task_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"runtime.{name}={getattr(self, name)}: give 1 or more")
+        for name in ("batch", "evaluation_batch", "task_batch", "workers", "threads"):
+            if (got := getattr(self, name)) is not None and got < 1:
+                raise InputError(f"runtime.{name}={got}: give 1 or more")
         if self.execution not in EXECUTIONS:
             raise InputError(
                 f"runtime.execution={self.execution!r}: choose {' or '.join(EXECUTIONS)}"
+            )
+        if self.engine not in ENGINES:
+            raise InputError(f"runtime.engine={self.engine!r}: choose {' or '.join(ENGINES)}")
+        if self.cluster is not None and self.engine == "local":
+            raise InputError(
+                f"runtime.cluster={dict(self.cluster)}: processes of this machine have none; "
+                "give runtime.engine=ray or slurm"
             )
         if self.devices is not None:
             self._check(self.devices)
@@ -93,6 +105,15 @@ class Runtime:
             raise InputError(f"{given}: give a list of different devices, as [cuda:0,cuda:1]")
         if self.device not in ("auto", *names):
             raise InputError(f"{given} and runtime.device={self.device}: give one of the two")
+        if self.workers > 1 and self.engine != "local":
+            raise InputError(
+                f"{given} and runtime.engine={self.engine}: a worker of a cluster sees its own GPU alone; "
+                "give runtime.devices=null"
+            )
+        if self.workers > len(devices):
+            raise InputError(
+                f"{given} for runtime.workers={self.workers}: give each its own device"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,7 @@ class Settings:
     runtime: Runtime
     tracking: TrackingSpec
     table: TableSpec
+    plan: PlanSpec
     row: str | None
     timesteps: int
 

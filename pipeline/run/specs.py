@@ -1,13 +1,50 @@
-"""Where runs are logged, as the configuration says it; no MLflow is needed to read that."""
+"""Where runs are logged and what a plan predicts with, as the configuration says it; no MLflow is needed
+to read that."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from stages.errors import InputError
 
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")  # of weights, as stages.model.loading has them
+OVERHEAD = (
+    *(
+        "start",
+        "compile",
+        "process",
+        "load",
+        "stage",
+        "elements",
+        "dense",
+        "dense_counted",
+        "capture",
+    ),
+    *(
+        "patching",
+        "spiking",
+        "counted",
+        "step",
+        "distribution",
+        "fitting",
+        "trained",
+        "task",
+        "energy",
+    ),
+)
+PASSES = (
+    "channel_scale",
+    "channel_mean",
+    "sensitivity",
+    "centred_sensitivity",
+    "smoothing",
+    "products",
+)
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
@@ -41,3 +78,54 @@ class TrackingSpec:
         parts = urlsplit(self.uri)
         named = parts.scheme.startswith("sqlite") and parts.path[1:]
         return Path(named) if named else None
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What a plan predicts with; part of no key.
+
+    `reference`: rates of a known machine by device, where none are given or measured. `overhead`: what
+    stages cost beside the products of the dense model, by device. `passes` of a statistic over the model,
+    `questions` of a task: sequences of each, and their tokens.
+    """
+
+    measure: bool
+    flops: float | None
+    memory: float | None
+    disk: float | None
+    network: float
+    reference: Mapping[str, Mapping[str, Any]]
+    overhead: Mapping[str, Mapping[str, float]]
+    passes: Mapping[str, float]
+    questions: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "memory", "disk", "network"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"plan.{name}={value}: give a rate a second above 0")
+        _check_keys("plan.reference", self.reference, DEVICES, every=False)
+        _check_keys("plan.overhead", self.overhead, DEVICES, every=False)
+        for device, known in self.reference.items():
+            at = f"plan.reference.{device}"
+            _check_keys(at, known, ("machine", "date", "flops", "memory", "disk"))
+            _check_keys(f"{at}.flops", known["flops"], DTYPES, every=False)
+        for device, costs in self.overhead.items():
+            _check_keys(f"plan.overhead.{device}", costs, OVERHEAD)
+        _check_keys("plan.passes", self.passes, PASSES, every=False)
+        for task, size in self.questions.items():
+            if not isinstance(size, Sequence) or len(size) != 2:
+                raise InputError(
+                    f"plan.questions.{task}={size}: give the sequences of a question and their tokens, "
+                    "[4, 60]"
+                )
+
+
+def _check_keys(
+    option: str, given: Mapping[str, Any], known: Sequence[str], every: bool = True
+) -> None:
+    """Raises InputError unless the keys of a mapping are known, and `every` one of them is there."""
+    odd = [*({*given} - {*known}), *({*known} - {*given} if every else ())]
+    if odd:
+        said = "give each of" if every else "choose among"
+        raise InputError(f"{option}.{odd[0]}: {said} {', '.join(known)}")

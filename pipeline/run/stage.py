@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from pipeline.store.step import Step, source_hash
+from pipeline.store.code import source_hash
+from pipeline.store.step import Step
 from pipeline.store.store import Artifact, Store
 
 
@@ -56,12 +57,13 @@ class Running:
     task_batch: int
     execution: str
     command: str  # that an exported model says it was made by
+    compile: bool = True
 
     @classmethod
     def of(cls, runtime: Any, device: str, command: str) -> Running:
         """The runtime of a configuration on the device that was chosen."""
         sizes = (runtime.batch, runtime.evaluation_batch, runtime.task_batch)
-        return cls(device, *sizes, runtime.execution, command)
+        return cls(device, *sizes, runtime.execution, command, runtime.compile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +100,15 @@ class Stage:
         """The modules whose code is in the key."""
         return self.code
 
+    @property
+    def made_by(self) -> str:
+        """The hash of the functions that call the modules."""
+        return source_hash(inspect.getsource(type(self).make))
+
     @cached_property
     def step(self) -> Step:
         keys = {name: source.key() for name, source in self.inputs.items()}
-        made_by = source_hash(inspect.getsource(type(self).make)) if self.modules() else ""
+        made_by = self.made_by if self.modules() else ""
         return Step(self.name, self.spec, keys, self.modules(), made_by)
 
     @cached_property
@@ -114,9 +121,12 @@ class Stage:
 
     def build(self, store: Store, runtime: Running | None) -> Artifact:
         """The artifact from the store; if need be it is made, its inputs first."""
+        return store.build(self.step, self.maker(store, runtime))
+
+    def maker(self, store: Store, runtime: Running | None) -> Callable[[Path], None]:
+        """What writes the files of the artifact into a folder."""
         opened = Opened(self.inputs, store, runtime)
-        make = partial(type(self).make, spec=self.spec, inputs=opened, runtime=runtime)
-        return store.build(self.step, make)
+        return partial(type(self).make, spec=self.spec, inputs=opened, runtime=runtime)
 
     def open(self, store: Store, runtime: Running | None) -> Artifact:
         return self.build(store, runtime)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.run.measured import Evaluated, Measured, numbers, per_site
 from pipeline.run.models import PREFIX, ModelSource
 from pipeline.run.neurons import NeuronFolder
+from pipeline.run.shares import Claimed, Cut, batches, passing
 from pipeline.run.stage import Source, Stage
 from pipeline.run.texts import load_tokens
 from pipeline.store.provenance import versions
@@ -22,6 +23,7 @@ from stages.compiler import compiled
 from stages.distribution import Densities
 from stages.fits.statistics import Statistic
 from stages.fitted import Conversion, FittedNeurons
+from stages.model.shares import Parts
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet
 from stages.statistics import measuring, measuring_module
@@ -92,7 +94,7 @@ class Statistics(Calibrated):
         save_file(tensors, out / "statistic.safetensors")
 
 
-class Captured(Calibrated):
+class Captured(Calibrated, Cut):
     """A sketch of the values at every site."""
 
     name = "capture"
@@ -108,6 +110,23 @@ class Captured(Calibrated):
         model, _ = inputs["model"].load()
         sites = select(find_sites(model), spec["sites"])
         spec["capture"].run(model, ids, sites, runtime.batch).save(out)
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        return batches(spec["windows"], runtime.batch)
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = windows(spec, inputs)
+        model, _ = inputs["model"].load()
+        sites = select(find_sites(model), spec["sites"])
+        spec["capture"].run_shares(model, passing(ids, runtime.batch, claims), sites)
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        model, _ = inputs["model"].load()
+        sites = select(find_sites(model), spec["sites"])
+        spec["capture"].merged(model, sites, Parts(parts)).save(out)
 
 
 class Estimated(Stage):
@@ -161,7 +180,14 @@ def conversion(spec: Spec, inputs: Inputs) -> Conversion | None:
     return Conversion(spec["coding"], FittedNeurons.load(inputs["fitting"].path))
 
 
-class Patched(Calibrated):
+def held_out(spec: Spec, inputs: Inputs) -> torch.Tensor:
+    """The ids [windows, length] behind those of calibration, on which patching measures."""
+    ids, length = load_tokens(inputs["tokens"]), spec["length"]
+    skip, name = spec["windows"] * length, "the calibration text"
+    return corpus.windows(ids, spec["patching"].windows, length, skip, name, spec["begin"]).long()
+
+
+class Patched(Calibrated, Cut):
     """The error of the neurons on activations that they were not fitted to."""
 
     name = "patching"
@@ -173,14 +199,28 @@ class Patched(Calibrated):
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
-        patching, length = spec["patching"], spec["length"]
-        skip = spec["windows"] * length
-        ids, name = load_tokens(inputs["tokens"]), "the calibration text"
-        held_out = corpus.windows(ids, patching.windows, length, skip, name, spec["begin"])
+        ids = held_out(spec, inputs)
         model, _ = inputs["model"].load()
-        frame = patching.run(model, held_out.long(), conversion(spec, inputs), runtime.batch)
+        frame = spec["patching"].run(model, ids, conversion(spec, inputs), runtime.batch)
         frame.to_parquet(out / "sites.parquet")
         log.info("%d sites converted, compiled kernels: %s", len(frame), compiled())
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        return batches(spec["patching"].windows, runtime.batch)
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        ids = held_out(spec, inputs)
+        model, _ = inputs["model"].load()
+        shares = passing(ids, runtime.batch, claims)
+        spec["patching"].run_shares(model, shares, conversion(spec, inputs))
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        model, _ = inputs["model"].load()
+        frame = spec["patching"].merged(model, conversion(spec, inputs), Parts(parts))
+        frame.to_parquet(out / "sites.parquet")
 
 
 class Exported(Stage):

@@ -42,11 +42,22 @@ class Locks:
 
     of: Callable[[str], Lock]
     exclusive: bool = True
+    forget: Callable[[str], None] = lambda name: (
+        None
+    )  # what is left of one that nobody asks for again
 
 
 def in_folder(folder: Path, exclusive: bool = True) -> Locks:
     """Locks by flock(2), which the system takes back when their holder dies."""
-    return Locks(lambda name: _InFolder(folder / f"{name}.lock"), exclusive)
+
+    def place(name: str) -> Path:
+        return folder / f"{name}.lock"
+
+    return Locks(
+        lambda name: _InFolder(place(name)),
+        exclusive,
+        lambda name: place(name).unlink(missing_ok=True),
+    )
 
 
 def none() -> Locks:

@@ -18,11 +18,11 @@ from pipeline.store.manifest import Damaged
 from pipeline.store.objects import Away
 from pipeline.store.remote import Key, Remote
 from pipeline.store.step import Step
-from pipeline.store.store import LOCKS, PATIENCE, Artifact, Store, discard, placed
+from pipeline.store.store import LOCKS, PATIENCE, SHARES, Artifact, Store, discard, placed
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
-RECENT = 60.0  # seconds for which a list of what the remote holds is used again
+RECENT = 10.0  # seconds for which a list of what the remote holds is used again
 PAUSE = 300.0  # seconds for which a remote that has not answered is not asked
 FETCHING = ".fetching"
 REMOTE = "-remote-"  # in a path that stands for files of the remote
@@ -137,7 +137,8 @@ class SharedStore(Store):
     def push(self) -> list[Path]:
         """Upload what the cache alone holds, and say what that was; raises Away."""
         there = self.remote.keys()
-        mine = [path for path in super().folders() if path.parent.name not in self.unshared]
+        kept = self.unshared | {SHARES}  # units of what is merged by now
+        mine = [path for path in super().folders() if path.parent.name not in kept]
         absent = [path for path in mine if _key(path) not in there]
         for path in absent:
             try:
@@ -159,8 +160,10 @@ class SharedStore(Store):
             self._listed.discard((stage, key))
         super()._delete(path)
 
-    def _make(self, step: Step, key: str, make: Callable[[Path], None]) -> Artifact:
-        artifact = super()._make(step, key, make)
+    def _make(
+        self, step: Step, key: str, make: Callable[[Path], None], spent: float = 0.0
+    ) -> Artifact:
+        artifact = super()._make(step, key, make, spent)
         return artifact if artifact.hit else self._uploaded(artifact)
 
     def _lock(self, stage: str, key: str) -> Lock:
@@ -233,7 +236,7 @@ class SharedStore(Store):
         return FileLock(self.root / LOCKS / f"{key[0]}-{key[1]}.fetch.lock")
 
     def _listed_there(self, key: Key) -> bool:
-        """Whether the remote holds an artifact, as it was listed a minute ago at most, or longer where it
+        """Whether the remote holds an artifact, as it was listed seconds ago at most, or longer where it
         did then."""
         if key not in self._listed and time.monotonic() - self._listed_at > RECENT:
             self._listed = self._asked(self.remote.keys, self._listed)

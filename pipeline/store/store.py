@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stages.errors import InputError
 
 log = logging.getLogger(__name__)
 LOCKS = ".locks"
+SHARES = "shares"  # the folder of what processes have made of artifacts that they share
 PATIENCE = 86400.0  # seconds after which what another machine has not finished is a leftover
 ASIDE = "-discarded"
 
@@ -94,16 +96,35 @@ class Store:
             if artifact := self.load(step.stage, key):
                 return artifact
         with self._locked(step.stage, key):
-            try:
-                if artifact := self.load(step.stage, key):
-                    return artifact
-            except Damaged as fault:
-                log.warning("%s; building it again", fault)
-                discard(self.root / step.stage / key)
-            if self.locks.exclusive:
-                for leftover in self._temporary(step.stage, key):  # of killed builders
-                    shutil.rmtree(leftover)
-            return self._make(step, key, make)
+            return self._cleared(step.stage, key) or self._make(step, key, make)
+
+    @contextmanager
+    def claim(self, step: Step) -> Iterator[Callable[..., Artifact] | None]:
+        """Give the right to build an artifact while the context is open, None if it is there or another
+        process builds it: a function of `make`, as in `build`, and of seconds that were spent before."""
+        key = step.key()
+        lock = self._lock(step.stage, key)
+        if not lock.acquire(wait=False):
+            yield None
+            return
+        try:
+            there = self._cleared(step.stage, key)
+            yield None if there else partial(self._make, step, key)
+        finally:
+            lock.release()
+
+    def _cleared(self, stage: str, key: str) -> Artifact | None:
+        """The artifact, under its lock; what is damaged or was left half-built goes."""
+        try:
+            if artifact := self.load(stage, key):
+                return artifact
+        except Damaged as fault:
+            log.warning("%s; building it again", fault)
+            discard(self.root / stage / key)
+        if self.locks.exclusive:
+            for leftover in self._temporary(stage, key):  # of killed builders
+                shutil.rmtree(leftover)
+        return None
 
     def open(self, stage: str, key: str) -> Artifact:
         """An artifact that must be there, else an InputError."""
@@ -165,7 +186,13 @@ class Store:
         if path.exists():
             discard(path)
 
-    def _make(self, step: Step, key: str, make: Callable[[Path], None]) -> Artifact:
+    def forget(self, step: Step) -> None:
+        """Delete the lock of an artifact that nobody asks for again."""
+        self.locks.forget(f"{step.stage}-{step.key()}")
+
+    def _make(
+        self, step: Step, key: str, make: Callable[[Path], None], spent: float = 0.0
+    ) -> Artifact:
         folder = self.root / step.stage
         temporary = folder / f".tmp-{key}-{locks.process_name()}"
         temporary.mkdir(parents=True)
@@ -183,7 +210,7 @@ class Store:
                 "spec": plain(step.spec),
                 "inputs": dict(step.inputs),
                 "code": step.code(),
-                "seconds": round(time.perf_counter() - start, 3),
+                "seconds": round(spent + time.perf_counter() - start, 3),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": manifest.entries(temporary),
                 "runtime": self.runtime,

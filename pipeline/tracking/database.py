@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import posixpath
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
 from filelock import FileLock
 
+from pipeline.run import processes
 from pipeline.run.shipped import leaves
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import view
@@ -56,7 +55,8 @@ class Entry:
     `identity` are tags that only this run has, `started` and `ended` seconds since 1970. Numbers of
     `result` become metrics, nested names joined by `/`, its strings tags; an infinite or undefined
     number is the tag `nonfinite.<metric>`, because MLflow would store it as 1.8e308. `artifacts`
-    are texts, or files by path, by their name among the artifacts.
+    are texts, or files by path, by their name among the artifacts. `process` is the host and number of
+    the process that the run ends with, if it is not this one.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Entry:
     result: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[DatasetInput] = ()
     artifacts: Mapping[str, str | Path] = field(default_factory=dict)
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class Database:
 
     def create(self, entry: Entry, parent: str | None = None) -> str:
         """Open a run, as a child if `parent` is given, and return its id."""
-        process = f"{socket.gethostname()} {os.getpid()}"
-        tags = {"kind": "job", PROCESS: process} | dict(entry.identity)
+        tags = {"kind": "job", PROCESS: entry.process or processes.this()} | dict(entry.identity)
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         number, start = self.experiment.experiment_id, round(1000 * entry.started)
         return str(self.client.create_run(number, start, tags, entry.name).info.run_id)
@@ -163,10 +163,9 @@ class Database:
         for run in self.find({}, "RUNNING"):
             if "sweep" not in run.data.tags:
                 continue
-            host, _, process = run.data.tags.get(PROCESS, "").partition(" ")
             gone = self.spec.database is not None
-            if process:
-                gone = host == socket.gethostname() and not psutil.pid_exists(int(process))
+            if process := run.data.tags.get(PROCESS):
+                gone = processes.is_gone(process, run.info.start_time / 1000)
             if gone:
                 self.client.set_terminated(run.info.run_id, "KILLED")
                 closed += 1

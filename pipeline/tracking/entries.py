@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pipeline.results import naming
-from pipeline.results.folders import ENDED, FAILED, MULTIRUN, RunFolder
+from pipeline.results.folders import ENDED, FAILED, MULTIRUN, PROCESS, RunFolder
 from pipeline.results.rows import distinct, result_frame, sweep_results
 from pipeline.run.measured import KINDS, PARTS
 from pipeline.run.settings import entry
@@ -46,7 +46,7 @@ def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
     computed = json.dumps([axes["model"], label, result["keys"]], sort_keys=True)
     measures = {k: str(v) for k, v in leaves(evaluation).items() if not k.endswith(METRICS)}
     return Entry(
-        name=f"{axes['model']} {label}",
+        name=naming.job_name(job, axes["model"], label, run["overrides"]),
         identity=identity(job),
         started=run["started"],
         ended=run["ended"],
@@ -71,7 +71,7 @@ def _failed_entry(job: RunFolder) -> Entry:
     axes, label, fields = _described(job)
     config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
     return Entry(
-        name=f"{axes['model']} {label}",
+        name=naming.job_name(job, axes["model"], label, job.failure["overrides"]),
         identity=identity(job),
         started=config.stat().st_mtime,
         ended=job.outcome.stat().st_mtime,
@@ -85,11 +85,13 @@ def _failed_entry(job: RunFolder) -> Entry:
 
 def opened_sweep(folder: RunFolder) -> Entry:
     """A sweep that has begun: its name alone."""
+    begun = folder.read(PROCESS)  # an earlier version left none
     return Entry(
-        name=f"{folder.experiment or 'sweep'} {folder.path.name}",
+        name=f"{folder.experiment or 'sweep'} {naming.short_id(folder.path.name)}",
         identity={"kind": "sweep", "sweep": folder.path.name},
-        started=(folder.path / MULTIRUN).stat().st_mtime,
+        started=begun.get("started") or (folder.path / MULTIRUN).stat().st_mtime,
         ended=0,
+        process=begun.get("process", ""),
     )
 
 
@@ -106,7 +108,8 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
         key: ", ".join(dict.fromkeys(str(each[key]) for each in axes if key in each))
         for key in dict.fromkeys(key for each in axes for key in each)
     }
-    name = " ".join(filter(None, (experiment or "sweep", tags.get("model"), folder.path.name)))
+    opened = opened_sweep(folder)
+    name = " ".join(filter(None, (opened.name, tags.get("model"))))
     tags |= {"experiment": experiment or "none"}
     artifacts: dict[str, str | Path] = {
         f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path
@@ -123,7 +126,7 @@ def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
         tags |= _origin(next(iter(results.values()))["run"], "table.json")
         tags |= {"mlflow.note.content": _cut("".join(table))}
     return replace(
-        opened_sweep(folder),
+        opened,
         name=name,
         ended=end["ended"],
         status=end["status"],

@@ -49,6 +49,7 @@ def log_job(
             return "known"
         entry = made(lambda: job_entry(job, draw(job) if job.outcome.name == RESULT else ()))
         db.complete(db.create(entry, _parent(db, sweep) if sweep else None), entry, digest)
+        db.close_orphans()  # of commands that were killed
         return "logged"
 
     try:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_ENTRY = 12  # bytes of a bin and its count, and of the maximum and the squares of a channel
+
+
 @dataclass(frozen=True)
 class Resident:
     """Bytes of all weights, of the largest decoder layer, and of what is in no layer."""
@@ -75,6 +78,23 @@ def site_plan(
             size = 2 * torch.int32.itemsize * filled(values * tokens)
         rows.append((site.name, site.role, site.layer, values, work[site.operand].per_pair, size))
     return pd.DataFrame(rows, columns=["site", "role", "layer", "values", "pairs", "sketch"])
+
+
+def share_bytes(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    mantissa_bits: int,
+    dtype: torch.dtype,
+    tokens: int,
+) -> int:
+    """Return the bytes that capture leaves of `tokens`: filled bins with their counts, as many as normal
+    values would fill, and what it keeps of every channel."""
+    frame = site_plan(model, sites, mantissa_bits, dtype, tokens)
+    exact = dtype == torch.bfloat16 and mantissa_bits >= 7
+    fine = Accumulator(Grid(mantissa_bits), 0, exact, torch.device("meta")).fine
+    seen = frame[["values", "pairs"]].max(axis=1) * tokens
+    filled = {number: _filled(fine, number) for number in seen.unique()}
+    return int(seen.map(filled).sum() + frame["values"].sum()) * _ENTRY
 
 
 def _filled(grid: Grid, values: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Consume = Callable[[Tensor, Tensor], None]
+Windows = Tensor | Iterable[Tensor]  # all ids [W, S], or their batches
 TUPLES = ("GPTNeoBlock", "BloomBlock", "MptBlock", "FalconDecoderLayer")  # layers that give one
 
 
 def windows(
     model: PreTrainedModel,
-    ids: Tensor,
+    ids: Windows,
     batch: int,
     name: str,
     *,
@@ -32,17 +33,21 @@ def windows(
 ) -> None:
     """Run full windows ids [W, S] of whole numbers, `batch` at a time, without a cache.
 
+    Batches of them that are given one by one pass as they come, each before the next is asked for; where
+    one layer at a time is in memory, all are asked for first.
+
     `consume` gets the tokens and logits of every batch. `after` is called once a batch has passed,
     where one layer at a time is in memory once it has passed each of them; `through` with a layer's
     index (-1: what is in none) once every batch has. The head sees the last `logits` tokens of a
     window, 0 for all.
     """
     device, weights = device_of(model), offloaded(model)
+    parts = ids.split(batch) if isinstance(ids, Tensor) else ids
     if weights is not None:
-        batches = ids.to(device, torch.int64).split(batch)
+        batches = [part.to(device, torch.int64) for part in parts]
         _layered(model, weights, batches, name, consume, after, through, logits)
         return
-    for part in tqdm(ids.split(batch), desc=name, unit="batch", disable=None):
+    for part in tqdm(parts, desc=name, unit="batch", disable=None):
         tokens = part.to(device, torch.int64)  # here, as a long text lies on disk
         consume(tokens, model(tokens, use_cache=False, logits_to_keep=logits).logits)
         after()
@@ -62,19 +67,20 @@ def _layered(
 ) -> None:
     layers = weights.layers
     shape = (sum(map(len, batches)), batches[0].shape[1], model.config.hidden_size)
-    with weights.spec.states(shape, model.dtype) as states:
+    order = (OUTSIDE, *range(len(layers)), OUTSIDE)
+    with weights.spec.states(shape, model.dtype) as states, weights.in_turn(order) as turn:
         boundary = states.split(len(batches[0]))
-        with weights.resident(OUTSIDE):
+        with turn():
             calls = _enter(model, layers, batches, boundary)
         for index, layer in enumerate(tqdm(layers, desc=name, unit="layer", disable=None)):
-            with weights.resident(index):
+            with turn():
                 for tokens, hidden in zip(batches, boundary, strict=True):
                     args, kwargs = calls[len(tokens)][index]
                     out = layer(hidden.to(weights.device), *args, **kwargs)
                     hidden.copy_(out[0] if isinstance(out, tuple) else out)
                     after()
             through(index)
-        with weights.resident(OUTSIDE):
+        with turn():
             for tokens, hidden in zip(batches, boundary, strict=True):
                 with _replaced(layers, _leaving(hidden.to(weights.device))):
                     out = model(tokens, use_cache=False, logits_to_keep=logits)

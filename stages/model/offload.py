@@ -1,4 +1,5 @@
-"""A model larger than memory: its layers stay on disk, and one of them at a time is resident.
+"""A model larger than memory: its layers stay on disk, and one of them is resident, with the one behind it
+while that is read.
 
 The modules are those of transformers with their weights on the meta device, so that sites, ports and
 counters work on them as on any other model. `stages.model.forward` runs it layer by layer.
@@ -6,10 +7,13 @@ counters work on them as on any other model. `stages.model.forward` runs it laye
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +23,13 @@ from torch import Tensor, nn
 from stages.errors import InputError
 from stages.model.families import architecture
 from stages.model.files import Checkpoint, Stored, check_fit, keep_apart
+from stages.model.hub import first_line
 from stages.model.quantised import quantiser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Turn = Callable[[], AbstractContextManager[None]]
 BOUNDARIES = ("memory", "disk")
 OUTSIDE = -1  # what is in no decoder layer: embedding, final norm, head
 _RECORD = "offload"
@@ -67,7 +73,7 @@ class Weights:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self.device, self.spec = torch.device(device), spec
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._source = model, dtype, checkpoint.source
         self._mapping: list[Any] = [*get_model_conversion_mapping(model)]
         self._quantiser = quantiser(model)
         if self._quantiser is not None:
@@ -81,6 +87,7 @@ class Weights:
                 "twice where layers run one by one; load it whole, with runtime=default"
             )
         self._empty = dict(model.named_parameters(remove_duplicate=False))
+        self._names = self._grouped_names()
         self._keys = self._grouped(checkpoint.tensors)
         self._tied: dict[str, str] = {}  # {a weight that is in no file, or equal: the one it is}
         self._untie(self._check(checkpoint), checkpoint.source)
@@ -94,18 +101,67 @@ class Weights:
     @contextmanager
     def resident(self, group: int) -> Iterator[None]:
         """Hold the group's weights on the device while the context is open."""
-        from safetensors import safe_open
+        with self.in_turn([group]) as turn, turn():
+            yield
+
+    @contextmanager
+    def in_turn(self, groups: Sequence[int]) -> Iterator[Turn]:
+        """Give what opens a context for one group after the other, which holds its weights on the device.
+
+        A thread reads those of the next group meanwhile, so that two of them are in memory. Whatever is
+        in memory goes with the outer context. Raises InputError, in the turn of the group, where a file is
+        no longer what it was when the model was opened.
+        """
+        waiting = iter(groups)
+        inference = torch.is_inference_mode_enabled()  # of a thread
+        reader = ThreadPoolExecutor(1, "weights")
+        read = partial(self._read, inference=inference)
+
+        def ask() -> tuple[int, Future[None]] | None:
+            group = next(waiting, None)
+            return None if group is None else (group, reader.submit(read, group))
+
+        following = ask()
+
+        @contextmanager
+        def turn() -> Iterator[None]:
+            nonlocal following
+            assert following is not None
+            group, reading = following
+            self._wait(reading)
+            following = ask()
+            try:
+                yield
+            finally:
+                self._release(group)
 
         try:
-            with ExitStack() as files:
-                slices: dict[str, Any] = {}
-                for file, keys in self._keys[group].items():
-                    opened = files.enter_context(safe_open(file, framework="pt"))
-                    slices |= {key: opened.get_slice(key) for key in keys}
-                self._fill(slices, self.device)
-            yield
+            yield turn
         finally:
-            self._release()
+            reader.shutdown(cancel_futures=True)
+            self._release(*{*groups})
+
+    def _wait(self, reading: Future[None]) -> None:
+        from safetensors import SafetensorError
+
+        try:
+            reading.result()
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"model {self._source}: its files have changed since it was opened: {first_line(error)}; "
+                "run the same command again"
+            ) from error
+
+    def _read(self, group: int, inference: bool) -> None:
+        from safetensors import safe_open
+
+        with ExitStack() as files, torch.inference_mode(inference):
+            slices: dict[str, Any] = {}
+            for file, keys in self._keys[group].items():
+                opened = files.enter_context(safe_open(file, framework="pt"))
+                slices |= {key: opened.get_slice(key) for key in keys}
+            self._fill(slices, self.device)
+            self._tie(group)
 
     def _fill(self, tensors: Mapping[str, Any], device: torch.device) -> Any:
         """Let transformers name, convert and place tensors as it does for a whole model."""
@@ -119,13 +175,15 @@ class Weights:
             hf_quantizer=self._quantiser,
         )
         info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
-        for name, origin in self._tied.items():
-            self._place(name, self._model.get_parameter(origin))
         return info
 
-    def _release(self) -> None:
-        for name, parameter in self._empty.items():
-            self._place(name, parameter)
+    def _tie(self, group: int) -> None:
+        for name in self._tied.keys() & self._names[group]:
+            self._place(name, self._model.get_parameter(self._tied[name]))
+
+    def _release(self, *groups: int) -> None:
+        for name in itertools.chain.from_iterable(self._names[group] for group in groups):
+            self._place(name, self._empty[name])
 
     def _place(self, name: str, parameter: nn.Parameter) -> None:
         path, _, last = name.rpartition(".")
@@ -143,7 +201,7 @@ class Weights:
         try:
             info = self._fill(empty, torch.device("meta"))
         finally:
-            self._release()
+            self._release(*self._names)
         absent, pairs = set(info.missing_keys), self._model.all_tied_weights_keys
         for name, origin in pairs.items():
             if name in absent and origin not in absent:
@@ -171,7 +229,7 @@ class Weights:
             equal = {n: o for n, o in both.items() if torch.equal(weight(n), weight(o))}
         self._tied |= equal
         self._empty |= {name: self._empty[origin] for name, origin in equal.items()}
-        self._release()
+        self._release(OUTSIDE)
         keep_apart(self._model, source, {n: o for n, o in both.items() if n not in equal})
 
     def _group(self, name: str) -> int:
@@ -183,6 +241,12 @@ class Weights:
         groups: dict[int, dict[Path, list[str]]] = {}
         for key, tensor in tensors.items():
             groups.setdefault(self._group(key), {}).setdefault(tensor.file, []).append(key)
+        return groups
+
+    def _grouped_names(self) -> dict[int, list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name in self._empty:
+            groups.setdefault(self._group(name), []).append(name)
         return groups
 
 
@@ -222,7 +286,14 @@ def offloaded(model: PreTrainedModel) -> Weights | None:
 def device_of(model: PreTrainedModel) -> torch.device:
     """Return where the model computes."""
     weights = offloaded(model)
-    return model.device if weights is None else weights.device
+    if weights is not None:
+        return weights.device
+    if model.device.type != "meta":
+        return model.device
+    # accelerate brings a layer that it keeps elsewhere when it is called
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return model.device if place is None else torch.device(place)
 
 
 def refuse_offloaded(model: PreTrainedModel, what: str, instead: str) -> None:

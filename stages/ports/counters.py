@@ -27,13 +27,30 @@ class Counters:
     def __init__(self, sites: Sequence[Site], device: torch.device | str) -> None:
         self.sites = tuple(sites)
         self.sums = torch.zeros(len(sites), len(FIELDS), dtype=torch.float64, device=device)
+        self._closed = torch.zeros_like(self.sums)
+
+    def close(self) -> None:
+        """End a batch: its sums, added up by themselves, are one term each of those of all batches."""
+        self._closed += self.sums
+        self.sums.zero_()
+
+    def take(self) -> Tensor:
+        """Return the sums [sites, fields] of the batch that has passed, on the CPU, and begin the next."""
+        part = self.sums.to("cpu", copy=True)
+        self.sums.zero_()
+        return part
+
+    def merge(self, part: Tensor) -> None:
+        """Add what `take` has given of a batch; of all in their order the sums are those of one pass."""
+        self._closed += part.to(self._closed.device)
 
     def frame(self, coded: set[str]) -> pd.DataFrame:
         """Return one row a site; spikes and acs of sites that are not coded are missing, not zero, and so
         is nonzero where it is not counted."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.sums.cpu().numpy(), columns=list(FIELDS))
+        sums = self._closed + self.sums
+        frame = pd.DataFrame(sums.cpu().numpy(), columns=list(FIELDS))
         frame.insert(0, "site", [site.name for site in self.sites])
         frame.insert(1, "role", [site.role for site in self.sites])
         frame.insert(2, "layer", [site.layer for site in self.sites])
@@ -89,28 +106,33 @@ class SiteCounter:
         """
         rows, width = shape[:-1], shape[-1]
         number = rows.numel() if real is None else real.expand(rows).sum()
-        self._row[0] += number * width if values is None else values
+        self._add(0, number * width if values is None else values)
         if isinstance(fanout, int):
-            self._row[2] += (number * width if values is None else values) * fanout
+            self._add(2, (number * width if values is None else values) * fanout)
         else:
-            self._row[2] += fanout.expand(rows).sum(dtype=torch.float64) * width
+            self._add(2, fanout.expand(rows).sum(dtype=torch.float64) * width)
         if spikes is None:
             return
         spikes = spikes.view(rows).double()
         counted = spikes if real is None else spikes * real
         total = counted.sum()
-        self._row[1] += total
+        self._add(1, total)
         if isinstance(fanout, int):
-            self._row[3] += total * fanout
+            self._add(3, total * fanout)
         else:
-            self._row[3] += (spikes * fanout).sum()
+            self._add(3, (spikes * fanout).sum())
 
     def add_error(self, error: Tensor, power: Tensor) -> None:
         """Add sums of squared error and of squared values."""
-        self._row[4] += error
-        self._row[5] += power
+        self._add(4, error)
+        self._add(5, power)
 
     def add_nonzero(self, x: Tensor, real: Tensor | None) -> None:
         """Count the values of x [..., C] that are not zero, of the rows that are `real` [...]."""
         number = x.count_nonzero(-1)
-        self._row[6] += (number if real is None else number * real).sum()
+        self._add(6, (number if real is None else number * real).sum())
+
+    def _add(self, field: int, amount: Tensor | float) -> None:
+        """Layers that accelerate has spread over devices count where the sums are."""
+        here = self._row.device
+        self._row[field] += amount.to(here) if isinstance(amount, Tensor) else amount

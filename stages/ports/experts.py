@@ -58,8 +58,8 @@ def ported_experts(
     expert, order = top_k_index.flatten().sort(stable=True)
     token = order // top_k_index.shape[1]
     weight = top_k_weights.flatten()[order, None]
-    state = ports.state.real
-    real = None if state is None else state.flatten()[token]
+    tokens = ports.state.real_at(hidden)
+    real = None if tokens is None else tokens.flatten()[token]
     output = torch.zeros_like(hidden)
     ends = torch.bincount(expert, minlength=module.num_experts).cumsum(0).tolist()
     gate_up_proj, down_proj = expert_matrices(module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import InputError
-from stages.model.forward import windows
+from stages.model.forward import Windows, windows
 from stages.model.prefix import prefix_length
 from stages.model.sites import ATTENTION_PORTS, Site, find_sites, matrix
 from stages.ports.attachment import pinned, refuse_spiking
@@ -67,7 +67,7 @@ def attached(
 
 def stream(
     model: PreTrainedModel,
-    ids: Tensor,
+    ids: Windows,
     batch: int,
     ports: Mapping[str, Port],
     name: str,
@@ -77,7 +77,7 @@ def stream(
 ) -> None:
     """Run full windows ids [W, S] through the dense model with `ports` on its sites.
 
-    `after`, `through` and `logits` are those of `stages.model.forward.windows`.
+    `ids` by batches, `after`, `through` and `logits` are those of `stages.model.forward.windows`.
     """
     with torch.inference_mode(), attached(model, find_sites(model), ports), _last_logits(model):
         windows(model, ids, batch, name, after=after, through=through, logits=logits)
@@ -144,10 +144,13 @@ def _hooks(
     modules: Mapping[str, nn.Module], site: Site, port: Port, state: Pass, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
+        if state.real is None and x.dim() == 3:
+            return port(x, None, fanout)
         rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
         if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
             return port(rows, _fresh(rows, state), fanout)
-        real = None if state.real is None else state.real[:, -rows.shape[1] :]  # the head sees few
+        real = state.real_at(x)
+        real = None if real is None else real[:, -rows.shape[1] :]  # the head sees few
         return port(rows, real, fanout).view(x.shape)
 
     module = modules[site.path]
@@ -171,10 +174,11 @@ def _hooks(
 def _fresh(x: Tensor, state: Pass) -> Tensor | None:
     """The rows of latents [B, 1, S, C] that are new, real tokens, [B, 1, S]; None for all."""
     old = x.shape[2] - state.length
-    if state.real is None and not old:
+    real = state.real_at(x)
+    if real is None and not old:
         return None
     new = torch.ones(len(x), state.length, dtype=torch.bool, device=x.device)
-    return nn.functional.pad(new if state.real is None else state.real, (old, 0))[:, None]
+    return nn.functional.pad(new if real is None else real, (old, 0))[:, None]
 
 
 class _Shared:
@@ -188,6 +192,8 @@ class _Shared:
 
     def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
+        if len(self._readers) == 1:
+            return (self._passed(x), *args[1:])
         if self._last is None or self._last[0] is not x or reader not in self._waiting:
             self._waiting = set(self._readers)
             self._last = (x, self._passed(x))

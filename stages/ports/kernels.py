@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.compiler import fused
-from stages.neurons.channels import centre, unit, unscaled
+from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.spikes import Params
 
@@ -24,6 +24,7 @@ EAGER_BELOW = 1 << 14
 TABLE_AFTER = 8  # calls on so few values, a token each: after them a table of the code pays
 TABLES_AT_ONCE = 64
 
+# Spikes that are not counted may be any tensor.
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
 SoftmaxKernel = Callable[[Tensor, float, Tensor, Params], tuple[Tensor, Tensor]]
 
@@ -187,6 +188,9 @@ class ShortKernel:
 
     def rows(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """What `row_kernel` gives."""
+        if not self._counted and CHANNEL not in p and CENTRE not in p:
+            value = self._read(x, p)[0].to(x.dtype)
+            return value, value
         return _rows(self._read, self._counted, x, unit(x, p), centre(x, p), p)
 
     def softmax(self, scores: Tensor, scaling: float, bias: Tensor) -> tuple[Tensor, Tensor]:

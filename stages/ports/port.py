@@ -61,6 +61,7 @@ class SpikingPort:
         """Make the code that parameters say, in the place of the one before."""
         coding, own = coding.at_site(params)
         self.params = dict(own)
+        self._device: torch.device | None = None  # where all of them are, once it is known
         self._neuron = coding.neuron
         counted = self.counter is not None and coding.neuron
         self._rows, self._softmax = row_kernel(coding, counted), softmax_kernel(coding, counted)
@@ -96,8 +97,9 @@ class SpikingPort:
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         """The parameters where the values are: a model may move after it was patched."""
-        if any(value.device != device for value in self.params.values()):
+        if self._device != device:
             self.params = {name: value.to(device) for name, value in self.params.items()}
+            self._device = device
         return self.params
 
 

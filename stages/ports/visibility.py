@@ -96,9 +96,13 @@ class ForwardState:
             real = attention_mask[:, -length:].bool()
             self.real = None if bool(real.all()) else real
 
+    def real_at(self, x: Tensor) -> Tensor | None:
+        """Return which new tokens are real, where x is: layers may be spread over devices."""
+        return None if self.real is None else self.real.to(x.device)
+
     def visibility(self, mask: Tensor) -> Visibility:
         if id(mask) not in self._visibility:
-            self._visibility[id(mask)] = (mask, _visibility(mask, self.real))
+            self._visibility[id(mask)] = (mask, _visibility(mask, self.real_at(mask)))
         return self._visibility[id(mask)][1]
 
     def buffer(self, size: int, like: Tensor) -> Tensor:

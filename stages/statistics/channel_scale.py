@@ -189,13 +189,13 @@ class _Normalised:
 
 
 def _atoms(sketches: Sequence[_Normalised]) -> Atoms:
-    count = torch.stack([s.count for s in sketches]).cpu().double()
+    count = torch.stack([s.count.cpu() for s in sketches]).double()
     positive, negative = count.unflatten(-1, (2, -1)).unbind(1)
     edges = GRID.edges()
     middle, width = (edges[1:] + edges[:-1]) / 2, edges.diff()
     middle[0] = width[0] = 0.0  # zero, and what is as good as zero
     total = positive + negative
-    maximum = torch.stack([s.maximum for s in sketches]).cpu().double()
-    gain = torch.stack([s.gain() for s in sketches]).cpu()
+    maximum = torch.stack([s.maximum.cpu() for s in sketches]).double()
+    gain = torch.stack([s.gain().cpu() for s in sketches])
     variance = (width**2 / 12).expand_as(total)
     return merge(total, middle.expand_as(total), variance, edges, maximum, ATOMS, negative, gain)

@@ -128,7 +128,8 @@ class _CurvaturePort(DensePort):
                 about = value.float() - per_channel(self._mean, value, 0.0)
                 self._add(about, square, self.about_total, self.about_count)
             if mask is not None:  # what is masked is zero, and no value
-                self.count[0] -= mask.numel() * x.shape[1] - mask.sum() * x.shape[1]
+                seen = mask.sum().to(self.count.device)
+                self.count[0] -= (mask.numel() - seen) * x.shape[1]
 
         if x.requires_grad:
             x.register_hook(add)
@@ -136,5 +137,5 @@ class _CurvaturePort(DensePort):
     @staticmethod
     def _add(value: Tensor, square: Tensor, total: Tensor, count: Tensor) -> None:
         places = cell(value).flatten()
-        total += torch.bincount(places, square.flatten().double(), CELLS)
-        count += torch.bincount(places, minlength=CELLS)
+        total += torch.bincount(places, square.flatten().double(), CELLS).to(total.device)
+        count += torch.bincount(places, minlength=CELLS).to(count.device)

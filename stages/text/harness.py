@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +19,15 @@ from stages.errors import InputError
 from stages.model.limits import check_tokens
 from stages.model.prefix import prefix_length
 from stages.model.sources import PackageFile
+from stages.text.answers import AT_ONCE, Answers, Portion, portions
 from stages.text.tasks import check_commit, pinned, yaml_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
 SPLITS = ("validation", "test")
-QUESTIONS = "questions.parquet"
 _BUILDERS = {".jsonl": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -59,31 +57,6 @@ class TaskSpec:
                 )
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model answers to the questions of a task.
-
-    `metrics`: `value`, the accuracy; `se`, its standard error, null for one question; `n`, `metric`,
-    `split` and `version`. `questions` has a row each: `question`, `correct` (0 or 1), and `chosen`,
-    the place of the answer that the metric takes; where a task has no choices that is `correct`.
-    """
-
-    metrics: dict[str, Any]
-    questions: pd.DataFrame
-
-    def save(self, folder: Path) -> None:
-        (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=1))
-        self.questions.to_parquet(folder / QUESTIONS)
-
-
-def answers(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Which questions [N] are answered rightly, and what is chosen, as a folder holds it."""
-    import pandas as pd
-
-    frame = pd.read_parquet(folder / QUESTIONS)
-    return frame["correct"].to_numpy(float), frame["chosen"].to_numpy()
-
-
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,12 +66,36 @@ def zero_shot(
 ) -> dict[str, Answers]:
     """Ask the first `limit` questions of each task's file (None: the hub's); the answers by its name.
 
-    lm-eval pads batches on the right without a mask, so counters that run meanwhile see the pads.
+    `AT_ONCE` questions at a time, so that another process may ask some of them: which of them share a
+    batch moves last bits. lm-eval pads batches on the right without a mask, so counters that run
+    meanwhile see the pads.
     """
     if limit is not None and limit < 1:
         raise InputError(f"items per zero-shot task: got {limit}, needs 1 or more, or null for all")
     if not tasks:
         return {}
+    with asking(model, tokenizer, tasks, batch_size) as (ask, numbers):
+        answered = {}
+        for spec, _ in tasks:
+            number = numbers[spec.name]
+            count = portions(number if limit is None else min(limit, number))
+            asked = (ask(spec, portion, limit) for portion in range(count))
+            answered[spec.name] = Answers.joined(asked, spec.metric, spec.split)
+        return answered
+
+
+Ask = Callable[[TaskSpec, int, int | None], Portion]
+
+
+@contextmanager
+def asking(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[tuple[TaskSpec, Path | None]],
+    batch_size: int,
+) -> Iterator[tuple[Ask, dict[str, int]]]:
+    """Give a function (task, number of the portion, limit) that asks, and the number of questions that
+    every task's file has."""
     from lm_eval.evaluator import evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -106,10 +103,24 @@ def zero_shot(
         tempfile.TemporaryDirectory(prefix="tasks-") as folder,
         _in_memory(model, tokenizer, batch_size) as lm,
     ):
-        loaded = _load(tasks, Path(folder))
-        # 0: without standard errors, of which that of lambada's perplexity needs two resamples.
-        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    return {spec.name: _answers(spec, loaded["tasks"][spec.name], results) for spec, _ in tasks}
+        loaded = _load(tasks, Path(folder))["tasks"]
+        numbers = {name: len(task.eval_docs) for name, task in loaded.items()}
+
+        def ask(spec: TaskSpec, portion: int, limit: int | None) -> Portion:
+            number = numbers[spec.name]
+            end = number if limit is None else min(limit, number)
+            asked = range(portion * AT_ONCE, min(end, (portion + 1) * AT_ONCE))
+            if not asked and portion:
+                return Portion.of([], 0.0, None)  # the file has fewer than the limit
+            task = loaded[spec.name]
+            # 0: without standard errors, of which that of lambada's perplexity needs two resamples.
+            how: Any = {"bootstrap_iters": 0, "log_samples": True}
+            results = evaluate(
+                lm, {"tasks": {spec.name: task}}, samples={spec.name: [*asked]}, **how
+            )
+            return _portion(spec, task, results)
+
+        yield ask, numbers
 
 
 def check(spec: TaskSpec, data: Path | None, items: int) -> None:
@@ -262,26 +273,9 @@ def _check_requests(lm: HFLM, model: PreTrainedModel, tokenizer: PreTrainedToken
     lm._loglikelihood_tokens = checked
 
 
-def _answers(spec: TaskSpec, task: Any, results: Any) -> Answers:
+def _portion(spec: TaskSpec, task: Any, results: Any) -> Portion:
     scores = results["results"][spec.name]
     _check_metric(spec, [name.partition(",")[0] for name in scores if name.endswith(",none")])
-    questions = _questions(spec, task, results)
-    correct, number = questions["correct"].to_numpy(float), len(questions)
-    metrics = {
-        "value": float(scores[f"{spec.metric},none"]),
-        "se": float(correct.std(ddof=1) / math.sqrt(number)) if number > 1 else None,
-        "n": number,
-        "metric": spec.metric,
-        "split": spec.split,
-        "version": results["versions"][spec.name],
-    }
-    return Answers(metrics, questions)
-
-
-def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
-    """The answers to every question, in the order of the file."""
-    import pandas as pd
-
     unfiltered = (each for each in results["samples"][spec.name] if each["filter"] == "none")
     samples = sorted(unfiltered, key=lambda each: each["doc_id"])
     rows = [
@@ -292,7 +286,8 @@ def _questions(spec: TaskSpec, task: Any, results: Any) -> pd.DataFrame:
         }
         for each in samples
     ]
-    return pd.DataFrame(rows)
+    total = float(sum(each[spec.metric] for each in samples))
+    return Portion.of(rows, total, results["versions"][spec.name])
 
 
 def _chosen(spec: TaskSpec, task: Any, sample: Any) -> int:

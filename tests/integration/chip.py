@@ -96,7 +96,7 @@ def changed(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def test_hops_are_what_the_profile_leaves_out(changed: Callable[..., str]) -> None:
+def test_hops_are_what_the_profile_leaves_out(changed: Callable[..., None]) -> None:
     chip = changed(**{"loihi_core__0..3]": "loihi_core[0..0]"})  # every core a tile
     layer = random_layer(600, 1100, tokens=2)
     done = checked(layer, chip)
@@ -105,7 +105,7 @@ def test_hops_are_what_the_profile_leaves_out(changed: Callable[..., str]) -> No
     assert 3.0e-12 <= rest / sum(done.hops) <= 4.2e-12
 
 
-def test_smaller_cores_get_more_messages(changed: Callable[..., str]) -> None:
+def test_smaller_cores_get_more_messages(changed: Callable[..., None]) -> None:
     chip = changed(**{"max_neurons_supported: 1024": "max_neurons_supported: 100"})
     layer = random_layer(30, 250)
     done = checked(layer, chip)

@@ -1,4 +1,4 @@
-"""One sweep of the pipeline's tiny model, through whichever launcher, and what must come of it."""
+"""A sweep or a conversion of a tiny model, through whichever launcher, and what must come of it."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.conftest import Finished, Tiny, half_written, tiny_run
+from tests.pipeline.run.test_shares import contents
 
 __all__ = ["tiny_run"]
 REPOSITORY = Path(__file__).parents[2]
@@ -32,6 +33,34 @@ def sweep(tiny_run: Tiny, tmp_path: Path) -> Callable[..., Finished]:
         finished = Finished(done.returncode, done.stdout, done.stderr, tmp_path)
         check(finished)
         return finished
+
+    return run
+
+
+@pytest.fixture
+def shared(tiny_run: Tiny, tmp_path: Path) -> Callable[..., None]:
+    """Runs one conversion on two workers, and by itself, and compares every byte that they leave."""
+
+    def run(*overrides: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        environment.pop("PIPELINE_RUN_ID", None)
+        given = [
+            *tiny_run.overrides,
+            "coding=gated",
+            "evaluation.tasks=[piqa]",
+            "runtime.batch=1",
+        ]
+        stores = []
+        for name, more in (("shared", ["runtime.workers=2", *overrides]), ("alone", [])):
+            stores.append(tmp_path / name)
+            command = [sys.executable, "-m", "pipeline", *given, f"store.path={stores[-1]}", *more]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+            )
+            print(done.stdout, done.stderr)
+            assert done.returncode == 0
+        assert contents(stores[0]) == contents(stores[1])
+        assert not half_written(stores[0])
 
     return run
 

@@ -1,4 +1,4 @@
-"""A sweep through a one-node Slurm that this script starts: `hydra/launcher=submitit_slurm`.
+"""A one-node Slurm that this script starts: a sweep, `hydra/launcher=submitit_slurm`, and one conversion.
 
 No part of the test suite (its name has no test_). As root on Debian, with nothing else of Slurm running:
 
@@ -114,3 +114,10 @@ def test_a_sweep_of_three_slurm_jobs(cluster: Path, sweep: Callable[..., Finishe
     states = re.findall(r"JobId=(\d+) .*?JobState=(\w+) .*?RunTime=(\S+)", jobs)
     print("\n".join("job {} {} in {}".format(*state) for state in states))
     assert [state for _, state, _ in states] == ["COMPLETED"] * 3
+
+
+def test_two_slurm_jobs_share_a_conversion(cluster: Path, shared: Callable[..., None]) -> None:
+    shared("runtime.engine=slurm", "runtime.cluster={cpus_per_task: 1, mem_gb: 3}")
+    jobs = asked("scontrol", "show", "job", "--oneliner")
+    states = re.findall(r"JobId=(\d+) JobName=spiking-llm .*?JobState=(\w+)", jobs)
+    assert [state for _, state in states][-2:] == ["COMPLETED"] * 2

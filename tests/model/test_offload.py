@@ -1,15 +1,19 @@
-"""A model whose layers stay on disk computes what it computes in memory, one layer at a time."""
+"""A model whose layers stay on disk computes what it computes in memory, a layer after the other."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import re
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +26,7 @@ from stages.fits.sensitivity import Sensitivity
 from stages.fits.statistics import ChannelMean, ChannelScale, RunningMaximum, Saliency, Smoothing
 from stages.model import forward
 from stages.model.loading import load, load_offloaded
-from stages.model.offload import Offload, Weights, offloaded
+from stages.model.offload import Offload, Weights, device_of, offloaded
 from stages.model.sites import find_sites
 from stages.patching import Patching
 from stages.ports.hooks import stream
@@ -104,6 +108,20 @@ def test_float32_from_a_bfloat16_checkpoint_is_that_of_the_whole_model(saved, to
     assert same(sketches(whole, tokens(3, 9)), sketches(lazy, tokens(3, 9)))
 
 
+def test_a_model_that_accelerate_keeps_on_disk_is_measured_alike(saved, tokens, convert, tmp_path):
+    whole, _ = both(saved())
+    places = {"model": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = copy.deepcopy(whole)
+    dispatch_model(spread, places, main_device="cpu", offload_dir=str(tmp_path / "spread"))
+    assert spread.device.type == "meta" and device_of(spread).type == "cpu"
+    ids, conversion = tokens(3, 14), convert(whole, CODING)
+    assert same(sketches(whole, ids), sketches(spread, ids))
+    frames = [Patching().run(model, ids, conversion, 2) for model in (whole, spread)]
+    assert frames[0].equals(frames[1])
+    found = [perplexity(model, ids, conversion, 2, "text") for model in (whole, spread)]
+    assert found[0].metrics == found[1].metrics and found[0].counters.equals(found[1].counters)
+
+
 @pytest.mark.parametrize(
     "statistic",
     [RunningMaximum(0.9), Saliency(), ChannelScale(0.9), ChannelMean()],
@@ -128,12 +146,16 @@ def resident_layers(model: PreTrainedModel) -> list[int]:
     return sorted({int(n.split(".")[2]) for n in weights if ".layers." in n})
 
 
-def test_one_layer_at_a_time_is_resident_and_none_afterwards(saved, tokens):
+def test_two_layers_are_resident_at_most_and_none_afterwards(saved, tokens):
     _, lazy = both(saved())
-    seen: list[tuple[int, list[int], bool]] = []
+    seen: list[tuple[int, bool]] = []
 
     def note(index: int) -> Callable[..., None]:
-        return lambda *_: seen.append((index, resident_layers(lazy), lazy.lm_head.weight.is_meta))
+        def look(*_: object) -> None:
+            mine = {*resident_layers(lazy)} - {index + 1}  # which is being read
+            seen.append((index, mine == ({index} if index >= 0 else set())))
+
+        return look
 
     handles = [
         layer.mlp.register_forward_hook(note(i)) for i, layer in enumerate(lazy.model.layers)
@@ -142,24 +164,56 @@ def test_one_layer_at_a_time_is_resident_and_none_afterwards(saved, tokens):
     perplexity(lazy, tokens(4, 9), None, 2, "text")
     for handle in handles:
         handle.remove()
-    each = [(0, [0], True), (1, [1], True), (-1, [], False)]
-    assert seen == [one for one in each for _ in range(2)]  # two batches
+    assert seen == [(index, True) for index in (0, 1, -1) for _ in range(2)]  # two batches
     assert all(parameter.is_meta for parameter in lazy.parameters())
     assert not [layer for layer in lazy.model.layers if "forward" in vars(layer)]
 
 
-def test_a_layer_that_fails_leaves_no_weights_behind(saved, tokens):
+def test_the_next_layer_is_read_while_one_computes(saved, tokens):
+    _, lazy = both(saved())
+
+    def wait(*_: object) -> None:
+        end = time.monotonic() + 30
+        while 1 not in resident_layers(lazy):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    lazy.model.layers[0].mlp.register_forward_hook(wait)
+    assert perplexity(lazy, tokens(2, 9), None, 2, "text").metrics["nll"] > 0
+
+
+def readers() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("weights")]
+
+
+def test_a_layer_that_fails_leaves_no_weights_and_no_reader_behind(saved, tokens):
     _, lazy = both(saved())
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    handle = lazy.model.layers[1].mlp.register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        perplexity(lazy, tokens(2, 9), None, 2, "text")
-    handle.remove()
-    assert all(parameter.is_meta for parameter in lazy.parameters())
+    for layer in lazy.model.layers:  # with another one being read, and with the head
+        handle = layer.mlp.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(lazy, tokens(2, 9), None, 2, "text")
+        handle.remove()
+        assert all(parameter.is_meta for parameter in lazy.parameters()) and not readers()
     assert perplexity(lazy, tokens(2, 9), None, 2, "text").metrics["nll"] > 0
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"x" * 20)])
+def test_a_file_that_goes_during_a_pass_is_one_line(saved, tokens, damage):
+    folder = saved()
+    _, lazy = both(folder)
+    passed: list[int] = []
+    lazy.model.layers[0].mlp.register_forward_hook(lambda *_: passed.append(0))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    before = {file for name, file in index.items() if ".layers.1." not in name}
+    damage(folder / min({*index.values()} - before))
+    with pytest.raises(InputError, match="its files have changed since it was opened: ") as error:
+        perplexity(lazy, tokens(2, 9), None, 2, "text")
+    assert "\n" not in str(error.value) and str(folder) in str(error.value) and passed
+    assert all(parameter.is_meta for parameter in lazy.parameters()) and not readers()
 
 
 def test_the_sketch_of_a_finished_layer_is_sparse_before_the_next_begins(
@@ -189,8 +243,8 @@ def test_layers_out_of_order_or_lost_buffers_or_masks_would_be_found(saved, toke
     found = offloaded(lazy)
     assert found is not None
     with monkeypatch.context() as patch:
-        names = {0: found._keys[1], 1: found._keys[0]}
-        patch.setattr(found, "_keys", found._keys | names)  # swaps which files are read, not names
+        names = {0: found._keys[1]}
+        patch.setattr(found, "_keys", found._keys | names)  # which files are read, not the names
         with pytest.raises((NotImplementedError, RuntimeError)):
             perplexity(lazy, ids, None, 2, "text")
     enter = forward._enter

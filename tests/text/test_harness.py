@@ -12,7 +12,8 @@ from lm_eval.tasks import TaskManager
 
 from stages.errors import InputError
 from stages.text import tasks
-from stages.text.harness import TaskSpec, answers, zero_shot
+from stages.text.answers import answers
+from stages.text.harness import TaskSpec, zero_shot
 
 ROWS = [
     {

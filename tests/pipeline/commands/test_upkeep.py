@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.store import manifest
 from pipeline.store.step import Step
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import SHARES, Artifact, Store
 from tests.pipeline.conftest import REPOSITORY, Finished, Tiny, main_in
 
 
@@ -175,3 +175,22 @@ def test_gc_keeps_what_an_experiment_reaches(tiny_run: Tiny, command, tmp_path: 
     unknown = cli(root, "gc", "--keep", "nonsense", "--yes")
     assert (unknown.code, unknown.err.count("\n")) == (2, 1)
     assert "nonsense" in unknown.err and {p.name for p in Store(root).folders()} == found
+
+
+def test_gc_takes_the_shares_of_what_is_there_and_keeps_those_of_what_is_kept(
+    store: Store, built: Artifact, tmp_path: Path
+) -> None:
+    whole_ones = {"stage": "demo", "key": built.key}
+    missing = {"stage": "demo", "key": step(2).key()}
+    done, left = (
+        store.build(Step(SHARES, {**of, "unit": 0}, {}, ()), whole) for of in (whole_ones, missing)
+    )
+    assert str(done.key) in cli(store.root, "gc", "--yes").out
+    assert not done.path.exists() and left.path.exists() and built.path.exists()
+    keep = tmp_path / "keep"
+    keep.write_text(f"{built.key}\n{missing['key']}\n")
+    cli(store.root, "gc", "--keep-file", str(keep), "--yes")
+    assert left.path.exists()
+    keep.write_text(f"{built.key}\n")
+    cli(store.root, "gc", "--keep-file", str(keep), "--yes")
+    assert not left.path.exists() and built.path.exists()

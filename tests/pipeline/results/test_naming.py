@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from pipeline.results.naming import run_stem
+from pipeline.results.folders import RunFolder
+from pipeline.results.naming import job_name, run_stem
 from tests.pipeline.conftest import Finished
 
 GATED = {
@@ -65,3 +66,34 @@ def test_single_runs_leave_tables_of_their_own(command, tmp_path):
     heads = re.findall(r"^(.*)\n-+ ", done[1].out, re.MULTILINE)
     assert [head.split() for head in heads] == [["coding", "T", "ppl", "wikipedia", "vs", "dense"]]
     assert "saving" not in heads[0] and "energy" in done[1].table.read_text().splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory, command) -> Finished:
+    """A sweep over what no column of a table has."""
+    folder = tmp_path_factory.mktemp("varied")
+    done: Finished = command(folder, "-m", "experiment=null", "coding=las", "fitting.seed=1,2")
+    assert done.code == 0, done.err
+    return done
+
+
+def test_jobs_of_a_sweep_and_runs_of_a_command_have_names_of_their_own(varied):
+    jobs = RunFolder(varied.runs).jobs
+    letters = varied.runs.name[-6:]
+    names = [job_name(j, "tiny", "las T=6", j.result["run"]["overrides"]) for j in jobs]
+    assert names == [
+        f"las T=6 {letters}/{number} fitting.seed={number + 1} tiny" for number in (0, 1)
+    ]
+    alone = [
+        job_name(RunFolder(varied.cwd / run / "0"), "tiny", "las T=6", overrides)
+        for run, overrides in {
+            "20260101-120000-aaaaaa": ["coding=las", "timesteps=6", "calibration.windows=8"],
+            "20260101-120005-bbbbbb": ["coding.mu=1", "model.path=/a/b", "runtime.batch=2"],
+            "mine": [f"evaluation.tasks=[{'piqa,' * 20}]"],
+        }.items()
+    ]
+    assert alone == [
+        "las T=6 aaaaaa/0 calibration.windows=8 tiny",
+        "las T=6 bbbbbb/0 mu=1 tiny",
+        "las T=6 mine/0 evaluation.tasks=[piqa,piqa,piqa,piqa,piqa,piqa… tiny",
+    ]

@@ -18,7 +18,7 @@ from pipeline.results.rows import apart, distinct, result_frame
 from pipeline.run import models, runner
 from pipeline.run.settings import Settings
 from pipeline.store import provenance
-from pipeline.store.step import code_hash
+from pipeline.store.code import code_hash
 from pipeline.store.store import Store
 from stages.errors import InputError
 

@@ -2,6 +2,8 @@
 
 import enum
 import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import stages
-from pipeline.store.step import Step, canonical, code_hash, plain
+from pipeline.store.code import Outline, code_hash
+from pipeline.store.step import Step, canonical, plain
 
 PACKAGE = {
     "stages/__init__.py": "",
@@ -201,3 +204,29 @@ def test_every_shipped_module_of_the_stages_can_be_hashed() -> None:
     names = {".".join(f.parts).removesuffix(".__init__") for f in files}
     assert "stages.errors" in names
     assert all(len(code_hash((name,))) == 64 for name in names)
+
+
+def test_an_outline_is_kept_by_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "first.py"
+    file.write_text("from . import other\nX = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    first = Outline.kept(file, "stages")
+    assert first.members == ("stages.other",)
+    kept = file.parent.joinpath("__pycache__").glob("first.*.outline.json")
+    assert len([*kept]) == 1
+    assert Outline.kept(file, "stages") == Outline.of(file.read_bytes(), file, "stages") == first
+    same = file.stat().st_mtime_ns
+    file.write_text("from . import other\nX = 2\n")
+    os.utime(file, ns=(same, same))
+    assert Outline.kept(file, "stages").tree != first.tree, "the time and the size are the same"
+
+
+def test_a_damaged_outline_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "first.py"
+    file.write_text("X = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    want = Outline.kept(file, "stages")
+    (kept,) = file.parent.joinpath("__pycache__").glob("first.*.outline.json")
+    for text in ("", "[]", "{}", '{"source": 1}'):
+        kept.write_text(text)
+        assert Outline.kept(file, "stages") == want

@@ -51,9 +51,11 @@ def views(spec: TrackingSpec) -> dict[str, dict]:
     """The experiment's shared views by what the dashboard's address calls them."""
     db = database.connect(spec)
     start = "mlflow.sharedViewState."
-    return {
+    kept = {
         k.removeprefix(start): json.loads(v) for k, v in db.experiment.tags.items() if start in k
     }
+    states = {key: json.loads(v["state"]) if "state" in v else v for key, v in kept.items()}
+    return states
 
 
 def shown(spec: TrackingSpec, key: str) -> set[str]:
@@ -71,17 +73,43 @@ def test_every_model_has_charts_of_its_log_perplexities_against_energy(spec):
     log_run(spec, "later", result={"nll_wikipedia": 3.0, "nll_c4": 3.0}, tags=tiny)
     log_run(spec, "failed", result={}, tags=tiny, status="FAILED")
     found = views(spec)
-    assert {*found} == {"energy", "energy-tiny", "energy-it_s_odd"}
+    assert {*found} == {"energy", "energy-tiny", "energy-it_s_odd", "runs"}
+    titles = ("tiny: log perplexity against energy", "runs with their numbers")
+    tags = database.connect(spec).experiment.tags
+    for key, title in zip(("energy-tiny", "runs"), titles, strict=True):  # as the menu has them
+        assert json.loads(tags[f"mlflow.sharedViewState.{key}"])["name"] == title
     assert found["energy"] == found["energy-tiny"]  # of the model logged last
     charts = {
         key: [(c["xaxis"]["key"], c["yaxis"]["key"]) for c in view["compareRunCharts"]]
         for key, view in found.items()
+        if key != "runs"
     }
     tiny_charts = [("energy_J", f"nll_{name}") for name in ("c4", "ptb", "wikipedia")]
     assert charts["energy-tiny"] == tiny_charts
     assert charts["energy-it_s_odd"] == [("energy_J", "nll_c4")]
     assert shown(spec, "energy-tiny") == {"first", "later"}
     assert shown(spec, "energy-it_s_odd") == {"other"}
+
+
+def test_runs_are_listed_with_their_numbers(spec):
+    log_run(spec, "first", result={"ppl_c4": 3.0, "nll_c4": 1.1}, tags={"model": "tiny"})
+    log_run(spec, "second", result={"ppl_ptb": 3.0, "nll_ptb": 1.1}, tags={"model": "other"})
+    view = views(spec)["runs"]
+    numbers = ["ppl_c4", "ppl_ptb", "energy_J", "saving", "spikes_per_value", "nmse"]
+    assert view["selectedColumns"] == [f"metrics.`{name}`" for name in numbers]
+    assert "searchFilter" not in view  # so that failed runs and sweeps are among them
+    log_run(spec, "third", result={"ppl_c4": 3.0, "nll_c4": 1.1}, tags={"model": "tiny"})
+    assert views(spec)["runs"] == view
+
+
+def test_a_view_of_an_earlier_version_keeps_its_charts(spec):
+    db = database.connect(spec)
+    earlier = json.dumps({"compareRunCharts": [{"uuid": "nll_ptb"}]})
+    tag = "mlflow.sharedViewState.energy-tiny"
+    db.client.set_experiment_tag(db.experiment.experiment_id, tag, earlier)
+    log_run(spec, result={"nll_c4": 1.1}, tags={"model": "tiny"})
+    charts = views(spec)["energy-tiny"]["compareRunCharts"]
+    assert [chart["yaxis"]["key"] for chart in charts] == ["nll_ptb", "nll_c4"]
 
 
 def test_a_job_that_was_computed_before_is_a_repeat(spec):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,12 +138,14 @@ def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
         "dead": ours | {"process": f"{here} {dead}"},
         "sweep": {"kind": "sweep", "sweep": "s", "process": f"{here} {dead}"},
         "earlier": ours,  # a version that did not say of which process a run is
+        "reused": ours | {"process": f"{here} {os.getpid()}"},  # a number that was another's
         "alive": ours | {"process": f"{here} {os.getpid()}"},
         "elsewhere": ours | {"process": f"{here}.other {dead}"},
         "foreign": {"process": f"{here} {dead}"},
     }
     for name, tags in opened.items():
-        db.client.create_run(db.experiment.experiment_id, 0, tags, name)
+        start = 1 if name == "reused" else round(1000 * time.time())
+        db.client.create_run(db.experiment.experiment_id, start, tags, name)
     fields = ("uri", "experiment", "artifacts")
     given = [f"tracking.{name}={getattr(spec, name)}" for name in fields]
 
@@ -153,9 +156,9 @@ def test_close_ends_the_runs_whose_process_is_gone(spec, tmp_path, capsys):
     assert main(["sync", "--runs", str(tmp_path), *given]) == 0
     assert status() == dict.fromkeys(opened, "RUNNING")
     server = replace(db, spec=replace(spec, uri="http://127.0.0.1:1"))
-    assert server.close_orphans() == 2
+    assert server.close_orphans() == 3
     db.client.update_run(*(r.info.run_id for r in db.find({"kind": "sweep"})), "RUNNING")
     assert main(["sync", "--close", "--runs", str(tmp_path), *given]) == 0
     assert "2 runs closed whose process is gone" in capsys.readouterr().out
-    killed = dict.fromkeys(["dead", "sweep", "earlier"], "KILLED")
+    killed = dict.fromkeys(["dead", "sweep", "reused", "earlier"], "KILLED")
     assert status() == killed | dict.fromkeys(["alive", "elsewhere", "foreign"], "RUNNING")

@@ -19,10 +19,12 @@ from mlflow import MlflowClient
 from pipeline.commands.cli import main
 from pipeline.results.folders import RunFolder
 from pipeline.run import runner
+from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from tests.pipeline.conftest import REPOSITORY
 from tests.pipeline.tracking.servers import (
     AXES,
+    EXPERIMENT,
     SWEEP,
     busy_machine,
     folder,
@@ -41,7 +43,7 @@ def test_a_sweep_arrives_as_a_parent_with_its_jobs(server, sweep):
     for job, result in zip(("0", "1"), sweep.results, strict=True):
         run = children[job]
         assert run.info.status == "FINISHED" and run.data.tags["kind"] == "job"
-        assert run.info.run_name == f"tiny {result['label']}"
+        assert run.info.run_name == f"{result['label']} {sweep.runs.name[-6:]}/{job} tiny"
         assert set(run.data.params) > AXES
         assert run.data.params["coding"] == result["coding"]
         assert run.data.params["coding.timesteps"] == run.data.params["timesteps"] == "6"
@@ -54,7 +56,7 @@ def test_a_sweep_arrives_as_a_parent_with_its_jobs(server, sweep):
         assert run.info.start_time == round(1000 * result["run"]["started"])
         assert run.info.end_time == round(1000 * result["run"]["ended"]) > run.info.start_time
     assert parent.info.status == "FINISHED" and parent.data.tags["coding"] == "las, gated"
-    assert parent.info.run_name == f"sweep tiny {sweep.runs.name}"
+    assert parent.info.run_name == f"sweep {sweep.runs.name[-6:]} tiny"
     assert parent.data.metrics == {"jobs": 2, "failed": 0}
     assert "| gated" in parent.data.tags["mlflow.note.content"]
 
@@ -171,6 +173,16 @@ def test_a_sweep_that_was_killed_is_logged_and_closed_on_demand(server, folder, 
     assert ended.data.tags["coding"] == "las, gated" and sorted(children) == ["0", "1"]
 
 
+def test_the_next_command_closes_what_a_killed_one_has_left_open(command, server, folder, sweep):
+    db = database.connect(TrackingSpec(server.uri, EXPERIMENT, ""))
+    gone = {"sweep": "killed", "process": f"{socket.gethostname()} {1 << 30}"}
+    for kind in ("sweep", "job"):
+        db.client.create_run(db.experiment.experiment_id, None, gone | {"kind": kind}, kind)
+    assert command(folder, *SWEEP[:-2], "coding=las", *to(server.uri)).code == 0
+    killed = db.find({"sweep": "killed"})
+    assert [run.info.status for run in killed] == ["KILLED", "KILLED"]
+
+
 def test_a_failed_job_is_a_failed_run(command, server, folder, sweep):
     """One of a sweep, of which the other repeats a job of an earlier one."""
     again = ("-m", "experiment=null", "coding=las", "coding.timesteps=6,0")
@@ -181,7 +193,7 @@ def test_a_failed_job_is_a_failed_run(command, server, folder, sweep):
     assert [children[job].info.status for job in "01"] == ["FINISHED", "FAILED"]
     assert [children[job].data.tags["kind"] for job in "01"] == ["repeat", "job"]
     failed = children["1"]
-    assert failed.info.run_name == "tiny las" and not failed.data.metrics
+    assert failed.info.run_name == f"las {done.runs.name[-6:]}/1 tiny" and not failed.data.metrics
     reason = json.loads((done.runs / "1/failed.json").read_text())["error"]
     assert failed.data.tags["error"] == failed.data.tags["mlflow.note.content"] == reason
     assert "coding.timesteps=0" in failed.data.tags["overrides"]
@@ -204,7 +216,7 @@ def test_a_sweep_of_failed_jobs_is_there_too(command, server, tmp_path, monkeypa
     assert parent.info.status == "FAILED" and parent.data.metrics == {"jobs": 0, "failed": 2}
     assert {run.info.status for run in children.values()} == {"FAILED"} and len(children) == 2
     failed = children["1"]
-    assert failed.info.run_name == "tiny gated T=7 n=2"
+    assert failed.info.run_name == f"gated T=7 n=2 {runs.name[-6:]}/1 tiny"
     assert {*failed.data.params} >= AXES and failed.data.params["coding.timesteps"] == "7"
     assert failed.data.tags["error"].startswith("RuntimeError: out of ink; the traceback is in ")
 
