@@ -45,17 +45,14 @@ class Lease:
         since = 0.0
         while True:
             numbers = self._numbers()
-            if not numbers:
-                if self._take(None):
+            if numbers:
+                now = numbers[-1], self._objects.read(self._path(numbers[-1]))
+                if now != seen:
+                    seen, since = now, self._clock()
+                dead = self._clock() - since > self._seconds
+                if (dead or (not wait and self._long_dead(now[0]))) and self._take(now[0]):
                     return True
-                continue
-            now = numbers[-1], self._objects.read(self._path(numbers[-1]))
-            if now != seen:
-                seen, since = now, self._clock()
-            if now[1] is None and self._take(None):  # given back since
-                return True
-            dead = self._clock() - since > self._seconds or (not wait and self._long_dead(now[0]))
-            if dead and self._take(now[0]):
+            if (not numbers or now[1] is None) and self._take(None):
                 return True
             if not wait:
                 return False
@@ -65,12 +62,9 @@ class Lease:
         if self._heart is not None:
             self._heart.stop()
         with suppress(Exception):  # what stays expires
-            if self._own():
-                for (
-                    number
-                ) in self._numbers():  # the highest last: until then nobody else has the lock
-                    if number <= self._number:
-                        self._objects.delete(self._path(number))
+            if self._own():  # the highest goes last: until then nobody else has the lock
+                for number in (n for n in self._numbers() if n <= self._number):
+                    self._objects.delete(self._path(number))
 
     def beat(self) -> bool:
         """Give a sign of life; False if another has taken the lock."""

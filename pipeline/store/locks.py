@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from uuid import uuid4
 
+import psutil
 from filelock import FileLock, Timeout
 
 from stages.errors import InputError
@@ -206,4 +207,16 @@ def redis_client(url: str) -> Any:
 
 def process_name() -> str:
     """What no other process is called, on this machine or another that shares the folder."""
-    return f"{os.uname().nodename.partition('.')[0]}-{os.getpid()}-{uuid4().hex[:6]}"
+    return f"{_machine()}-{os.getpid()}-{uuid4().hex[:6]}"
+
+
+def alive(name: str) -> bool | None:
+    """Whether the process of a name still runs; None where that is another machine's to know."""
+    machine, pid, *_ = *name.rsplit("-", 2), ""
+    if not pid.isdigit():  # no name of a process
+        return False
+    return psutil.pid_exists(int(pid)) if machine == _machine() else None
+
+
+def _machine() -> str:
+    return os.uname().nodename.partition(".")[0]

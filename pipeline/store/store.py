@@ -27,7 +27,8 @@ from stages.errors import InputError
 log = logging.getLogger(__name__)
 LOCKS = ".locks"
 SHARES = "shares"  # the folder of what processes have made of artifacts that they share
-PATIENCE = 86400.0  # seconds after which an unfinished build is a leftover where no lock says so
+PATIENCE = 86400.0  # seconds after which what another machine has not finished is a leftover
+ASIDE = "-discarded"
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,19 @@ class Store:
             lock.release()
 
     def _busy(self, path: Path) -> bool:
-        """Whether somebody may still be building in a temporary folder."""
-        if not self.locks.exclusive:
-            with suppress(FileNotFoundError):
-                return time.time() - path.stat().st_mtime < PATIENCE
+        """Whether somebody may still be building in a temporary folder.
+
+        A free lock is not enough: the builder may take other locks than this process was told of.
+        """
         lock = self._lock(path.parent.name, _key(path))
         if not lock.acquire(wait=False):
             return True
         lock.release()
+        alive = locks.alive(path.name.removeprefix(f".tmp-{_key(path)}-").removesuffix(ASIDE))
+        if alive is not None:
+            return alive
+        with suppress(FileNotFoundError):  # of another machine
+            return time.time() - path.stat().st_mtime < PATIENCE
         return False
 
     def _temporary(self, stage: str, key: str) -> list[Path]:
@@ -281,7 +287,7 @@ def placed(temporary: Path, folder: Path) -> bool:
 
 def discard(path: Path) -> None:
     """Delete a folder such that no other process sees half of it."""
-    aside = path.with_name(f".tmp-{_key(path)}-{locks.process_name()}-discarded")
+    aside = path.with_name(f".tmp-{_key(path)}-{locks.process_name()}{ASIDE}")
     with suppress(FileNotFoundError):  # another has
         os.rename(path, aside)
         shutil.rmtree(aside)

@@ -18,7 +18,7 @@ from pipeline.store.spec import StoreSpec
 from stages.errors import InputError
 from tests.pipeline.conftest import REPOSITORY, Finished, main_in
 from tests.pipeline.store.machines import Machine, alter, builder, content, files, step, writing
-from tests.pipeline.store.test_store import wait_for
+from tests.pipeline.store.test_store import never, wait_for
 
 
 def cli(store: SharedStore, *arguments: str) -> Finished:
@@ -135,7 +135,9 @@ def test_a_folder_without_locks_keeps_one_whole_artifact(tmp_path: Path) -> None
 
     assert content(first.build(step(), make)) == "second"
     assert not list(tmp_path.glob("*/.tmp-*"))
-    half = tmp_path / "demo" / f".tmp-{step(2).key()}-other-1"
+    leased = StoreSpec(str(tmp_path), lock="lease").open()
+    leased.build(step(3), lambda out: StoreSpec(str(tmp_path)).open().orphans() and never())
+    half = tmp_path / "demo" / f".tmp-{step(2).key()}-other-1-abcdef"
     half.mkdir()
     assert first.orphans() == [], "somebody may be at work in it"
     first.build(step(2), writing("whole"))
