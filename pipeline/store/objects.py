@@ -14,9 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from stages.errors import InputError
 
 # Where a file is there whole or not at all, and folders need not be made.
@@ -44,11 +41,11 @@ class Objects:
     def _fs(self) -> Any:
         """The file system, which fsspec keeps for each thread, and makes again after a fork."""
         options = {"auto_mkdir": True} if self.protocol in LOCAL else {}
-        return url_to_fs(self.address, **options)[0]
+        return _opened(self.address, **options)[0]
 
     @functools.cached_property
     def _root(self) -> str:
-        return str(url_to_fs(self.address)[1]).rstrip("/")
+        return str(_opened(self.address)[1]).rstrip("/")
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
@@ -214,8 +211,18 @@ class Objects:
             raise Away(f"{self.address}: {_line(error)}") from error
 
 
+def _opened(address: str, **options: Any) -> tuple[Any, str]:
+    """The file system of an address, and the path there."""
+    from fsspec.core import url_to_fs  # which a store in a folder does not wait for
+
+    fs, path = url_to_fs(address, **options)
+    return fs, path
+
+
 def known(address: str) -> None:
     """Raises InputError for an address of a protocol that fsspec lacks, or whose library is not there."""
+    import fsspec
+
     protocol = address.partition("://")[0]
     try:
         fsspec.get_filesystem_class(protocol)
