@@ -6,8 +6,10 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ from pipeline.run.shipped import CONF
 from stages.errors import InputError
 
 RETRIES = 3  # of a worker that dies
+GRACE_SECONDS = 5.0  # for a process to clean up
 Function = Callable[[], Any]
 
 
@@ -64,12 +67,15 @@ class Local:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._workers: list[LocalWorker] = []
 
     def start(self, function: Function) -> Worker:
-        return LocalWorker(function)
+        self._workers.append(LocalWorker(function))
+        return self._workers[-1]
 
     def close(self) -> None:
-        return None
+        for worker in self._workers:
+            worker.end()
 
 
 class LocalWorker:
@@ -77,7 +83,8 @@ class LocalWorker:
         context = multiprocessing.get_context("spawn")  # a fork would have torch's threads
         self._answer, answer = context.Pipe(duplex=False)
         self._process = context.Process(target=_reply, args=(answer, function))
-        self._process.start()
+        with _without_bars():
+            self._process.start()
         answer.close()
 
     def done(self) -> bool:
@@ -93,12 +100,31 @@ class LocalWorker:
             raise ChildProcessError(f"ended by {by}") from None
 
     def stop(self) -> None:
+        self._process.terminate()
+
+    def end(self) -> None:
+        """Wait for a process that was stopped or is done; not long."""
+        self._process.join(GRACE_SECONDS)
         self._process.kill()
         self._process.join()
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let a process that starts draw no progress bars: tqdm reads that when it is imported."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TQDM_DISABLE"]
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
+
+
 def _reply(answer: Connection, function: Function) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # such that nothing is left half-written
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answer.send(function())
 

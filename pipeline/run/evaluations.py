@@ -55,7 +55,14 @@ class Perplexity(Cut):
         model, _ = inputs["model"].load()
         if runtime.execution == "stepped":
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
-        result = likelihoods(spec, inputs, runtime).run(model, ids, runtime.evaluation_batch)
+        name, neurons, batch = (
+            spec["perplexity"],
+            conversion(spec, inputs),
+            runtime.evaluation_batch,
+        )
+        noise = spec["perturbation"]
+        how: Any = {"perturbation": noise, "counted": noise is None}  # as only the first is read
+        result = evaluation.perplexity(model, ids, neurons, batch, name, runtime.execution, **how)
         result.metrics["all"] = spec["count"] == corpus.ALL
         result.save(out)
 

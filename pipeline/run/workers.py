@@ -53,7 +53,6 @@ class Outcome:
 
 def carried_out(order: Order, work: Callable[[Order], None]) -> Outcome:
     """Do the work of an order in this process, and say how it has ended."""
-    os.environ["TQDM_DISABLE"] = "1"
     os.chdir(order.folder)
     number, count = order.worker
     form = f"[%(asctime)s][%(levelname)s] worker {number + 1} of {count}: %(message)s"

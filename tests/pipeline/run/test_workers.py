@@ -125,9 +125,7 @@ def test_a_worker_with_other_keys_is_refused(settings, tmp_path):
     given = settings(tmp_path, "runtime.workers=2")
     order = workers.Order((1, 2), given, "none", Path.cwd(), 1, frozenset({"0" * 32}))
     threads = workers.torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")
-        outcome = workers.carried_out(order, runner.work)
+    outcome = workers.carried_out(order, runner.work)
     workers.torch.set_num_threads(threads)
     assert "worker 2 has another key of capture" in (outcome.refused or "")
 
