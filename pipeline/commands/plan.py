@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.run.chain import Chain, chain
 from pipeline.run.jobs import jobs
 from pipeline.run.models import unidentified
 from pipeline.run.settings import Settings
+from pipeline.run.stage import Stage
 from pipeline.store.objects import Away
 from pipeline.store.step import Step, plain
 from pipeline.store.store import Store
@@ -25,27 +26,33 @@ from stages.text.corpus import ALL
 log = logging.getLogger(__name__)
 # What a build's time grows with, where its fields say so: tokens or questions.
 SIZES = (("count", "length"), ("windows", "length"), ("items",))
+OF_THE_MODEL = 2  # of the kinds of a build, those of one model, which come first
 
 
 @dataclass
 class Planned:
     """One job: how many of its artifacts are there, how many an earlier job of the plan builds, and
-    which it would build itself, with their seconds where past builds say."""
+    which it would build itself, with their seconds where past builds or the model's dimensions say."""
 
     name: str
     stored: int = 0
     shared: int = 0
     builds: dict[str, float | None] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)  # of each of the builds
+    predicted: list[str] = field(default_factory=list)  # builds of which the dimensions say it
     borrowed: list[str] = field(default_factory=list)  # builds estimated from those of other models
 
 
 def show(overrides: Sequence[str]) -> None:
     """Prints the jobs of a command line, what each would build and about how long that takes; of one job
     also what its stages take by the dimensions of the model."""
-    chains = [_checked(job.settings) for job in jobs(overrides)]
-    past = Past()
-    rows = plan(chains, past)
+    from pipeline.commands.stage_table import Forecasts  # takes seconds to import what it needs
+
+    said: set[str] = set()
+    chains = [_checked(job.settings, said) for job in jobs(overrides)]
+    past, forecasts = Past(), Forecasts()
+    rows = plan(chains, past, forecasts.seconds)
+    detail = forecasts.table(chains[0], past.seconds) if len(chains) == 1 else None
     table = [
         (
             number,
@@ -59,19 +66,28 @@ def show(overrides: Sequence[str]) -> None:
     ]
     print(tabulate(table, ("job", "run", "stored", "shared", "builds", "about"), "simple"))
     builds = [(label, s) for row in rows for label, s in row.builds.items()]
-    unknown = sorted({label for label, seconds in builds if seconds is None})
     print(
-        f"\n{len(rows)} jobs, {len(builds)} artifacts to build: about "
+        f"\n{_many(len(rows), 'job')}, {_many(len(builds), 'artifact')} to build: about "
         f"{_span(seconds for _, seconds in builds)} one after the other, as past builds took"
     )
-    if unknown:
-        print(f"no past build to estimate from: {', '.join(unknown)}")
-    if borrowed := sorted({label for row in rows for label in row.borrowed}):
-        print(f"estimated from builds of other models: {', '.join(borrowed)}")
-    if len(chains) == 1:
-        from pipeline.commands.stage_table import predict  # takes seconds to import what it needs
+    notes = {
+        f"by the dimensions of the model and the rates {forecasts.rates}": [
+            r.predicted for r in rows
+        ],
+        "estimated from builds of other models": [row.borrowed for row in rows],
+        "no past build to estimate from": [
+            [label for label, seconds in row.builds.items() if seconds is None] for row in rows
+        ],
+    }
+    for note, labels in notes.items():
+        if names := sorted({label for each in labels for label in each}):
+            print(f"{note}: {', '.join(names)}")
+    if detail is not None:
+        print(f"\n{detail}")
 
-        print(f"\n{predict(chains[0], past.seconds)}")
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _short(names: Iterable[str]) -> str:
@@ -80,7 +96,7 @@ def _short(names: Iterable[str]) -> str:
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in stages.items())
 
 
-def _checked(settings: Settings) -> Chain:
+def _checked(settings: Settings, said: set[str]) -> Chain:
     """The steps of a job, which is refused where that needs no more than a look."""
     if settings.table.columns is not None:
         from pipeline.tables.tables import check_columns  # with all that makes tables
@@ -88,15 +104,16 @@ def _checked(settings: Settings) -> Chain:
         read = settings.evaluation
         check_columns(settings.table.columns, read.corpora, read.tasks, [*settings.energy.profiles])
     settings.check_places()
-    steps = _steps(settings, settings.store.open())
+    steps = _steps(settings, settings.store.open(), said)
     if steps.export is not None:
         settings.export.check_free(steps.export.key())
     checks.planned(steps)
     return steps
 
 
-def _steps(settings: Settings, store: Store) -> Chain:
-    """The steps; of a model with dimensions also where the hub does not say its commit."""
+def _steps(settings: Settings, store: Store, said: set[str]) -> Chain:
+    """The steps; of a model with dimensions also where the hub does not say its commit, which is `said`
+    once a plan."""
     try:
         return chain(settings, store)
     except InputError as error:
@@ -104,13 +121,23 @@ def _steps(settings: Settings, store: Store) -> Chain:
         if spec.hub is None or not spec.dims:
             raise
         steps = chain(settings, store, known=unidentified(spec, store))
-        log.info("%s", error)
-        log.info("planned by the dimensions of conf/model, as if nothing of it were stored")
+        if str(error) not in said:
+            said.add(str(error))
+            log.info("%s", error)
+            log.info("planned by the dimensions of conf/model, as if nothing of it were stored")
         return steps
 
 
-def plan(chains: Iterable[Chain], past: Past | None = None) -> list[Planned]:
-    """Every job's artifacts, in the order of the jobs; nothing is built or loaded."""
+def plan(
+    chains: Iterable[Chain],
+    past: Past | None = None,
+    predicted: Callable[[Chain], Mapping[str, float]] | None = None,
+) -> list[Planned]:
+    """Every job's artifacts, in the order of the jobs; nothing is built or loaded.
+
+    `predicted` gives the seconds of a job's stages by label, which are taken where no past build is of
+    its model.
+    """
     coming: set[str] = set()
     past = past or Past()
     rows = []
@@ -126,8 +153,13 @@ def plan(chains: Iterable[Chain], past: Past | None = None) -> list[Planned]:
                 row.shared += 1
             else:
                 coming.add(key)
-                row.builds[label], same_model = past.of(store).estimate(step.step)
                 row.stages.append(step.name)
+                seconds, same_model = past.of(store).estimate(step.step, steps.model.key())
+                unsure = seconds is None or not same_model
+                if unsure and predicted and (dimensions := predicted(steps).get(label)) is not None:
+                    seconds, same_model = dimensions, True
+                    row.predicted.append(label)
+                row.builds[label] = seconds
                 if not same_model:
                     row.borrowed.append(label)
     return rows
@@ -144,15 +176,16 @@ class Past:
             self._known[store.name] = History(store)
         return self._known[store.name]
 
-    def seconds(self, step: Step, store: Store) -> float | None:
-        """What the build of an artifact took, or those of its kind of the same model; None: no such."""
+    def seconds(self, steps: Chain, stage: Stage) -> float | None:
+        """What the build of a job's stage took, or those of its kind of the same model; None: no such."""
+        store, step = steps.model.store, stage.step
         try:
             place = store.root / step.stage / step.key()
             if record := store.records([place])[place]:
                 return float(record["seconds"])
         except (Away, KeyError):
             pass
-        seconds, same_model = self.of(store).estimate(step)
+        seconds, same_model = self.of(store).estimate(step, steps.model.key())
         return seconds if same_model else None
 
 
@@ -166,32 +199,42 @@ class History:
         except Away as fault:
             log.warning("no past builds to estimate from: %s", fault)
             records = {}
-        for record in records.values():
-            if record is None:
-                continue
+        made = {place.name: record for place, record in records.items() if record is not None}
+        for key, record in made.items():
             rate = record["seconds"] / _size(record["spec"])
-            for kind in _kinds(record["stage"], record["spec"], record["inputs"]):
+            for kind in _kinds(record["stage"], record["spec"], _model(key, made)):
                 self.rates.setdefault(kind, []).append(rate)
 
-    def estimate(self, step: Step) -> tuple[float | None, bool]:
+    def estimate(self, step: Step, model: str | None = None) -> tuple[float | None, bool]:
         """The median of the builds most like this one, None if there is none of its stage; and whether
-        they were of the same model."""
+        they were of the same model, whose key is `model` or among the inputs."""
         spec: Any = plain(step.spec)
-        kinds = _kinds(step.stage, spec, step.inputs)
+        kinds = _kinds(step.stage, spec, model or step.inputs.get("model"))
         for place, kind in enumerate(kinds):
             if rates := self.rates.get(kind):
-                same = place < 2 or step.inputs.get("model") is None
-                return median(rates) * _size(spec), same
+                return median(rates) * _size(spec), place < OF_THE_MODEL
         return None, True
 
 
-def _kinds(stage: str, spec: Any, inputs: Mapping[str, str]) -> list[tuple[Any, ...]]:
+def _model(key: str, made: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The key of the model from which an artifact was made, through those that it was made from; None
+    where they are gone."""
+    record = made.get(key)
+    if record is None or record["stage"] == "model":
+        return key if record is not None else None
+    inputs = record["inputs"]
+    if "model" in inputs:
+        return str(inputs["model"])
+    models = (_model(each, made) for each in inputs.values())
+    return next((model for model in models if model is not None), None)
+
+
+def _kinds(stage: str, spec: Any, model: str | None) -> list[tuple[Any, ...]]:
     """What builds of about one speed have in common, the closest kin first."""
     coding = (spec.get("coding") or {}).get("class")
     task = spec.get("task") or {}
     kind = (stage, "task" in spec, spec.get("count") == ALL)
     part = (*kind, spec.get("perplexity") or task.get("name"))
-    model = inputs.get("model")
     return [(*part, coding, model), (*part, None, model), (*part, coding), kind]
 
 

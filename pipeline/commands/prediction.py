@@ -79,15 +79,22 @@ class Shared:
         return cls(units, math.ceil(units / workers))
 
 
+class Shape:
+    """A model by its dimensions: without weights, its sites, and its operations."""
+
+    def __init__(self, config: Any) -> None:
+        self.model = meta_model(config)
+        self.sites: list[Site] = find_sites(self.model)
+        self.operations = operations(self.model, self.sites)
+
+
 class Prediction:
     """The costs of stages of one configuration at the rates of one worker."""
 
-    def __init__(self, settings: Settings, rates: Rates) -> None:
+    def __init__(self, settings: Settings, rates: Rates, shape: Shape) -> None:
         self.settings, self.rates = settings, rates
         self._over: Mapping[str, float] = settings.plan.overhead[rates.kind]
-        self._model = meta_model(settings.model.config())
-        self._every: list[Site] = find_sites(self._model)
-        self._plan = operations(self._model, self._every)
+        self._model, self._every, self._plan = shape.model, shape.sites, shape.operations
         self._dtype: torch.dtype = getattr(torch, settings.model.dtype)
         self._offloaded = settings.runtime.offload is not None
 
@@ -114,7 +121,9 @@ class Prediction:
         if stage.name == "evaluation":
             return self._evaluated(spec)
         if stage.name in ("distribution", "fitting"):
-            kind = "trained" if stage.name == "fitting" and spec["coding"].trained else stage.name
+            kind = stage.name
+            if kind == "fitting" and spec["coding"].trained:
+                kind = "sampled" if self.settings.fitting.data == "samples" else "trained"
             return Cost(memory=len(self._sites) * over[kind], held=over["process"])
         if stage.name == "energy":
             return self._energy()

@@ -50,11 +50,14 @@ def of_worker(settings: Settings, config: Any) -> Rates:
 
     Raises InputError where neither the options nor `plan.reference` have one for the device and the dtype.
     """
-    plan, device = settings.plan, torch.device(resolve(settings.runtime.device))
-    name = _name(device, settings, config)
-    if plan.measure:
-        _keep(name, _measured(device, settings, config))
-    here = _kept().get(name)
+    plan, device = settings.plan, _device(settings.runtime)
+    here = None
+    if plan.measure or device.type != "cuda" or torch.cuda.is_available():
+        resolve(str(device))
+        name = _name(device, settings, config)
+        if plan.measure:
+            _keep(name, _measured(device, settings, config))
+        here = _kept().get(name)
     known = here or _reference(settings, device.type)
     given = {n: getattr(plan, n) for n in NAMES if getattr(plan, n) is not None}
     rates = {**known, **given}
@@ -65,6 +68,17 @@ def of_worker(settings: Settings, config: Any) -> Rates:
     parts = _sharing(settings.runtime)
     flops, memory, disk = (float(rates[name]) / parts for name in NAMES[:3])
     return Rates(flops, memory, disk, float(rates["network"]), device.type, source)
+
+
+def _device(runtime: Any) -> torch.device:
+    """The device of a worker: of a GPU that a plan names other machines than this one may have."""
+    name = runtime.devices[0] if runtime.devices else runtime.device
+    try:
+        if torch.device(name).type == "cuda":
+            return torch.device(name)
+    except RuntimeError:  # auto, or none that there is
+        pass
+    return torch.device(resolve(name))
 
 
 def _sharing(runtime: Any) -> int:

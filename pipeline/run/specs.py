@@ -3,6 +3,7 @@ to read that."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ OVERHEAD = (
         "distribution",
         "fitting",
         "trained",
+        "sampled",
         "task",
         "energy",
     ),
@@ -110,15 +112,32 @@ class PlanSpec:
             at = f"plan.reference.{device}"
             _check_keys(at, known, ("machine", "date", "flops", "memory", "disk"))
             _check_keys(f"{at}.flops", known["flops"], DTYPES, every=False)
+            _check_numbers(f"{at}.flops", known["flops"], above=True)
+            _check_numbers(at, {name: known[name] for name in ("memory", "disk")}, above=True)
         for device, costs in self.overhead.items():
             _check_keys(f"plan.overhead.{device}", costs, OVERHEAD)
+            _check_numbers(f"plan.overhead.{device}", costs)
         _check_keys("plan.passes", self.passes, PASSES, every=False)
+        _check_numbers("plan.passes", self.passes)
         for task, size in self.questions.items():
-            if not isinstance(size, Sequence) or len(size) != 2:
+            if not isinstance(size, Sequence) or len(size) != 2 or not all(map(_positive, size)):
                 raise InputError(
                     f"plan.questions.{task}={size}: give the sequences of a question and their tokens, "
                     "[4, 60]"
                 )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _check_numbers(option: str, given: Mapping[str, Any], above: bool = False) -> None:
+    """Raises InputError unless the values are finite numbers, 0 or `above` it."""
+    for name, value in given.items():
+        if not _positive(value) and (above or type(value) not in (int, float) or value != 0):
+            raise InputError(
+                f"{option}.{name}={value}: give a finite number {'above 0' if above else 'of 0 or more'}"
+            )
 
 
 def _check_keys(

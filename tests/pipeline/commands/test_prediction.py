@@ -8,8 +8,9 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
-from pipeline.commands.prediction import Prediction
+from pipeline.commands.prediction import Prediction, Shape
 from pipeline.run import chain as chains
 from pipeline.run import rates
 from pipeline.run.jobs import jobs
@@ -49,7 +50,7 @@ def predicted(tiny_run, tmp_path):
     def costs(*more: str):
         (job,) = jobs([*tiny_run.overrides, *PLAIN, *more])
         steps = chains.chain(job.settings, Store(tmp_path / "store")).steps
-        made = Prediction(job.settings, RATES)
+        made = Prediction(job.settings, RATES, Shape(job.settings.model.config()))
         return {"start": made.start()} | {label: made.of(step) for label, step in steps.items()}
 
     return costs
@@ -115,8 +116,11 @@ def test_rates_are_given_or_measured_or_of_a_known_machine(tiny_run, tmp_path, m
     here = of("plan.measure=true")
     assert here.source.startswith("measured here ") and here.flops > 0
     assert of() == here and json.loads(rates.FILE.read_text())
+    plan = jobs(["coding=gated"])[0].settings.plan
     with pytest.raises(InputError, match=r"plan\.flops=-1: give a rate"):
-        replace(jobs(["coding=gated"])[0].settings.plan, flops=-1)
+        replace(plan, flops=-1)
+    with pytest.raises(InputError, match=r"plan\.overhead\.cpu\.start=None: give a finite number"):
+        replace(plan, overhead={"cpu": plan.overhead["cpu"] | {"start": None}})
     settings = jobs([*tiny_run.overrides, "coding=gated"])[0].settings
     bare = replace(settings, plan=replace(settings.plan, reference={}))
     monkeypatch.setattr(rates, "FILE", tmp_path / "none.json")
@@ -124,6 +128,22 @@ def test_rates_are_given_or_measured_or_of_a_known_machine(tiny_run, tmp_path, m
         InputError, match=r"no rates of cpu in float32: measure .* plan\.measure=true"
     ):
         of_worker(bare, bare.model.config())
+
+
+def test_machines_with_gpus_are_planned_on_one_without(tiny_run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def of(*more: str) -> Rates:
+        (job,) = jobs([*tiny_run.overrides, "coding=gated", *more])
+        return of_worker(job.settings, job.settings.model.config())
+
+    two = of("runtime.device=auto", "runtime.devices=[cuda:0,cuda:1]")
+    assert two == of("runtime.device=cuda") and two.kind == "cuda"
+    assert two.source.startswith("of an H200, ")
+    for wrong in (["runtime.device=nothing"], ["runtime.device=cuda", "plan.measure=true"]):
+        with pytest.raises(InputError, match="runtime.device: no .* here; choose among cpu"):
+            of(*wrong)
 
 
 def test_70_billion_weights_are_planned_without_hub_or_weights(tmp_path, monkeypatch, caplog):
@@ -155,3 +175,30 @@ def test_a_plan_of_one_job_shows_what_its_stages_took(tiny_run, tmp_path):
     after = main_in(tmp_path, ["plan", *job])
     rows = [re.search("(?m)^capture .*", done.out)[0].split() for done in (before, after)]
     assert rows[0] == [*rows[1][:2], *rows[1][3:]] and float(rows[1][2]) >= 0
+    other = main_in(tmp_path, ["plan", *job, "model.dtype=bfloat16"])
+    assert "from builds of other models: tokens wikipedia calibration" in other.out
+    for stage in (
+        "capture",
+        "distribution",
+        "fitting",
+    ):  # those of another model are no measurement
+        assert len(re.search(f"(?m)^{stage} .*", other.out)[0].split()) == len(rows[0])
+    jobs_of, table = (
+        float(re.search(p, other.out)[1]) for p in (r"about (\d+) s", r"(?m)^all +(\S+)")
+    )
+    assert jobs_of == pytest.approx(table - 8, abs=3)  # without the start
+
+
+def test_a_plan_of_several_jobs_says_once_what_the_hub_lacks(tmp_path, monkeypatch, caplog):
+    from pipeline.run import models
+
+    def unreachable(*_: object) -> str:
+        raise InputError("model X on the hub: the connection failed")
+
+    monkeypatch.setattr(models, "commit", unreachable)
+    wanted = ["coding=las,gated", "model=llama2-7b", "evaluation.tasks=[]"]
+    with caplog.at_level("INFO"):
+        done = main_in(tmp_path, ["plan", *wanted])
+    assert done.code == 0 and caplog.text.count("the connection failed") == 1
+    hours = re.search(r"2 jobs, \d+ artifacts to build: about (\S+) (\w+)", done.out)
+    assert hours and float(hours[1]) * {"s": 1, "min": 60, "h": 3600}[hours[2]] > 60

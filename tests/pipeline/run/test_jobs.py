@@ -140,7 +140,8 @@ def test_a_plan_on_the_command_line_runs_nothing(tiny_run, tmp_path):
     assert done.code == 0, done.err
     assert len(re.findall(r"^ +\d+ ", done.out, re.MULTILINE)) == 6  # the quickstart's jobs
     assert "dense on tiny " in done.out and "gated3 T=6 n=3 on tiny " in done.out
-    assert "no past build to estimate from: capture" in done.out
+    assert "by the dimensions of the model and the rates of two cores of an AMD EPYC" in done.out
+    assert "no past build to estimate from: tokens wikipedia calibration" in done.out
     assert not (tmp_path / "outputs/store").exists() and not (tmp_path / "outputs/runs").exists()
     bad = main_in(tmp_path, ["runtime.plan=true", "coding=nonsense"])
     assert bad.code == 1 and bad.err.count("\n") == 1 and "nonsense" in bad.err
