@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     count = sum(len(folder.finished) for folder in folders)
     text = page.render(
         title=names[0] if len(names) == 1 else f"{len(names)} runs",
-        about=f"What {count} jobs have measured.",
+        about=f"What {count} jobs have measured." if count > 1 else "What one job has measured.",
         command=shlex.join(["python", "-m", "pipeline", "report", *arguments]),
         experiments=[section(f"run-{n}", folder) for n, folder in enumerate(folders, 1)],
         environments=_environments(folders),

@@ -230,7 +230,7 @@ def _layers(data: Records, marks: Marks) -> alt.HConcatChart:
     last = max(each["layer"] for each in data)
     ticks = alt.Axis(format="d", values=[*range(0, last + 1, -(-last // TICKS) or 1)])
     x = alt.X("layer:Q", title="layer (the head last)", axis=ticks)
-    x = x.scale(nice=False, padding=8)
+    x = x.scale(nice=False, padding=14)
     powers = alt.Axis(format="~e", tickCount=5)
     error = alt.Y("NMSE:Q", axis=powers).scale(type="log", nice=False)
     errors = _by_layer("NMSE", "NMSE, held-out activations", ".2e", x, error, marks)
@@ -251,7 +251,7 @@ def _by_layer(field: str, title: str, digits: str, x: alt.X, y: alt.Y, marks: Ma
             error="mean(error)",
             spikes="sum(spikes)",
             values="sum(values)",
-            groupby=["row", "method", "layer", "command"],
+            groupby=["row", "method", "T", "layer", "command"],
         )
         .transform_calculate(
             NMSE="isValid(datum.error) ? exp(datum.error) : null",
@@ -264,7 +264,11 @@ def _by_layer(field: str, title: str, digits: str, x: alt.X, y: alt.Y, marks: Ma
     points = chosen.mark_point(filled=True, size=28).properties(name=f"points_{field}")
     points = points.encode(tooltip=["row:N", "layer:Q", number, "command:N"])
     heading = alt.TitleParams(alt.expr(f"'{title} by layer, role: ' + role"))
-    made = alt.layer(chosen.mark_line(strokeWidth=1.6), points)
+    ends = chosen.transform_joinaggregate(last="max(layer)", groupby=["row"])
+    ends = ends.transform_filter("datum.layer == datum.last && datum.T != null")
+    steps = ends.mark_text(dx=7, align="left", fontSize=10).encode(text="T:N")
+    steps = steps.properties(name=f"ends_{field}")
+    made = alt.layer(chosen.mark_line(strokeWidth=1.6), points, steps)
     return made.properties(width=440, height=230, title=heading)
 
 

@@ -228,7 +228,7 @@ def test_a_reader_filters_chooses_and_reads(browser, page, data):
     left = {row["row"] for row in rows if row["coding"] != "gated"}
     settled(browser, lambda: points(browser) == left and bars(browser) == left)
     assert browser.find_element(By.ID, "count").text == f"{len(left)} of {len(rows)} rows"
-    assert lines(browser) == left - {"dense"}
+    assert lines(browser) == left - {"dense"} == drawn(browser, "ends_NMSE", "text")
     tick(browser, "timesteps", "4")
     left = {row["row"] for row in rows if row["coding"] != "gated" and row["T"] != 4}
     settled(browser, lambda: points(browser) == left and lines(browser) == left - {"dense"})
@@ -288,10 +288,11 @@ def label(mark: Any) -> str:
     return str(mark.get_attribute("aria-label"))
 
 
-def drawn(browser: webdriver.Chrome, group: str) -> set[str]:
+def drawn(browser: webdriver.Chrome, group: str, shape: str = "path") -> set[str]:
     """The rows of the marks of a group, read in one request."""
     script = "return [...document.querySelectorAll(arguments[0])].map(m => m.__data__.datum.row)"
-    return set(browser.execute_script(script, f"#figures g[class*='{group}_'][class$=_marks] path"))
+    query = f"#figures g[class*='{group}_'][class$=_marks] {shape}"
+    return set(browser.execute_script(script, query))
 
 
 def points(browser: webdriver.Chrome) -> set[str]:
