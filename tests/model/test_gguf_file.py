@@ -15,7 +15,7 @@ from stages.model.gguf_file import check_read, read_tokenizer
 from stages.model.loading import convert_gguf
 from stages.model.tokenizers import PROBE
 from tests.model.test_loading import write_gguf
-from tests.text.tokenizers import LLAMA3, text
+from tests.text.token_kinds import LLAMA3, text
 
 MERGES = [("Ċ", "Ċ"), ("1", "2"), ("12", "3"), ("4", "5"), ("!", "?"), ("!?", "a")]
 WHOLE = "xyz"  # a token that no merges lead to

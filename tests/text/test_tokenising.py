@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 from stages.errors import InputError
 from stages.text import tokenising
 from stages.text.tokenising import Pieces, token_ids, tokenise
-from tests.text.tokenizers import KINDS, at_once, text, tokenizer
+from tests.text.token_kinds import KINDS, at_once, text, tokenizer
 
 SMALL = (Pieces(100, 60, 1), Pieces(160, 120, 2), Pieces(700, 300, 4))
 WORDS = ("gpt2", "llama3", "smollm", "unigram", "wordpiece")  # that their pre-tokenizer splits
