@@ -14,6 +14,7 @@ from pipeline.store.locks import POLL, SECONDS, Heartbeat
 from pipeline.store.objects import Objects
 
 FOLDER = ".leases"
+Seen = tuple[int, bytes | None, float]  # a number, its content, and when that was first seen
 LONG = 10  # times the seconds of a lease, after which no clock can be that wrong
 
 
@@ -32,24 +33,24 @@ class Lease:
         seconds: float = SECONDS,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        seen: dict[str, Seen] | None = None,
     ) -> None:
+        """`seen` is what this process last saw of leases by their names: who comes by again and again
+        without waiting notices by it that a holder is dead."""
         self._objects, self._name, self._seconds = objects, name, seconds
         self._clock, self._sleep = clock, sleep
+        self._seen = {} if seen is None else seen
         self._number = -1
         self._token = uuid4().hex
         self._beats = 0
         self._heart: Heartbeat | None = None
 
     def acquire(self, wait: bool) -> bool:
-        seen: tuple[int, bytes | None] | None = None
-        since = 0.0
         while True:
             numbers = self._numbers()
             if numbers:
                 now = numbers[-1], self._objects.read(self._path(numbers[-1]))
-                if now != seen:
-                    seen, since = now, self._clock()
-                dead = self._clock() - since > self._seconds
+                dead = self._unchanged(*now) > self._seconds
                 if (dead or (not wait and self._long_dead(now[0]))) and self._take(now[0]):
                     return True
             if (not numbers or now[1] is None) and self._take(None):
@@ -57,6 +58,13 @@ class Lease:
             if not wait:
                 return False
             self._sleep(POLL)
+
+    def _unchanged(self, number: int, content: bytes | None) -> float:
+        """Seconds since this process first saw the highest number with this content."""
+        last = self._seen.get(self._name)
+        if last is None or last[:2] != (number, content):
+            last = self._seen[self._name] = (number, content, self._clock())
+        return self._clock() - last[2]
 
     def release(self) -> None:
         if self._heart is not None:
@@ -85,6 +93,7 @@ class Lease:
             self._objects.delete(self._path(number))
             return False
         self._number = number
+        self._seen.pop(self._name, None)
         self._heart = Heartbeat(self._name, self.beat, self._seconds / 3)
         return True
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from pipeline.store import locks, objects
-from pipeline.store.leases import Lease
+from pipeline.store.leases import Lease, Seen
 from pipeline.store.locks import Lock, Locks
 from pipeline.store.mounts import private_locks
 from pipeline.store.objects import Objects
@@ -88,7 +88,7 @@ class StoreSpec:
             return locks.none()
         if self.lock == "lease":
             there = _objects(f"file://{folder.absolute()}")
-            return Locks(lambda name: Lease(there, name))
+            return _by_leases(there)
         if urlsplit(self.lock).scheme in REDIS:
             return _by_redis(self.lock, str(folder.absolute()))
         return locks.in_folder(folder / LOCKS, exclusive=_holds(folder))
@@ -100,7 +100,7 @@ class StoreSpec:
             return _by_redis(self.lock, there.address)
         if self.lock == "lease" and not there.creates:
             raise InputError(f"store.lock=lease: {NO_LEASES.format(there.address)}")
-        return Locks(lambda name: _lease(there, name))
+        return _by_leases(there)
 
 
 NO_LEASES = (
@@ -115,11 +115,16 @@ def _objects(address: str) -> Objects:
     return Objects(address)
 
 
-def _lease(there: Objects, name: str) -> Lock:
-    if there.creates:
-        return Lease(there, name)
-    _warn(NO_LEASES.format(there.address))
-    return locks.Chained(())
+def _by_leases(there: Objects) -> Locks:
+    seen: dict[str, Seen] = {}
+
+    def lock(name: str) -> Lock:
+        if there.creates:
+            return Lease(there, name, seen=seen)
+        _warn(NO_LEASES.format(there.address))
+        return locks.Chained(())
+
+    return Locks(lock)
 
 
 def _by_redis(url: str, store: str) -> Locks:

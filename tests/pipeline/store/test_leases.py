@@ -2,12 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.store import spec
 from pipeline.store.leases import Lease
 from pipeline.store.objects import Objects
+from pipeline.store.spec import StoreSpec
+from tests.pipeline.store.machines import step
 
 SECONDS = 60.0
 
@@ -86,6 +91,26 @@ def test_a_dead_holder_is_followed_after_its_seconds(
     assert waiting.beat()
     holder.release()
     assert not third.acquire(wait=False), "that the first gives back takes nothing from the second"
+
+
+def test_who_comes_by_again_notices_a_death_without_waiting(
+    objects: Objects, time: Time, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = partial(Lease, seconds=SECONDS, clock=lambda: time.now, sleep=time.sleep)
+    monkeypatch.setattr(spec, "Lease", timed)
+    holding, passing = (StoreSpec(objects.address, str(tmp_path / n)).open() for n in "ab")
+
+    def passed() -> bool:
+        with passing.claim(step()) as make:
+            return make is not None
+
+    with holding.claim(step()) as make:
+        assert make is not None
+        for _ in range(4):
+            time.now += SECONDS / 4
+            assert not passed()
+        time.now += SECONDS / 2
+        assert passed()
 
 
 def test_of_two_that_see_the_death_one_follows(
