@@ -29,18 +29,18 @@ def work(
     Every worker does this over the same store, and no other tells it what to do. `check` is called with
     each artifact, which may raise InputError. Of a model that is `offloaded`, some units pass together.
     """
-    missing, shared = {stage.key(): stage for stage in stages}, set[str]()
+    missing, begun = {stage.key(): stage for stage in stages}, set[str]()
     while missing:
         busy = False
         for key, stage in list(missing.items()):
             artifact = store.find(stage.step)
             if artifact is None and not any(s.key() in missing for s in sources(stage)):
+                begun.add(key)
                 artifact, worked = _built(stage, store, runtime, worker, offloaded)
                 busy |= worked
-                shared |= {key} if worked else set()
             if artifact is not None:
                 del missing[key]
-                if key in shared and isinstance(stage, Cut):
+                if key in begun and isinstance(stage, Cut):
                     Shared(stage, store, runtime).tidy()
                 check(stage, artifact)
                 busy = True

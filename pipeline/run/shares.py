@@ -191,9 +191,12 @@ class Shared:
             self.store.forget(step)
 
     def tidy(self) -> None:
-        """Delete those that this machine has left in a cache of its own."""
-        if any(path.is_dir() for path in self._paths):
-            self.remove()
+        """Delete those of an artifact that stands which this machine has in a cache of its own, where
+        asking for one another has built brings it too, and their locks."""
+        for step, path in zip(self.steps, self._paths, strict=True):
+            if path.is_dir():
+                self.store.remove(path)
+            self.store.forget(step)
 
 
 def _step(stage: Stage, runtime: Running, number: int) -> Step:

@@ -156,9 +156,16 @@ class SharedStore(Store):
             self.remote.remove_leftover((stage, key), path.name.partition(REMOTE)[2])
             return
         if not path.name.startswith("."):
-            self.remote.remove((stage, key))
+            if stage == SHARES:  # of work that goes on without the remote; `gc` deletes what stays
+                self._asked(lambda: self.remote.remove((stage, key)), None)
+            else:
+                self.remote.remove((stage, key))
             self._listed.discard((stage, key))
         super()._delete(path)
+
+    def forget(self, step: Step) -> None:
+        super().forget(step)
+        self._fetch_file((step.stage, step.key())).unlink(missing_ok=True)
 
     def _make(
         self, step: Step, key: str, make: Callable[[Path], None], spent: float = 0.0
@@ -233,7 +240,10 @@ class SharedStore(Store):
 
     def _fetch_lock(self, key: Key) -> FileLock:
         (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / LOCKS / f"{key[0]}-{key[1]}.fetch.lock")
+        return FileLock(self._fetch_file(key))
+
+    def _fetch_file(self, key: Key) -> Path:
+        return self.root / LOCKS / f"{key[0]}-{key[1]}.fetch.lock"
 
     def _listed_there(self, key: Key) -> bool:
         """Whether the remote holds an artifact, as it was listed seconds ago at most, or longer where it

@@ -42,7 +42,7 @@ def alone(settings, tmp_path_factory) -> Path:
     return store
 
 
-def started(settings, store: Path, *overrides: str) -> runner.Run:
+def started(settings, store: Path | str, *overrides: str) -> runner.Run:
     run = runner.start(settings(store, *MEASURED, *overrides))
     runner.checks.complete(run.chain, run.store, run.runtime)
     return run
@@ -95,6 +95,54 @@ def test_a_worker_goes_on_from_what_another_has_left(settings, alone, tmp_path):
     again = [unit for unit in built if unit is not None]
     assert len(again) == shared.number - 2 + 1 and len({*again}) == len(again)
     assert contents(tmp_path) == contents(alone)
+
+
+@pytest.fixture
+def machines(settings, tmp_path) -> tuple[Shared, Shared]:
+    """The units of one capture at two machines, each with its cache in front of the same address."""
+
+    def machine(name: str) -> Shared:
+        run = started(settings, f"file://{tmp_path}/remote", f"store.cache={tmp_path}/{name}")
+        assert run.chain.capture is not None and run.runtime is not None
+        return Shared(run.chain.capture, run.store, run.runtime)
+
+    return machine("one"), machine("other")
+
+
+def finish(shared: Shared) -> None:
+    """What a worker does for one stage."""
+    peers.work([shared.stage], shared.store, shared.runtime, (0, 1), False, lambda *_: None)
+
+
+def test_units_that_a_machine_has_only_looked_at_go_too(machines, tmp_path, monkeypatch):
+    one, other = machines
+    assert not other.there  # of which it asks again in seconds
+    one.work(start=0.0)
+    merge, brought = Shared.merge, []
+
+    def late(shared: Shared):
+        if shared.store is other.store:
+            brought.extend((tmp_path / "other" / SHARES).iterdir())
+            merge(one)
+        return merge(shared)
+
+    monkeypatch.setattr(Shared, "merge", late)
+    finish(other)
+    assert len(brought) == one.number
+    for place in ("one", "other", "remote", "remote/.files"):
+        assert not [*(tmp_path / place / SHARES).iterdir()], place
+    assert not [*tmp_path.glob(f"*/.locks/{SHARES}-*"), *tmp_path.glob("remote/.leases/*")]
+
+
+def test_an_address_that_is_lost_before_units_merge_is_a_warning(machines, tmp_path, caplog):
+    one, _ = machines
+    one.work(start=0.0)
+    (tmp_path / "remote").rename(tmp_path / "gone")
+    (tmp_path / "remote").write_text("no folder")
+    finish(one)
+    assert one.store.holds(one.stage.name, one.stage.key())
+    assert not [*(tmp_path / "one" / SHARES).iterdir()]
+    assert "Going on with" in caplog.text
 
 
 def test_units_of_another_way_to_run_are_not_mixed(settings, tmp_path):
