@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -133,7 +134,9 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # nobody waits for an answer; what is half-built has no manifest
+    os.kill(os.getpid(), signal.SIGTERM)  # nobody waits for an answer; its locks are given back
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
 
 
 class Ray:
@@ -189,7 +192,8 @@ class Slurm:
         except ImportError:
             raise _missing("submitit", "slurm") from None
         self.threads = threads or int(options["cpus_per_task"])
-        self._executor = submitit.AutoExecutor(folder=str(folder / "%j"), cluster=self.cluster)
+        with _submitting():
+            self._executor = submitit.AutoExecutor(folder=str(folder / "%j"), cluster=self.cluster)
         plain = ("name", "timeout_min", "cpus_per_task", "mem_gb")
         own = ("partition", "additional_parameters", "setup", "gpus_per_node")
         given = {name: options[name] for name in plain}
@@ -197,10 +201,21 @@ class Slurm:
         self._executor.update_parameters(**{n: v for n, v in given.items() if v is not None})
 
     def start(self, function: Function) -> Worker:
-        return SlurmWorker(self._executor.submit(function))
+        with _submitting():
+            return SlurmWorker(self._executor.submit(function))
 
     def close(self) -> None:
         return None
+
+
+@contextmanager
+def _submitting() -> Iterator[None]:
+    """Every error of submitit that a job cannot be submitted is a RuntimeError: tells it in a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"runtime.engine=slurm: {why}; sbatch must work where this runs") from None
 
 
 class SlurmWorker:

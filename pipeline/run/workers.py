@@ -111,9 +111,11 @@ def share_out(
     bar = Bar(missing, store, runtime, stood)
     try:
         with _started(engine, starts) as workers, bar:
-            return _watched(engine, starts, workers, bar)
+            fast = _watched(engine, starts, workers, bar)
     finally:
         engine.close()
+    bar.tidy()
+    return fast
 
 
 @contextmanager
@@ -160,7 +162,9 @@ def _watched(
             if outcome.refused is not None:
                 raise InputError(outcome.refused)
             if outcome.failed is not None:
-                raise RuntimeError(f"worker {number + 1} has failed:\n{outcome.failed}")
+                failure = RuntimeError(f"worker {number + 1}: {outcome.failed.splitlines()[-1]}")
+                failure.add_note(outcome.failed)  # which log files have
+                raise failure
             fast &= outcome.compiled
         if bar.update() and until == float("inf"):
             until = time.monotonic() + GRACE_SECONDS  # one that waits in a queue may never start
@@ -208,6 +212,12 @@ class Bar:
         self._bar.n = self._done + partly
         self._bar.refresh()
         return not self._missing
+
+    def tidy(self) -> None:
+        """Delete what workers that have ended, or were ended, have left of what is there."""
+        for key, ways in self._units.items():
+            for units in ways if key not in self._missing else ():
+                units.tidy()
 
     def _built(self, stage: Cut) -> int:
         """The units of a stage that are there, whatever the device of the workers is."""

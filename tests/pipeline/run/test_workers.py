@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from pipeline.run import engines, runner, workers
 from pipeline.run.shares import Shared
 from pipeline.store.store import SHARES
 from stages.errors import InputError
+from tests.pipeline.conftest import REPOSITORY
 from tests.pipeline.run.test_shares import MEASURED, contents, started
 
 
@@ -105,7 +109,12 @@ class ScriptedWorker:
     ("ending", "error", "says", "stopped"),
     [
         (workers.Outcome(refused="no such text"), InputError, "no such text", 1),
-        (workers.Outcome(failed="Traceback: it broke"), RuntimeError, "it broke", 1),
+        (
+            workers.Outcome(failed="Traceback\nOSError: it broke"),
+            RuntimeError,
+            "1: OSError: it b",
+            1,
+        ),
         (ChildProcessError("ended by signal 9"), InputError, "7 times.*signal 9.*fewer runtime", 2),
     ],
     ids=["refused", "failed", "dies"],
@@ -116,9 +125,57 @@ def test_how_a_worker_ends_is_told_in_a_line(
     engine = Scripted(ending, None)
     monkeypatch.setattr(engines, "engine", lambda *_: engine)
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.0)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=says) as raised:
         runner.execute(settings(tmp_path, "runtime.workers=2"))
-    assert engine.stopped == stopped
+    assert engine.stopped == stopped and len(str(raised.value).splitlines()) == 1
+    if isinstance(ending, workers.Outcome) and ending.failed:
+        assert ending.failed in raised.value.__notes__, "the log has the traceback"
+
+
+DRIVER = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from pipeline.run.engines import LocalWorker
+from tests.pipeline.run.tidying import tidies
+
+if __name__ == "__main__":
+    LocalWorker(partial(tidies, Path(sys.argv[1])))
+    time.sleep(60)
+"""
+
+
+def test_a_worker_whose_driver_is_killed_cleans_up(tmp_path):
+    held = tmp_path / "held"
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, str(script), str(held)], env=path) as driver:
+        _until(held.exists)
+        driver.kill()
+    _until(lambda: not held.exists())
+
+
+def _until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_slurm_that_takes_no_jobs_is_a_line(settings, tmp_path):
+    def submit(function: engines.Function) -> None:
+        raise RuntimeError("sbatch: error: no\nsbatch: fatal: controller")
+
+    executor = SimpleNamespace(update_parameters=lambda **_: None, submit=submit)
+    given = settings(tmp_path, "runtime.workers=2", "runtime.engine=slurm").runtime
+    with pytest.MonkeyPatch.context() as patch:
+        fake = SimpleNamespace(AutoExecutor=lambda **_: executor)
+        patch.setitem(sys.modules, "submitit", fake)
+        with pytest.raises(
+            InputError, match="slurm: sbatch: error: no sbatch: fatal: controller; "
+        ):
+            engines.engine(given, tmp_path).start(print)
 
 
 def test_a_worker_with_other_keys_is_refused(settings, tmp_path):
