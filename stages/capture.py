@@ -176,7 +176,7 @@ class SketchPort:
         return self._accumulator
 
     def take(self) -> Part:
-        """Return what has passed since this was last asked, and begin anew; nothing if nothing has."""
+        """Return the part of the values since the last call, and start the next; empty without values."""
         accumulator, self._accumulator = self._accumulator, None
         return {} if accumulator is None else accumulator.part()
 

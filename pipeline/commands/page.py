@@ -18,7 +18,7 @@ from pipeline.figures import explorer as interactive
 from pipeline.results.folders import RunFolder
 from pipeline.results.rows import apart, distinct
 from pipeline.run.shipped import leaves
-from pipeline.store import provenance
+from pipeline.store import provenance, whole
 from pipeline.tables import html
 
 FIGURES = {
@@ -144,8 +144,5 @@ def cost(result: Mapping[str, Any]) -> str:
 
 def write(page: str, path: Path) -> None:
     """Write a page and say where and how large it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8", newline="\n")
-    part.rename(path)
+    whole.write(path, page)
     print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")

@@ -55,8 +55,8 @@ def report(arguments: tuple[str, ...]) -> int:
     from pipeline.commands import report
 
     first = next(iter(arguments), "")
-    named = first in names("study") or (not Path(first).is_dir() and "=" in first)
-    if arguments and not named and (Path(first).is_dir() or "/" in first):
+    a_path = "/" in first and "=" not in first
+    if first and first not in names("study") and (a_path or Path(first).is_dir()):
         return report.of_runs(arguments)
     return report.main(_keyed("study", arguments))
 

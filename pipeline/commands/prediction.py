@@ -67,14 +67,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedOut:
     """How batches are shared out: `units` of them, `each` for the worker that has most."""
 
     units: int
     each: int
 
     @classmethod
-    def of(cls, number: int, size: int, workers: int) -> Shared:
+    def of(cls, number: int, size: int, workers: int) -> SharedOut:
         units = math.ceil(number / size)
         return cls(units, math.ceil(units / workers))
 
@@ -176,7 +176,7 @@ class Prediction:
         held = sketch["sketch"].sum()
         if self._offloaded:
             held = sketch.groupby("layer")["sketch"].sum().max()
-        shared = Shared.of(windows, s.runtime.batch, s.runtime.workers)
+        shared = SharedOut.of(windows, s.runtime.batch, s.runtime.workers)
         batch = s.runtime.batch * length
         part = share_bytes(self._model, self._sites, bits, self._dtype, batch)
         return self._merged(replace(cost, held=cost.held + held), shared, part)
@@ -197,14 +197,14 @@ class Prediction:
             passes += self._over["step"] * steps * (steps - 1) / 2
         size = runtime.evaluation_batch
         cost = self._windows(spec["count"], spec["length"], size, what, passes)
-        shared = Shared.of(spec["count"], size, runtime.workers)
+        shared = SharedOut.of(spec["count"], size, runtime.workers)
         return self._merged(cost, shared, COUNTED * len(self._every) * counted)
 
     def _asked(self, spec: Any) -> Cost:
         s = self.settings
         sequences, length = s.plan.questions.get(spec["task"].name, s.plan.questions["other"])
         what = "spiking" if spec["coding"].converts else "dense"
-        shared = Shared.of(spec["items"], AT_ONCE, s.runtime.workers)
+        shared = SharedOut.of(spec["items"], AT_ONCE, s.runtime.workers)
         mine = min(spec["items"], shared.each * AT_ONCE)
         cost = self._windows(mine * sequences, length, s.runtime.task_batch, what, workers=1)
         return replace(cost, fixed=cost.fixed + self._over["task"])
@@ -221,7 +221,7 @@ class Prediction:
     ) -> Cost:
         """So many windows through the model, `passes` times, shared out among all workers or so many."""
         rates, over, itemsize = self.rates, self._over, self._dtype.itemsize
-        shared = Shared.of(number, batch, workers or self.settings.runtime.workers)
+        shared = SharedOut.of(number, batch, workers or self.settings.runtime.workers)
         mine = min(number, shared.each * batch)
         one: Work = work(self._plan, self._sites, length, logits)
         products = mine * 2 * one.macs / rates.flops
@@ -281,7 +281,7 @@ class Prediction:
     def _inner(self) -> int:
         return max((o.work.per_token for o in self._plan if o.kind == "activation"), default=0)
 
-    def _merged(self, cost: Cost, shared: Shared, part: float) -> Cost:
+    def _merged(self, cost: Cost, shared: SharedOut, part: float) -> Cost:
         """With what all batches leave: the worker writes its own, and one reads them all."""
         if self.settings.runtime.workers == 1:
             return cost

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import psutil
 from tabulate import tabulate
 
-from pipeline.commands.prediction import START, Cost, Prediction, Shape, Shared
+from pipeline.commands.prediction import START, Cost, Prediction, Shape, SharedOut
 from pipeline.run.chain import Chain
 from pipeline.run.rates import Rates, of_worker
 from pipeline.run.settings import Settings
@@ -88,7 +88,7 @@ def _notes(chain: Chain, costs: Mapping[str, Cost | None], kind: str) -> list[st
     """What a table does not say: who is idle, what does not fit, what is not in it."""
     s = chain.settings
     notes, workers = [], s.runtime.workers
-    batches = Shared.of(s.calibration.windows, s.runtime.batch, workers).units
+    batches = SharedOut.of(s.calibration.windows, s.runtime.batch, workers).units
     if chain.capture is not None and batches < workers:
         notes.append(
             f"capture has {batches} batches of {s.runtime.batch} windows for {workers} workers: give "

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.run import processes
 from pipeline.run.measured import KINDS, PARTS
+from pipeline.store import whole
 from pipeline.store.spec import StoreSpec
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a json file of the folder, whole or not at all."""
-        part = self.path / f".{name}.part"
-        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        part.rename(self.path / name)
+        whole.write(self.path / name, json.dumps(values, indent=1))
 
     @cached_property
     def result(self) -> dict[str, Any]:

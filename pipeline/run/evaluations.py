@@ -55,14 +55,8 @@ class Perplexity(Cut):
         model, _ = inputs["model"].load()
         if runtime.execution == "stepped":
             log.info("stepped; on real values: %s", ", ".join(real_valued(model)))
-        name, neurons, batch = (
-            spec["perplexity"],
-            conversion(spec, inputs),
-            runtime.evaluation_batch,
-        )
-        noise = spec["perturbation"]
-        how: Any = {"perturbation": noise, "counted": noise is None}  # as only the first is read
-        result = evaluation.perplexity(model, ids, neurons, batch, name, runtime.execution, **how)
+        how = measuring(spec, inputs, runtime)
+        result = evaluation.perplexity(model, ids, batch=runtime.evaluation_batch, **how)
         result.metrics["all"] = spec["count"] == corpus.ALL
         result.save(out)
 
@@ -75,13 +69,14 @@ class Perplexity(Cut):
         ids = windows(spec, inputs, spec["perplexity"])
         model, _ = inputs["model"].load()
         shares = passing(ids, runtime.evaluation_batch, claims)
-        likelihoods(spec, inputs, runtime).run_shares(model, shares)
+        evaluation.Likelihoods(**measuring(spec, inputs, runtime)).run_shares(model, shares)
 
     @staticmethod
     def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
         ids = windows(spec, inputs, spec["perplexity"])
         model, _ = inputs["model"].load()
-        result = likelihoods(spec, inputs, runtime).merged(model, ids, Parts(parts))
+        measured = evaluation.Likelihoods(**measuring(spec, inputs, runtime))
+        result = measured.merged(model, ids, Parts(parts))
         result.metrics["all"] = spec["count"] == corpus.ALL
         result.save(out)
 
@@ -92,11 +87,15 @@ def windows(spec: Spec, inputs: Inputs, name: str) -> Tensor:
     return corpus.windows(ids, spec["count"], spec["length"], 0, name, spec["begin"])
 
 
-def likelihoods(spec: Spec, inputs: Inputs, runtime: Any) -> evaluation.Likelihoods:
+def measuring(spec: Spec, inputs: Inputs, runtime: Any) -> dict[str, Any]:
     """How perplexity is measured; only the counters of the first replicate are read."""
-    noise, neurons = spec["perturbation"], conversion(spec, inputs)
-    how: Any = {"perturbation": noise, "counted": noise is None}
-    return evaluation.Likelihoods(neurons, spec["perplexity"], runtime.execution, **how)
+    return {
+        "conversion": conversion(spec, inputs),
+        "corpus": spec["perplexity"],
+        "execution": runtime.execution,
+        "perturbation": spec["perturbation"],
+        "counted": spec["perturbation"] is None,
+    }
 
 
 class Anytime(Cut):

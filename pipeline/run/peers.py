@@ -29,19 +29,28 @@ def work(
     Every worker does this over the same store, and no other tells it what to do. `check` is called with
     each artifact, which may raise InputError. Of a model that is `offloaded`, some units pass together.
     """
-    missing, begun = {stage.key(): stage for stage in stages}, set[str]()
+    missing: dict[str, Stage] = {}
+    shared: dict[str, Shared] = {}  # whose units this worker has asked for
+    for stage in stages:
+        if (artifact := store.find(stage.step)) is None:
+            missing[stage.key()] = stage
+        else:
+            check(stage, artifact)
     while missing:
         busy = False
         for key, stage in list(missing.items()):
+            if any(source.key() in missing for source in sources(stage)):
+                continue
             artifact = store.find(stage.step)
-            if artifact is None and not any(s.key() in missing for s in sources(stage)):
-                begun.add(key)
-                artifact, worked = _built(stage, store, runtime, worker, offloaded)
+            if artifact is None:
+                if isinstance(stage, Cut) and key not in shared:
+                    shared[key] = Shared(stage, store, runtime)
+                artifact, worked = _built(stage, shared.get(key), store, runtime, worker, offloaded)
                 busy |= worked
             if artifact is not None:
                 del missing[key]
-                if key in begun and isinstance(stage, Cut):
-                    Shared(stage, store, runtime).tidy()
+                if key in shared:
+                    shared[key].tidy()
                 check(stage, artifact)
                 busy = True
         if not busy:
@@ -49,14 +58,20 @@ def work(
 
 
 def _built(
-    stage: Stage, store: Store, runtime: Running, worker: tuple[int, int], offloaded: bool
+    stage: Stage,
+    shared: Shared | None,
+    store: Store,
+    runtime: Running,
+    worker: tuple[int, int],
+    offloaded: bool,
 ) -> tuple[Artifact | None, bool]:
-    """The artifact if this worker has finished it, and whether it has worked at it."""
-    if not isinstance(stage, Cut):
+    """The artifact if this worker has finished it, and whether it has worked at it or at its `shared`
+    units."""
+    if shared is None:
         with store.claim(stage.step) as make:
             artifact = None if make is None else make(stage.maker(store, runtime))
         return artifact, artifact is not None
-    shared, (number, count) = Shared(stage, store, runtime), worker
+    number, count = worker
     most = min(TOGETHER, math.ceil(shared.number / count)) if offloaded else None
     worked = shared.work(number / count, most)
     return shared.merge(), worked

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.run.devices import resolve
-from pipeline.store import provenance
+from pipeline.store import provenance, whole
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _measured(device: torch.device, settings: Settings, config: Any) -> dict[str
     return {
         "flops": 2 * ROWS * width * inner / product,
         "memory": 2 * COPIED / copied,
-        "disk": READ / _reading(Path(settings.store.path)),
+        "disk": READ / _reading(settings.store.folder),
         "network": settings.plan.network,
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -173,7 +173,4 @@ def _kept() -> dict[str, Any]:
 
 def _keep(name: str, rates: dict[str, Any]) -> None:
     every = _kept() | {name: rates}
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    part = FILE.with_name(f".{FILE.name}-{os.getpid()}")
-    part.write_text(json.dumps(every, indent=1) + "\n")
-    os.replace(part, FILE)
+    whole.write(FILE, json.dumps(every, indent=1) + "\n")

@@ -31,8 +31,8 @@ GRACE_SECONDS = 10.0  # for workers to see that all is done
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told: its number out of how many, the settings, where to run, how many threads,
-    and the keys that it must find."""
+    """The work of one worker: its number and how many workers there are, the settings, the folder to run
+    in, its threads, and the keys of all stages, which are those that the driver has."""
 
     worker: tuple[int, int]
     settings: Settings

@@ -7,13 +7,13 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pipeline.store import whole
 
 ROOT = Path(__file__).parents[2]  # the folder that holds the packages `pipeline` and `stages`
 _UNTRUE = ("TYPE_CHECKING", "typing.TYPE_CHECKING")  # conditions that hold for type checkers only
@@ -86,7 +86,8 @@ class Outline:
                 return cls(record["tree"], tuple(record["imports"]), tuple(record["members"]))
         outline = cls.of(source, file, parent)
         if not sys.dont_write_bytecode:
-            _write(place, json.dumps({"source": known, **asdict(outline)}))
+            with suppress(OSError):  # a folder that cannot be written to
+                whole.write(place, json.dumps({"source": known, **asdict(outline)}))
         return outline
 
 
@@ -94,15 +95,6 @@ class Outline:
 def _own() -> bytes:
     """The source of this file, which determines every outline."""
     return Path(__file__).read_bytes()
-
-
-def _write(place: Path, text: str) -> None:
-    """Write a file whole, or not at all where it cannot be written."""
-    with suppress(OSError):
-        place.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, place)
 
 
 class _Effective(ast.NodeTransformer):

@@ -1,4 +1,4 @@
-"""Units of a stage in the store: whoever builds them, and in whatever order, the artifact is the same."""
+"""Units of a stage in the store: any process may build any of them, in any order, to the same artifact."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_two_workers_one_of_which_is_killed_make_the_bytes_of_one_process(
 
 
 class Scripted:
-    """An engine whose workers end as they are told, at once and in this process."""
+    """An engine whose workers end at once, in this process, each with the outcome that the test lists."""
 
     threads = 1
 
