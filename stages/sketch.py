@@ -96,17 +96,17 @@ class Accumulator:
         self._bins: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.range = torch.tensor([float("inf"), float("-inf")], device=device)
         self.absmax = torch.zeros(channels, device=device)
-        self._square = torch.zeros(channels, dtype=torch.float64, device=device)
-        self._passing: Tensor | None = None  # the squares of a batch that has not ended
+        self._square, self._passing = torch.zeros(2, channels, dtype=torch.float64, device=device)
 
     @property
     def square(self) -> Tensor:
         """Sums of x^2 of every channel, [C] float64."""
-        return self._square if self._passing is None else self._square + self._passing
+        return self._square + self._passing
 
     def close(self) -> None:
         """End a batch: its squares, added up by themselves, are one term of those of all batches."""
-        self._square, self._passing = self.square, None
+        self._square += self._passing
+        self._passing.zero_()
 
     def add(self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None) -> None:
         """Add x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
@@ -115,7 +115,7 @@ class Accumulator:
         if len(self.absmax):
             low, high, square = _channels(x.reshape(-1, x.shape[-1]))
             self.absmax = torch.maximum(self.absmax, torch.maximum(high, -low))
-            self._passing = square if self._passing is None else self._passing + square
+            self._passing += square
         else:
             low, high = x.aminmax()
         self.range[0] = torch.minimum(self.range[0], low.amin() if lowest is None else lowest)
@@ -150,7 +150,7 @@ class Accumulator:
         self.range = torch.stack([self.range[0].minimum(low), self.range[1].maximum(high)])
         if len(self.absmax):
             self.absmax = torch.maximum(self.absmax, part["absmax"])
-            self._square = self._square + part["square"]
+            self._square += part["square"]
 
     def _dense(self) -> Tensor:
         """The count of every bin, which the sparse form spreads out."""
