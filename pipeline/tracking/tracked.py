@@ -53,9 +53,9 @@ def log_job(job: RunFolder, draw: Draw, **changes: Any) -> tuple[str, TrackingSp
         with FileLock(job.path / ".tracked.lock", timeout=database.LOCK_SECONDS):
             done = database.attempt(spec, what, send)
         return (done, spec) if done else ("failed", None)
-    except (*REFUSED, OSError) as error:  # of a configuration that cannot be read
+    except (*REFUSED, OSError) as error:  # an unreadable configuration, another process
         log.warning("%s not logged: %s", what, one_line(error))
-        return "failed" if job.result else "off", None
+        return "failed" if job.result or isinstance(error, TimeoutError) else "off", None
 
 
 def log_sweep(folder: RunFolder, draw: Draw, **changes: Any) -> bool:
