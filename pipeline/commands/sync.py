@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from pipeline.results.folders import ENDED, RunFolder
 from pipeline.run.shipped import CONF
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
-from pipeline.tracking.relocation import relocate
 from stages.errors import InputError
 
 
@@ -30,7 +29,7 @@ def relocate_all(overrides: Sequence[str]) -> None:
         client, folder = database.connect(spec).client, Path(spec.artifacts).name
         for experiment in client.search_experiments():
             if Path(experiment.artifact_location).name == folder:
-                relocate(spec, experiment)
+                database.relocate(spec, experiment)
 
 
 def log_missing(runs: Path, close: bool, overrides: Sequence[str]) -> int:
@@ -49,7 +48,7 @@ def log_missing(runs: Path, close: bool, overrides: Sequence[str]) -> int:
     for folder in (RunFolder(path) for path in sorted(runs.iterdir()) if path.is_dir()):
         here = set()
         for job in folder.ended:
-            outcome, spec = tracked.log_job(job, sweep.job_figures, changes)
+            outcome, spec = tracked.log_job(job, sweep.job_figures, **changes)
             done[outcome] += 1
             here |= {spec} if spec else set()
             if spec and outcome == "logged":
@@ -79,10 +78,10 @@ def _asked(overrides: Sequence[str]) -> tuple[dict[str, Any], TrackingSpec]:
         if not override.startswith(known):
             raise InputError(f"got {override}; choose among {', '.join(known)}")
     changes = dict(OmegaConf.from_dotlist(list(overrides)).get("tracking", {}))
-    return changes, tracked.spec_of(OmegaConf.load(CONF / "tracking/default.yaml"), changes)
+    return changes, tracked.spec_of(OmegaConf.load(CONF / "tracking/default.yaml"), **changes)
 
 
-def _log_sweep(folder: RunFolder, close: bool, changes: tracked.Changes) -> bool:
+def _log_sweep(folder: RunFolder, close: bool, changes: Mapping[str, Any]) -> bool:
     """Close the parent of a sweep that has ended; whether it is logged as far as it has ended."""
     if not folder.read(ENDED):
         if not close:
@@ -90,4 +89,4 @@ def _log_sweep(folder: RunFolder, close: bool, changes: tracked.Changes) -> bool
             return True
         folder.end("KILLED")
     with tempfile.TemporaryDirectory() as place:
-        return tracked.log_sweep(folder, partial(sweep.redrawn, into=Path(place)), changes)
+        return tracked.log_sweep(folder, partial(sweep.redrawn, into=Path(place)), **changes)

@@ -6,12 +6,13 @@ the process goes on without it, and `python -m pipeline sync` logs what is missi
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
-import posixpath
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -23,7 +24,6 @@ from pipeline.run import processes
 from pipeline.run.shipped import leaves
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import view
-from pipeline.tracking.relocation import relocate
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ _lost: set[str] = set()  # addresses that failed in this process, which are not 
 class Entry:
     """What is logged of one run.
 
-    `identity` are tags that only this run has, `started` and `ended` seconds since 1970. Numbers of
-    `result` become metrics, nested names joined by `/`, its strings tags; an infinite or undefined
-    number is the tag `nonfinite.<metric>`, because MLflow would store it as 1.8e308. `artifacts`
-    are texts, or files by path, by their name among the artifacts. `process` is the host and number of
-    the process that the run ends with, if it is not this one.
+    `identity` are tags that only this run has, `started` and `ended` seconds since 1970. Names of
+    nested `tags` are joined by a dot. Numbers of `result` become metrics, nested names joined by `/`,
+    its strings tags; an infinite or undefined number is the tag `nonfinite.<metric>`, because MLflow
+    would store it as 1.8e308. `process` is the host and number of the process that the run ends with.
     """
 
     name: str
@@ -64,12 +63,12 @@ class Entry:
     started: float
     ended: float
     status: str = "FINISHED"
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[DatasetInput] = ()
-    artifacts: Mapping[str, str | Path] = field(default_factory=dict)
-    process: str = ""
+    artifacts: Mapping[str, bytes] = field(default_factory=dict)
+    process: str = field(default_factory=processes.this)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Database:
 
     def create(self, entry: Entry, parent: str | None = None) -> str:
         """Open a run, as a child if `parent` is given, and return its id."""
-        tags = {"kind": "job", PROCESS: entry.process or processes.this()} | dict(entry.identity)
+        tags = {"kind": "job", PROCESS: entry.process, **entry.identity}
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         number, start = self.experiment.experiment_id, round(1000 * entry.started)
         return str(self.client.create_run(number, start, tags, entry.name).info.run_id)
@@ -112,11 +111,11 @@ class Database:
             if run.info.run_id != run_id:
                 self.client.delete_run(run.info.run_id)
         for computation in {run.data.tags.get(COMPUTATION) for run in runs} - {None}:
-            same = self.find({COMPUTATION: str(computation)}, "FINISHED")
-            for run in same:
-                kind = "job" if run is same[-1] else "repeat"
+            kind = "job"
+            for run in reversed(self.find({COMPUTATION: str(computation)}, "FINISHED")):
                 if run.data.tags["kind"] != kind:
                     self.client.set_tag(run.info.run_id, "kind", kind)
+                kind = "repeat"
         self.client.set_tag(run_id, LOGGED, digest)
         return run_id
 
@@ -126,20 +125,17 @@ class Database:
         from mlflow.exceptions import MlflowException
 
         end, ended = monotonic() + self.spec.patience, round(1000 * entry.ended)
-        metrics: dict[str, float] = {}
-        tags = dict(entry.tags)
+        tags = {"mlflow.runName": entry.name}
+        tags |= {name: value for name, value in leaves(entry.tags).items() if value is not None}
+        metrics = []
         for name, value in leaves(entry.result, "/").items():
             if isinstance(value, int | float) and math.isfinite(value):
-                metrics[name] = float(value)
+                metrics.append(Metric(name, float(value), ended, 0))
             elif value not in (None, {}):
-                tags[f"nonfinite.{name}" if isinstance(value, float) else name] = str(value)
-        params = {name: str(value) for name, value in leaves(entry.params, "/").items()}
-        self.client.log_batch(
-            run_id,
-            [Metric(name, value, ended, 0) for name, value in metrics.items()],
-            [Param(name, value) for name, value in params.items()],
-            [RunTag(name, value) for name, value in tags.items()],
-        )
+                tags[f"nonfinite.{name}" if isinstance(value, float) else name] = value
+        params = [Param(name, value) for name, value in entry.params.items()]
+        labels = [RunTag(name, str(value)) for name, value in tags.items()]
+        self.client.log_batch(run_id, metrics, params, labels)
         try:
             self.client.log_inputs(run_id, list(entry.inputs))
         except MlflowException:  # another process has created a data set: now it is there
@@ -147,11 +143,9 @@ class Database:
         for name, content in entry.artifacts.items():
             if monotonic() > end:
                 raise TimeoutError("the server is too slow (tracking.patience)")
-            if isinstance(content, Path):
-                self.client.log_artifact(run_id, str(content), posixpath.dirname(name))
-            else:
-                self.client.log_text(run_id, content, name)
-        for tag, state in view.updates(self.experiment.tags, tags.get("model"), metrics).items():
+            self.client.log_stream(run_id, io.BytesIO(content), name)
+        views = view.updates(self.experiment.tags, tags.get("model"), [m.key for m in metrics])
+        for tag, state in views.items():
             self.client.set_experiment_tag(self.experiment.experiment_id, tag, state)
 
     def close_orphans(self) -> int:
@@ -161,12 +155,10 @@ class Database:
         """
         closed = 0
         for run in self.find({}, "RUNNING"):
-            if "sweep" not in run.data.tags:
-                continue
-            gone = self.spec.database is not None
-            if process := run.data.tags.get(PROCESS):
-                gone = processes.is_gone(process, run.info.start_time / 1000)
-            if gone:
+            tags, local = run.data.tags, self.spec.database is not None
+            since = run.info.start_time / 1000
+            gone = processes.is_gone(tags[PROCESS], since) if PROCESS in tags else local
+            if gone and "sweep" in tags:
                 self.client.set_terminated(run.info.run_id, "KILLED")
                 closed += 1
         return closed
@@ -185,15 +177,14 @@ def attempt(spec: TrackingSpec, what: str, send: Callable[[Database], T]) -> T |
     # MLflow lets errors of sqlalchemy, alembic, requests and the file system through; none of
     # them may cost the caller a result
     except Exception as error:
-        line, where = str(error).partition("\n")[0], ""
+        reason = str(error).partition("\n")[0]
         if not isinstance(error, InputError):
-            line, where = f"{type(error).__name__}: {line}", f" to {spec.uri}"
+            reason = f"{type(error).__name__}: {reason}"
         if unreachable(error):
             _lost.add(spec.uri)
-            where += ", nor is what follows in this process"
-        sync = "`python -m pipeline sync` logs what is missing"
-        log.warning("%s not logged%s: %s; %s", what, where, line, sync)
-        log.debug("tracking failed", exc_info=True)
+            reason += ", nor is what follows in this process"
+        line = "%s not logged to %s: %s; `python -m pipeline sync` logs what is missing"
+        log.warning(line, what, spec.uri, reason, exc_info=log.isEnabledFor(logging.DEBUG))
         return None
 
 
@@ -203,15 +194,13 @@ def unreachable(error: BaseException | None) -> bool:
 
     if error is None or isinstance(error, InputError):
         return False
-    if isinstance(error, OSError | OperationalError):  # an error of requests is an OSError
-        return True
-    return unreachable(error.__cause__ or error.__context__)
+    lost = isinstance(error, OSError | OperationalError)  # an error of requests is an OSError
+    return lost or unreachable(error.__cause__ or error.__context__)
 
 
 def connect(spec: TrackingSpec) -> Database:
     """Connect to the database and the experiment, both created on first use."""
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    os.environ |= ENVIRONMENT | os.environ
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning is ours
     from mlflow import MlflowClient
@@ -219,8 +208,7 @@ def connect(spec: TrackingSpec) -> Database:
 
     # two processes must not create one sqlite database at once
     file = spec.database
-    lock: Any = nullcontext() if file is None else FileLock(f"{file}.lock", LOCK_SECONDS)
-    with lock:
+    with FileLock(f"{file}.lock", LOCK_SECONDS) if file else nullcontext():
         client = MlflowClient(tracking_uri=spec.uri)
         experiment = client.get_experiment_by_name(spec.experiment)
         if experiment is None:
@@ -231,3 +219,45 @@ def connect(spec: TrackingSpec) -> Database:
         assert experiment is not None
         relocate(spec, experiment)
     return Database(spec, client, experiment)
+
+
+def relocate(spec: TrackingSpec, experiment: Experiment) -> None:
+    """Point an experiment of a database that was moved at `spec.artifacts`, if its artifacts came along.
+
+    MLflow keeps their places as absolute paths, and has no command that changes one. They came along
+    if that folder holds what its runs have logged, if any has, and the folder that MLflow knows is gone
+    or, of a database that was copied, lies elsewhere than the database. A run keeps its place if only
+    that has its artifacts. Raises InputError if neither place has any.
+    """
+    from mlflow.utils.file_utils import get_local_path_or_none as local
+
+    places = [local(place) for place in (experiment.artifact_location, spec.artifacts)]
+    if spec.database is None or None in places:
+        return
+    stored, given = (Path(place).resolve() for place in places)
+    beside = spec.database.resolve().parent
+    copied = given.is_relative_to(beside) and not stored.is_relative_to(beside)
+    if stored == given:
+        return
+    number = experiment.experiment_id
+    with closing(sqlite3.connect(spec.database)) as connection, connection:
+        query = "SELECT run_uuid, artifact_uri, end_time FROM runs WHERE experiment_id = ?"
+        runs = connection.execute(query, [number]).fetchall()
+        here = {run for run, _, _ in runs if (given / run).is_dir()}
+        came = bool(here) or all(end is None for _, _, end in runs)
+        if stored.is_dir() and not (came and copied):
+            return
+        if not came:
+            raise InputError(
+                f"the artifacts of experiment {experiment.name} were in {stored}, which is gone, and "
+                f"are not in {given}: move them there, or give tracking.experiment=ANOTHER"
+            )
+        left = {run for run, uri, _ in runs if run not in here and Path(local(uri)).is_dir()}
+        moved = [(f"{given}/{run}/artifacts", run) for run, _, _ in runs if run not in left]
+        update = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
+        connection.execute(update, [str(given), number])
+        connection.executemany("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", moved)
+    log.info("the artifacts of %s are in %s, no longer in %s", experiment.name, given, stored)
+    if left:
+        kept = "%d runs of experiment %s keep their artifacts in %s"
+        log.warning(kept, len(left), experiment.name, stored)

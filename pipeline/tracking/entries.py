@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,117 +21,104 @@ from pipeline.run.settings import entry
 from pipeline.run.shipped import leaves
 from pipeline.store import manifest
 from pipeline.tracking.database import COMPUTATION, Entry
-from stages.model.sources import HubText, PackageFile
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
+Values = Mapping[str, Any]
+Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
 # Groups of the configuration whose fields are params by group.field.
 GROUPS = ("calibration", "coding", "distribution", "evaluation", "fitting", "transform")
 GROUPED = ("coding", "row", "transform", "model")  # tags by which the dashboard groups jobs
 NO_METRIC = ("run", "axes", "evaluation", "label", "environments", "bootstrap")  # of result.json
-METRICS = (".perplexity", ".nll")  # of an evaluation; the rest of it are tags
-ORIGINS = {PackageFile: "package", HubText: "hub"}
-NOTE = 7500  # characters of a description; MLflow cuts it at 8000
+LONGEST = 7500  # characters of a tag; MLflow cuts it at 8000, and says so
 DIGEST = 36  # characters of a data set's digest, MLflow's limit
-Values = Mapping[str, Any]
 
 
-def job_entry(job: RunFolder, pictures: Sequence[Path]) -> Entry:
+def job_entry(job: RunFolder, draw: Draw) -> Entry:
     """A job that has ended, with its pictures; of a failed one why, and what its configuration says."""
-    if job.outcome.name == FAILED:
-        return _failed_entry(job)
-    result, run, evaluation = job.result, job.result["run"], job.result["evaluation"]
+    failed, config = job.outcome.name == FAILED, job.path / ".hydra/config.yaml"
+    times = {"started": config.stat().st_mtime, "ended": job.outcome.stat().st_mtime}
+    run = times | (job.failure if failed else job.result["run"])
     axes, label, fields = _described(job)
-    computed = json.dumps([axes["model"], label, result["keys"]], sort_keys=True)
-    measures = {k: str(v) for k, v in leaves(evaluation).items() if not k.endswith(METRICS)}
-    return Entry(
+    ended = Entry(
         name=naming.job_name(job, axes["model"], label, run["overrides"]),
         identity=identity(job),
         started=run["started"],
         ended=run["ended"],
-        tags={COMPUTATION: hashlib.sha256(computed.encode()).hexdigest()}
-        | _tags(job, axes, run["overrides"])
-        | measures
-        | _origin(run, "per_site.json"),
+        tags={name: axes[name] for name in GROUPED if name in axes}
+        | {"experiment": RunFolder(job.path.parent).experiment or "none"}
+        | {"overrides": " ".join(run["overrides"])},
         params=axes | fields,
-        result={k: v for k, v in result.items() if k not in (*NO_METRIC, *axes)}
-        | {f"nll_{corpus}": metrics["nll"] for corpus, metrics in evaluation.items()},
-        inputs=_inputs(job),
-        artifacts={
-            "config.yaml": OmegaConf.to_yaml(job.config, resolve=True),
-            "per_site.json": job.sites.to_json(orient="split", index=False),
-            **{name: job.path / name for name in (KINDS, PARTS)},
-            **{f"figures/{path.name}": path for path in pictures},
-        },
     )
-
-
-def _failed_entry(job: RunFolder) -> Entry:
-    axes, label, fields = _described(job)
-    config, error = job.path / ".hydra/config.yaml", _cut(job.failure["error"])
-    return Entry(
-        name=naming.job_name(job, axes["model"], label, job.failure["overrides"]),
-        identity=identity(job),
-        started=config.stat().st_mtime,
-        ended=job.outcome.stat().st_mtime,
-        status="FAILED",
-        tags=_tags(job, axes, job.failure["overrides"])
-        | {"error": error, "mlflow.note.content": error},
-        params=axes | fields,
-        artifacts={file.name: file for file in (config, *sorted(job.path.glob("*.log")))},
+    if failed:
+        error, logs = run["error"][:LONGEST], sorted(job.path.glob("*.log"))
+        return replace(
+            ended,
+            status="FAILED",
+            tags={**ended.tags, "error": error, "mlflow.note.content": error},
+            artifacts={file.name: file.read_bytes() for file in (config, *logs)},
+        )
+    result = job.result
+    determined = json.dumps([axes["model"], label, result["keys"]], sort_keys=True)
+    computed = {COMPUTATION: hashlib.sha256(determined.encode()).hexdigest()}
+    return replace(
+        ended,
+        tags={**ended.tags, **computed, **_origin(run, "per_site.json")},
+        result={name: v for name, v in result.items() if name not in (*NO_METRIC, *axes)}
+        | {f"nll_{corpus}": metrics["nll"] for corpus, metrics in result["evaluation"].items()},
+        inputs=[*_inputs(job)],
+        artifacts={
+            "config.yaml": OmegaConf.to_yaml(job.config, resolve=True).encode(),
+            "per_site.json": job.sites.to_json(orient="split", index=False).encode(),
+            **{name: (job.path / name).read_bytes() for name in (KINDS, PARTS)},
+            **{f"figures/{path.name}": path.read_bytes() for path in draw(job)},
+        },
     )
 
 
 def opened_sweep(folder: RunFolder) -> Entry:
     """A sweep that has begun: its name alone."""
-    begun = folder.read(PROCESS)  # an earlier version left none
+    begun: dict[str, Any] = {"started": (folder.path / MULTIRUN).stat().st_mtime}
+    begun |= folder.read(PROCESS)  # an earlier version left none
     return Entry(
         name=f"{folder.experiment or 'sweep'} {naming.short_id(folder.path.name)}",
         identity={"kind": "sweep", "sweep": folder.path.name},
-        started=begun.get("started") or (folder.path / MULTIRUN).stat().st_mtime,
         ended=0,
-        process=begun.get("process", ""),
+        **begun,
     )
 
 
-def sweep_entry(folder: RunFolder, files: Sequence[Path]) -> Entry:
+def sweep_entry(folder: RunFolder, draw: Draw) -> Entry:
     """A sweep that has ended, with its tables and figures; the main table is its description.
 
     All of it can be logged again, as params could not: a sweep may be closed before its end.
     """
-    end, experiment = folder.read(ENDED), folder.experiment
+    opened, end, files = opened_sweep(folder), folder.read(ENDED), draw(folder)
     results = sweep_results(folder.path) if folder.finished else {}
-    failed = {job: job.failure for job in folder.jobs if job.failure}
-    axes = [_described(job)[0] for job in dict.fromkeys([*results, *failed])]
-    tags = {
-        key: ", ".join(dict.fromkeys(str(each[key]) for each in axes if key in each))
-        for key in dict.fromkeys(key for each in axes for key in each)
-    }
-    opened = opened_sweep(folder)
-    name = " ".join(filter(None, (opened.name, tags.get("model"))))
-    tags |= {"experiment": experiment or "none"}
-    artifacts: dict[str, str | Path] = {
-        f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path
+    failed = sum(bool(job.failure) for job in folder.jobs)
+    values: dict[str, dict[str, None]] = {}
+    for job in folder.ended:
+        for axis, value in _described(job)[0].items():
+            values.setdefault(axis, {})[str(value)] = None
+    tags: dict[str, Any] = {axis: ", ".join(each) for axis, each in values.items()}
+    artifacts = {
+        f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path.read_bytes()
         for path in files
     }
-    artifacts["multirun.yaml"] = folder.path / MULTIRUN
-    if failed:
-        reasons = {job.path.name: failure for job, failure in failed.items()}
-        artifacts["failed.json"] = json.dumps(reasons, indent=1)
     if results:
         frame = result_frame(distinct(results.values()))
-        artifacts["table.json"] = frame.to_json(orient="split", index=False)
-        table = [p.read_text() for p in files if p.name == f"{naming.run_name(folder)}.md"]
+        artifacts["table.json"] = frame.to_json(orient="split", index=False).encode()
         tags |= _origin(next(iter(results.values()))["run"], "table.json")
-        tags |= {"mlflow.note.content": _cut("".join(table))}
+        table = artifacts.get(f"tables/{naming.run_name(folder)}.md", b"").decode()
+        tags["mlflow.note.content"] = table[:LONGEST].rpartition("\n")[0]  # whole lines
     return replace(
         opened,
-        name=name,
+        name=f"{opened.name} {tags['model']}",
         ended=end["ended"],
         status=end["status"],
-        tags=tags,
-        result={"jobs": len(results), "failed": len(failed)},
+        tags={**tags, "experiment": folder.experiment or "none"},
+        result={"jobs": len(results), "failed": failed},
         artifacts=artifacts,
     )
 
@@ -147,15 +134,13 @@ def _described(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
     Of a job without a result as far as its configuration can be read.
     """
     result, config = job.result, job.config
-    axes = {key: job.choices[key] for key in ("model", "coding", "transform")}
     try:
         settings: Any = None if result else instantiate(config)
     except Exception:  # the configuration may be what the job has failed of
+        axes = {key: job.choices[key] for key in ("model", "coding", "transform")}
         with suppress(Exception):
+            axes |= {k: config.coding[k] for k in ("timesteps", "grains") if k in config.coding}
             axes["model"] = instantiate(config.model).name
-        for key in ("timesteps", "grains"):
-            with suppress(Exception):
-                axes[key] = config.coding[key]
         return axes, str(config.row or axes["coding"]), {}
     axes, label = (result["axes"], result["label"]) if result else (settings.axes, settings.name)
     read = {"evaluation": config.evaluation.corpora, "tasks": config.evaluation.tasks}
@@ -165,55 +150,34 @@ def _described(job: RunFolder) -> tuple[dict[str, Any], str, dict[str, Any]]:
     return axes, label, {name: fields[name] for name in fields if "._" not in name}
 
 
-def _tags(job: RunFolder, axes: Values, overrides: Sequence[str]) -> dict[str, str]:
-    tags = {name: str(axes[name]) for name in GROUPED if name in axes}
-    experiment = RunFolder(job.path.parent).experiment or "none"
-    return tags | {"experiment": experiment, "overrides": " ".join(overrides)}
-
-
-def _origin(run: Values, table: str) -> dict[str, str]:
+def _origin(run: Values, table: str) -> dict[str, Any]:
     """Source revision, versions and machine, and which json file the dashboard shows as a table."""
-    origin = leaves({"git": run["git"], "version": run["versions"], "machine": run["machine"]})
-    origin |= {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
+    origin = {"git": run["git"], "version": run["versions"], "machine": run["machine"]}
     origin |= {"mlflow.source.git.commit": run["git"]["revision"]}  # has a column
-    origin |= {"mlflow.loggedArtifacts": json.dumps([{"path": table, "type": "table"}])}
-    return {name: str(value) for name, value in origin.items() if value is not None}
+    return origin | {"mlflow.loggedArtifacts": json.dumps([{"path": table, "type": "table"}])}
 
 
-def _inputs(job: RunFolder) -> list[DatasetInput]:
+def _inputs(job: RunFolder) -> Iterator[DatasetInput]:
     """The texts and questions that a job has read, by the keys of their tokens."""
-    config, inputs = job.config, []
+    config = job.config
     read = [("evaluation", name, f"evaluation ppl_{name}") for name in config.evaluation.corpora]
     if "capture" in job.result["keys"]:
         read.insert(0, ("calibration", config.calibration.corpus, "capture"))
     for context, name, stage in read:
         corpus: Any = entry("corpus", name, instantiate(config.corpus[name], _convert_="all"))
         origin = corpus.origin(context)
-        kind = ORIGINS.get(type(origin), "local")
-        source = {"uri": str(origin)} if kind == "local" else asdict(origin)
-        shape = {key: config[context][key] for key in ("windows", "length")}
+        source = {"uri": str(origin)} if isinstance(origin, Path) else asdict(origin)
         digest = manifest.read(job.artifact(stage))["inputs"]["tokens"]
-        inputs.append(dataset(name, context, digest, kind, source, shape))
+        yield dataset(name, context, digest, "text", source)
     for name in config.evaluation.tasks:
         task = {"task": name, "path": config.tasks[name].get("path")}
-        shape = {"items": config.evaluation["items"]}  # .items is the method
         digest = manifest.read(job.artifact(f"evaluation acc_{name}"))["inputs"]["data"]
-        inputs.append(dataset(name, "evaluation", digest, "questions", task, shape))
-    return inputs
+        yield dataset(name, "evaluation", digest, "questions", task)
 
 
-def dataset(
-    name: str, context: str, digest: str, kind: str, source: Values, shape: Values
-) -> DatasetInput:
+def dataset(name: str, context: str, digest: str, kind: str, source: Values) -> DatasetInput:
     """A data set that a run has read: `context` says what for, `digest` which content."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    told = Dataset(name, digest[:DIGEST], kind, json.dumps(source), None, json.dumps(shape))
-    return DatasetInput(told, [InputTag("mlflow.data.context", context)])
-
-
-def _cut(text: str) -> str:
-    """As many lines of a text as a description can hold."""
-    if len(text) <= NOTE:
-        return text
-    return f"{text[:NOTE].rpartition(chr(10))[0]}\n\nThe whole table is among the artifacts."
+    read = Dataset(name, digest[:DIGEST], kind, json.dumps(source))
+    return DatasetInput(read, [InputTag("mlflow.data.context", context)])

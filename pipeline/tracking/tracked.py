@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from pipeline.results.folders import ENDED, RESULT, RunFolder
+from pipeline.results.folders import ENDED, RunFolder
 from pipeline.run.errors import REFUSED, one_line
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database
 from pipeline.tracking.database import LOGGED, Database, Entry
-from pipeline.tracking.entries import identity, job_entry, opened_sweep, sweep_entry
+from pipeline.tracking.entries import Draw, identity, job_entry, opened_sweep, sweep_entry
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
-Draw = Callable[[RunFolder], Sequence[Path]]  # what a run's folder has of tables and figures
-Changes = Mapping[str, Any]  # of fields of tracking
-UNCHANGED: Changes = MappingProxyType({})
 
 
-def spec_of(tracking: Any, changes: Changes) -> TrackingSpec:
+def spec_of(tracking: Any, **changes: Any) -> TrackingSpec:
     """Where runs are logged by a configuration's `tracking`, with some fields changed."""
-    # an earlier version may have had the class elsewhere
-    given: dict[str, Any] = {name: tracking[name] for name in tracking if name != "_target_"}
-    return TrackingSpec(**(given | dict(changes)))
+    given = {**tracking, **changes}
+    given.pop("_target_", None)  # an earlier version may have had the class elsewhere
+    return TrackingSpec(**given)
 
 
-def log_job(
-    job: RunFolder, draw: Draw, changes: Changes = UNCHANGED
-) -> tuple[str, TrackingSpec | None]:
+def log_job(job: RunFolder, draw: Draw, **changes: Any) -> tuple[str, TrackingSpec | None]:
     """Log a job that has ended, with the pictures that `draw` makes of one with a result.
 
     Returns `logged` or `known`, as it was logged before, and where; else `off` or `failed`. `changes`
@@ -47,27 +41,24 @@ def log_job(
         digest, sweep = _digest(job.outcome), job.sweep
         if db.find(identity(job) | {LOGGED: digest}):
             return "known"
-        entry = made(lambda: job_entry(job, draw(job) if job.outcome.name == RESULT else ()))
+        entry = made(job_entry, job, draw)
         db.complete(db.create(entry, _parent(db, sweep) if sweep else None), entry, digest)
         db.close_orphans()  # of commands that were killed
         return "logged"
 
     try:
-        spec = spec_of(job.config.tracking, changes)
+        spec = spec_of(job.config.tracking, **changes)
         if not spec.enabled:
             return "off", None
-        with FileLock(job.path / ".tracked.lock", timeout=0):
+        with FileLock(job.path / ".tracked.lock", timeout=database.LOCK_SECONDS):
             done = database.attempt(spec, what, send)
         return (done, spec) if done else ("failed", None)
-    except Timeout:
-        log.warning("%s is being logged by another process", what)
-        return "failed", None
-    except (*REFUSED, OSError) as error:  # of a configuration that cannot be read
+    except (*REFUSED, OSError) as error:  # an unreadable configuration, another process
         log.warning("%s not logged: %s", what, one_line(error))
-        return "failed" if job.result else "off", None
+        return "failed" if job.result or isinstance(error, TimeoutError) else "off", None
 
 
-def log_sweep(folder: RunFolder, draw: Draw, changes: Changes = UNCHANGED) -> bool:
+def log_sweep(folder: RunFolder, draw: Draw, **changes: Any) -> bool:
     """Complete and close the parent run of a sweep that has ended; whether that is done.
 
     `draw` makes its tables and figures. It is logged where the first of its jobs is that says where.
@@ -77,22 +68,20 @@ def log_sweep(folder: RunFolder, draw: Draw, changes: Changes = UNCHANGED) -> bo
         digest = _digest(folder.path / ENDED, *(job.outcome for job in folder.ended))
         run_id = _parent(db, folder)
         if db.client.get_run(run_id).data.tags.get(LOGGED) != digest:
-            entry = made(lambda: sweep_entry(folder, draw(folder)))
-            db.client.update_run(run_id, name=entry.name)  # now its models are known
-            db.complete(run_id, entry, digest)
+            db.complete(run_id, made(sweep_entry, folder, draw), digest)
         return True
 
     for job in folder.ended:
         with suppress(*REFUSED, OSError):
-            spec = spec_of(job.config.tracking, changes)
+            spec = spec_of(job.config.tracking, **changes)
             return database.attempt(spec, f"sweep {folder.path.name}", send) or False
     return False
 
 
-def made(make: Callable[[], Entry]) -> Entry:
-    """What `make` returns; InputError where an entry cannot be made, which is no fault of the database."""
+def made(make: Callable[[RunFolder, Draw], Entry], folder: RunFolder, draw: Draw) -> Entry:
+    """What is logged of a folder; InputError where that cannot be read, no fault of the database."""
     try:
-        return make()
+        return make(folder, draw)
     except Exception as error:
         raise InputError(f"{type(error).__name__}: {error}") from error
 

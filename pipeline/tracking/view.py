@@ -16,24 +16,27 @@ from typing import Any
 TAG = "mlflow.sharedViewState."
 SECTION = "comparison"
 PERPLEXITY, MEASURE = "ppl_", "nll_"  # of every corpus: the perplexity and its logarithm
-COLUMNS = ("saving", "spikes_per_value", "nmse")  # of runs, behind perplexities and energy
-HEIGHT = 420  # pixels of a plot
+COLUMNS = ("energy_J", "saving", "spikes_per_value", "nmse")  # of runs, behind perplexities
 
 
 def updates(tags: Mapping[str, str], model: str | None, metrics: Iterable[str]) -> dict[str, str]:
     """The tags of an experiment with `tags` that change for the views to show a run's metrics."""
-    new = [name for name in metrics if name.startswith(MEASURE)]
-    if model is None or not new:
+    corpora = [name.removeprefix(MEASURE) for name in metrics if name.startswith(MEASURE)]
+    if model is None or not corpora:
         return {}
     key = f"energy-{re.sub(r'[^A-Za-z0-9_.-]', '_', model)}"
     drawn = [chart["uuid"] for chart in _state(tags, key).get("compareRunCharts", ())]
+    measures = dict.fromkeys([*drawn, *(MEASURE + corpus for corpus in corpora)])
     title = f"{model}: log perplexity against energy"
-    energy = _energy(model, title, dict.fromkeys([*drawn, *new]))
-    known = _state(tags, "runs").get("selectedColumns", ())
-    columns = [name for name in known if name.startswith(f"metrics.`{PERPLEXITY}")]
-    columns += [_column(PERPLEXITY + name.removeprefix(MEASURE)) for name in new]
-    views = {key: _view(title, energy), "energy": json.dumps(energy)}
-    views["runs"] = _view("runs with their numbers", _runs(columns))
+    energy = _energy(model, title, measures)
+    numbers = _columns(COLUMNS)
+    known = [c for c in _state(tags, "runs").get("selectedColumns", ()) if c not in numbers]
+    known += _columns(PERPLEXITY + corpus for corpus in corpora)
+    # all runs, the latest first, sweeps above their jobs
+    runs = {"orderByKey": "attributes.start_time", "orderByAsc": False}
+    runs["selectedColumns"] = [*dict.fromkeys(known), *numbers]
+    views = {key: _listed(title, energy), "energy": json.dumps(energy)}
+    views["runs"] = _listed("runs with their numbers", runs)
     return {TAG + key: view for key, view in views.items() if tags.get(TAG + key) != view}
 
 
@@ -42,7 +45,7 @@ def quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
-def _view(name: str, state: Mapping[str, Any]) -> str:
+def _listed(name: str, state: Mapping[str, Any]) -> str:
     return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
@@ -52,35 +55,25 @@ def _state(tags: Mapping[str, str], key: str) -> dict[str, Any]:
     return dict(json.loads(view["state"])) if "state" in view else dict(view)
 
 
-def _column(metric: str) -> str:
-    return f"metrics.`{metric}`"
-
-
-def _runs(perplexities: Iterable[str]) -> dict[str, Any]:
-    """All runs, the latest first, sweeps above their jobs."""
-    numbers = map(_column, ("energy_J", *COLUMNS))
-    return {
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
-        "selectedColumns": [*dict.fromkeys([*perplexities, *numbers])],
-    }
+def _columns(metrics: Iterable[str]) -> list[str]:
+    return [f"metrics.`{metric}`" for metric in metrics]
 
 
 def _energy(model: str, title: str, measures: Iterable[str]) -> dict[str, Any]:
     """Jobs sorted by energy, for those sorted by time hang below their sweeps."""
-    section = {"uuid": SECTION, "name": title, "columns": 1, "cardHeight": HEIGHT}
+    columns = _columns(("energy_J", *measures))
     shown = ["tags.kind = 'job'", "attributes.status = 'FINISHED'", f"tags.model = {quoted(model)}"]
+    section = {"uuid": SECTION, "name": title, "columns": 1, "cardHeight": 420}  # pixels
     chart = {"type": "SCATTER", "metricSectionId": SECTION, "deleted": False, "isGenerated": False}
     chart |= {"runsCountToCompare": 1000, "xaxis": {"key": "energy_J", "type": "METRIC"}}
+    plots = [chart | {"uuid": y, "yaxis": {"key": y, "type": "METRIC"}} for y in measures]
     return {
         "searchFilter": " and ".join(shown),
-        "orderByKey": _column("energy_J"),
+        "orderByKey": columns[0],
         "orderByAsc": True,
         "runsHiddenMode": "SHOWALL",
-        "selectedColumns": [_column(name) for name in ("energy_J", *measures)],
+        "selectedColumns": columns,
         "compareRunSections": [section | {"display": True, "isReordered": False}],
         "isAccordionReordered": True,  # else MLflow puts the charts that it makes first
-        "compareRunCharts": [
-            chart | {"uuid": name, "yaxis": {"key": name, "type": "METRIC"}} for name in measures
-        ],
+        "compareRunCharts": plots,
     }

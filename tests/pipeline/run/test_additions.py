@@ -76,7 +76,7 @@ def test_a_run_on_a_text_and_a_task_of_ones_own_has_their_names(command, tiny_ru
     assert result["ppl_mine"] == result["ppl_wikipedia"] and "ppl_mine" in done.out
     assert result["acc_own"] == result["acc_piqa"]
     with chdir(tmp_path):
-        read = job_entry(RunFolder(done.runs / "0"), ()).inputs
+        read = job_entry(RunFolder(done.runs / "0"), lambda job: ()).inputs
         texts = {(each.dataset.name, each.tags[0].value) for each in read}
     assert {("mine", "evaluation"), ("own", "evaluation")} <= texts
     planned = command(tmp_path, *asked, "runtime.plan=true")

@@ -36,7 +36,7 @@ def entry(name: str = "run", **changes) -> Entry:
         "ended": 1_700_000_007.0,
         "params": AXES,
         "result": RESULT,
-        "artifacts": {"config.yaml": "coding: gated\n"},
+        "artifacts": {"config.yaml": b"coding: gated\n"},
     }
     return Entry(name, **(values | changes))
 
@@ -57,7 +57,7 @@ def log_three(spec: TrackingSpec, worker: int, start: Any = None) -> None:
         start.wait(120)
     for number in range(3):
         name = f"{worker}.{number}"
-        files = {"config.yaml": ""}
+        files = {"config.yaml": b""}
         made = Entry(name, {"job": name}, 0, 0, result={"ppl": number}, artifacts=files)
         assert database.attempt(
             spec, name, lambda db, made=made: db.complete(db.create(made), made)

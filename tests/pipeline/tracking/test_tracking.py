@@ -42,6 +42,17 @@ def test_axes_metrics_and_tags_come_back(spec):
     assert "coding" not in run.data.tags
 
 
+def test_nested_tags_are_joined_by_dots_and_absent_ones_left_out(spec):
+    origin = {"git": {"revision": "0a", "dirty": False, "branch": None}, "version.torch": "2"}
+    tags = fetch(spec, log_run(spec, tags=origin)).data.tags
+    assert {
+        "git.revision": "0a",
+        "git.dirty": "False",
+        "version.torch": "2",
+    }.items() <= tags.items()
+    assert "git.branch" not in tags
+
+
 def test_a_run_has_the_times_of_its_computation_not_of_its_logging(spec):
     info = fetch(spec, log_run(spec)).info
     assert (info.start_time, info.end_time) == (1_700_000_000_500, 1_700_000_007_000)
@@ -141,8 +152,8 @@ def test_more_params_and_tags_than_one_request_can_hold(spec):
 
 def test_texts_are_inputs_with_their_context_and_source(spec):
     texts = [
-        dataset("c4", "calibration", 40 * "a", "hub", {"id": "allenai/c4"}, {"windows": 16}),
-        dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"}, {"windows": 3}),
+        dataset("c4", "calibration", 40 * "a", "hub", {"id": "allenai/c4"}),
+        dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"}),
     ]
     inputs = fetch(spec, log_run(spec, inputs=texts)).inputs.dataset_inputs
     seen = {(i.tags[0].value, i.dataset.name, i.dataset.digest, i.dataset.source) for i in inputs}
@@ -153,7 +164,7 @@ def test_texts_are_inputs_with_their_context_and_source(spec):
 
 
 def test_a_data_set_that_another_process_creates_first_costs_nothing(spec, monkeypatch):
-    text = dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"}, {"windows": 3})
+    text = dataset("wikipedia", "evaluation", "b", "local", {"uri": "text.jsonl"})
     rival, log_inputs, refused = fetch(spec, log_run(spec)).info.run_id, MlflowClient.log_inputs, []
 
     def late(client, run_id, datasets):
@@ -176,7 +187,7 @@ def test_logging_a_run_again_leaves_one_of_it(spec, monkeypatch):
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_text", broken)
+        patch.setattr(MlflowClient, "log_stream", broken)
         assert log_run(spec) is None
     client = MlflowClient(tracking_uri=spec.uri)
     experiment = client.get_experiment_by_name(spec.experiment).experiment_id
@@ -199,9 +210,9 @@ def test_non_finite_numbers_are_tags_not_huge_metrics(spec):
 
 def test_table_figures_and_config_come_back(spec, tmp_path):
     per_site = pd.DataFrame({"site": ["a:in", "b:in"], "layer": [0, -1], "nmse": [1e-4, None]})
-    drawn = tmp_path / "drawn.png"
-    drawn.write_bytes(b"\x89PNG")
-    texts = {"config.yaml": "coding: gated\n", "per_site.json": per_site.to_json(orient="split")}
+    table = per_site.to_json(orient="split").encode()
+    texts = {"config.yaml": b"coding: gated\n", "per_site.json": table}
+    drawn = b"\x89PNG\r\n"
     files = {"figures/drawn.png": drawn, "drawn.png": drawn}
     run_id = log_run(spec, artifacts=texts | files)
     client = MlflowClient(tracking_uri=spec.uri)
@@ -209,7 +220,7 @@ def test_table_figures_and_config_come_back(spec, tmp_path):
     assert logged == {"figures/drawn.png"}
     folder = Path(client.download_artifacts(run_id, "", str(tmp_path)))
     assert (folder / "config.yaml").read_text() == "coding: gated\n"
-    assert (folder / "figures" / "drawn.png").read_bytes() == drawn.read_bytes()
+    assert (folder / "figures" / "drawn.png").read_bytes() == drawn
     assert (folder / "drawn.png").exists()
     pd.testing.assert_frame_equal(
         pd.read_json(folder / "per_site.json", orient="split"), per_site, check_dtype=False
@@ -275,7 +286,7 @@ def test_first_use_prints_nothing(cold):
     code = """import sys
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking.database import Entry, attempt
-entry = Entry("run", {"job": "0"}, 0, 0, artifacts={"config.yaml": ""})
+entry = Entry("run", {"job": "0"}, 0, 0, artifacts={"config.yaml": b""})
 send = lambda db: db.complete(db.create(entry), entry)
 sys.exit(attempt(TrackingSpec(*sys.argv[1:]), "run", send) is None)"""
     command = [sys.executable, "-c", code, cold.uri, cold.experiment, cold.artifacts]

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from pipeline.commands.cli import main
+from pipeline.results.folders import RunFolder
 from pipeline.run.specs import TrackingSpec
 from pipeline.tracking import database, tracked
 from pipeline.tracking.database import Database
@@ -46,15 +47,15 @@ def test_a_lost_server_is_one_warning_and_one_wait(server, request, caplog, monk
 
 def test_a_slow_database_costs_no_more_than_the_patience(spec, caplog, monkeypatch):
     """By a clock that goes on by 0.3 s with every request."""
-    log_text, sent = MlflowClient.log_text, []
+    log_stream, sent = MlflowClient.log_stream, []
 
     def slow(*args, **named):
         sent.append(args)
-        return log_text(*args, **named)
+        return log_stream(*args, **named)
 
-    monkeypatch.setattr(MlflowClient, "log_text", slow)
+    monkeypatch.setattr(MlflowClient, "log_stream", slow)
     monkeypatch.setattr(database, "monotonic", lambda: 0.3 * len(sent))
-    texts = {f"{i}.txt": "x" for i in range(40)}
+    texts = {f"{i}.txt": b"x" for i in range(40)}
     assert log_run(replace(spec, patience=1.0), artifacts=texts) is None
     assert len(sent) == 4  # the last of them begins after 0.9 s
     assert "too slow" in caplog.text and spec.uri in database._lost
@@ -64,10 +65,10 @@ def test_what_one_run_lacks_costs_no_other(spec, caplog):
     """An entry that cannot be made, and one that MLflow refuses."""
 
     def broken(db: Database) -> None:
-        tracked.made(lambda: Path("per_site.parquet").stat())
+        tracked.made(lambda job, draw: draw(job), RunFolder(Path("job")), lambda job: job.sites)
 
     assert database.attempt(spec, "run broken", broken) is None
-    assert "run broken not logged: FileNotFoundError" in caplog.text
+    assert f"run broken not logged to {spec.uri}: FileNotFoundError" in caplog.text
     assert log_run(spec, "refused", params={"a\nb": 1}) is None
     assert "run refused not logged" in caplog.text and spec.uri not in database._lost
     client = MlflowClient(tracking_uri=spec.uri)
@@ -92,7 +93,7 @@ def test_an_address_may_stand_in_the_environment(monkeypatch):
     monkeypatch.setenv("DASHBOARD", "http://host:5000")
     given = {"uri": "${oc.env:DASHBOARD}", "experiment": "${model}", "artifacts": "unused"}
     config = OmegaConf.create({"model": "tiny", "tracking": given})
-    spec = tracked.spec_of(config.tracking, {"patience": 1.0})
+    spec = tracked.spec_of(config.tracking, patience=1.0)
     assert spec == TrackingSpec("http://host:5000", "tiny", "unused", patience=1.0)
 
 

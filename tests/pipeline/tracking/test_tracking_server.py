@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import chdir
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -103,18 +104,18 @@ def test_a_server_killed_in_mid_sweep_costs_nothing(
     command, server, folder, sweep, monkeypatch, capsys, tmp_path
 ):
     """Job 0 is logged, the server dies with half of job 1, jobs 2 and 3 find none."""
-    log_text, dying = MlflowClient.log_text, []
+    log_stream, dying = MlflowClient.log_stream, []
 
-    def dies(self: MlflowClient, run_id: str, text: str, name: str) -> None:
+    def dies(self: MlflowClient, run_id: str, content: BytesIO, name: str) -> None:
         if name == "config.yaml":
             dying.append(run_id)
             if len(dying) == 2:
                 server.kill()
-        log_text(self, run_id, text, name)
+        log_stream(self, run_id, content, name)
 
     grid = (*SWEEP[:-1], "coding.timesteps=4,6")
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_text", dies)
+        patch.setattr(MlflowClient, "log_stream", dies)
         done = command(folder, *grid, *to(server.uri))
     assert done.code == 0 and len(done.results) == 4
     assert len(dying) == 2  # the others were not even tried
@@ -265,12 +266,13 @@ def test_a_result_that_has_changed_replaces_its_run(server, folder, sweep):
     assert children["0"].data.metrics["energy_J"] == 42 and len(children) == 2
 
 
-def test_one_job_is_logged_by_one_process_at_a_time(sweep, caplog):
+def test_one_job_is_logged_by_one_process_at_a_time(sweep, caplog, monkeypatch):
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0)
     job = sweep.runs / "0"
-    nowhere = {"uri": "http://127.0.0.1:1"}
     with FileLock(job / ".tracked.lock"):
-        assert tracked.log_job(RunFolder(job), lambda job: (), nowhere) == ("failed", None)
-    assert "by another process" in caplog.text
+        logged = tracked.log_job(RunFolder(job), lambda job: (), uri="http://127.0.0.1:1")
+    assert logged == ("failed", None)
+    assert f"{job}/.tracked.lock" in caplog.text
 
 
 def test_a_server_that_hangs_delays_a_sweep_by_one_wait(command, folder, sweep, monkeypatch):
