@@ -1,6 +1,8 @@
 """Names and versions of codings, transforms and statistics, in keys and in exported models.
 
 A name outlives the place of its file. `version` rises when the same fields come to mean something else.
+A config of another version is refused, unless it is of the `oldest` that is read or a later one: of what
+neurons were only fitted with, and which a model that has them does not ask for again.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ T = TypeVar("T", bound=type)
 
 @dataclass(frozen=True)
 class Identity:
-    """What a class is called for good, such as `coding/gated` in version 1."""
+    """What a class is called for good, such as `coding/gated` in version 1; configs of the versions from
+    `oldest` on are read as that."""
 
     name: str
     version: int
+    oldest: int
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
@@ -36,8 +40,11 @@ _identities: dict[type, Identity] = {}
 _classes: dict[str, type] = {}  # by name, and by the paths of classes in earlier exports
 
 
-def register(name: str, version: int = 1, *, was: str | None = None) -> Callable[[T], T]:
-    """Give a class its name; `was` is its path in exports that were written before it had one.
+def register(
+    name: str, version: int = 1, *, was: str | None = None, oldest: int | None = None
+) -> Callable[[T], T]:
+    """Give a class its name; `was` is its path in exports that were written before it had one, `oldest`
+    the first version that is read, the `version` itself unless given.
 
     ValueError where a name is taken by another class.
     """
@@ -48,7 +55,7 @@ def register(name: str, version: int = 1, *, was: str | None = None) -> Callable
             if taken.__qualname__ != kind.__qualname__:
                 raise ValueError(f"{each} is the name of {taken.__qualname__} already")
             _classes[each] = kind
-        _identities[kind] = Identity(name, version)
+        _identities[kind] = Identity(name, version, oldest or version)
         return kind
 
     return named
@@ -74,9 +81,10 @@ def lookup(text: str) -> type:
             f"a config names the class {text!r}, which is none of this version's codings or "
             "transforms; load it with the version that wrote it"
         )
-    if version and version != str(_identities[kind].version):
+    known = _identities[kind]
+    if version and version not in map(str, range(known.oldest, known.version + 1)):
         raise InputError(
-            f"a config has {text}, and this version reads {_identities[kind]}; load it with the "
+            f"a config has {text}, and this version reads {known}; load it with the "
             "version that wrote it"
         )
     return kind

@@ -19,10 +19,13 @@ import torch
 
 from pipeline.run.rates import Rates
 from pipeline.run.settings import Settings
+from pipeline.run.shares import Cut
 from pipeline.run.stage import Stage
 from stages.analysis.footprint import Resident, resident, share_bytes, site_plan
 from stages.analysis.operations import operations
 from stages.analysis.work import Work, work
+from stages.fits.sensitivity import CELLS, Sensitivity
+from stages.fits.statistics import ChannelMean, ChannelScale, ChannelScales, Statistic
 from stages.model.loading import meta_model
 from stages.model.sites import find_sites, select
 from stages.text.answers import AT_ONCE
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 BITS16 = 2  # bytes of a weight on the hub
 FLOAT32 = 4
-COUNTED = 7 * 8  # bytes of the counters of a site
+FLOAT64 = 8
+COUNTED = 7 * FLOAT64  # bytes of the counters of a site
 START = "start"
 
 
@@ -116,7 +120,9 @@ class Prediction:
     def of(self, stage: Stage) -> Cost | None:
         """The cost of a stage, None where its size is known once its text has been read."""
         spec, over = stage.spec, self._over
-        if stage.name in ("capture", "patching", "prefix", "statistics"):
+        if stage.name == "statistics":
+            return self._statistic(stage)
+        if stage.name in ("capture", "patching", "prefix"):
             return self._calibrated(stage.name, spec)
         if stage.name == "evaluation":
             return self._evaluated(spec)
@@ -152,21 +158,38 @@ class Prediction:
     def _calibrated(self, name: str, spec: Any) -> Cost:
         s = self.settings
         windows = s.patching.windows if name == "patching" else spec["windows"]
-        passes, what, workers = 1.0, "capture", None
-        if name == "patching":
-            what = "patching"
-        elif name == "statistics":
-            statistic = spec["statistic"]
-            windows = getattr(statistic, "windows", windows)
-            passes = s.plan.passes.get(statistic.name, 1.0) * getattr(statistic, "epochs", 1)
-        elif name == "prefix":
-            what = "dense"
-        if name in ("prefix", "statistics"):  # which one worker makes
-            workers = 1
-        cost = self._windows(windows, spec["length"], s.runtime.batch, what, passes, 1, workers)
+        what, workers = name, None
+        if name == "prefix":
+            what, workers = "dense", 1
+        cost = self._windows(windows, spec["length"], s.runtime.batch, what, 1.0, 1, workers)
         if name == "capture":
             return self._capturing(cost, windows, spec["length"])
         return cost
+
+    def _statistic(self, stage: Stage) -> Cost:
+        """Of a statistic that adds up by batches each worker has some, of another one worker all."""
+        s, spec, statistic = self.settings, stage.spec, stage.spec["statistic"]
+        windows, batch = statistic.reads(spec["windows"], s.runtime.batch)
+        passes = s.plan.passes.get(statistic.name, 1.0) * getattr(statistic, "epochs", 1)
+        workers = None if isinstance(stage, Cut) else 1
+        cost = self._windows(windows, spec["length"], batch, "capture", passes, 1, workers)
+        if workers == 1:
+            return cost
+        shared = Shared.of(windows, batch, s.runtime.workers)
+        left = self._left(statistic, spec["windows"] * spec["length"], batch, spec["length"])
+        return self._merged(cost, shared, left)
+
+    def _left(self, statistic: Statistic, tokens: int, batch: int, length: int) -> float:
+        """Bytes that a batch leaves of a statistic over so many tokens."""
+        if isinstance(statistic, Sensitivity):
+            return 2 * CELLS * FLOAT64 * len(self._sites)
+        if isinstance(statistic, ChannelScale | ChannelMean):
+            return share_bytes(self._model, self._sites, 7, self._dtype, batch * length)
+        rows = batch
+        if isinstance(statistic, ChannelScales):
+            rows = min(statistic.kept(tokens), batch * length)
+        plan = site_plan(self._model, self._sites, 7, self._dtype, tokens)
+        return float(FLOAT32 * rows * plan["values"].sum())
 
     def _capturing(self, cost: Cost, windows: int, length: int) -> Cost:
         """Sketches in memory, and what batches leave of them."""

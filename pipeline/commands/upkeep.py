@@ -97,7 +97,8 @@ def gc(
     experiments: Sequence[Sequence[str]],
     delete: bool,
 ) -> int:
-    """Preview or delete what is neither young enough, nor named, nor an input of what is.
+    """Preview or delete what is neither young enough, nor named, nor an input of what is; what a run is at
+    work with stays.
 
     `experiments` are names with the overrides of each.
     """
@@ -128,13 +129,13 @@ def _merged(store: Store) -> list[Path]:
 
 
 def _unneeded(store: Store, days: float | None, named: set[str], source: str) -> list[Path]:
-    """Folders of the artifacts that no younger and no named one needs, and of unreadable ones."""
+    """Folders of the artifacts that no younger, no named one and no run needs, and of unreadable ones."""
     known = store.records(store.folders())
     if source and not named & {path.name for path in known}:
         raise InputError(
             f"nothing that {source} names is in {store.name}; this would delete everything"
         )
-    roots = set(named)
+    roots = named | store.used()
     if days is not None:
         roots |= {path.name for path, record in known.items() if record and _age(record) < days}
     inputs = {

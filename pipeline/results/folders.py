@@ -22,9 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.run import processes
 from pipeline.run.measured import KINDS, PARTS
-from pipeline.store import whole
+from pipeline.store import processes, whole
 from pipeline.store.spec import StoreSpec
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pipeline.run.stage import Source, Stage, sources
 from pipeline.run.texts import Tokens
 from pipeline.store.store import Store
 from stages.codings.dense import Dense
+from stages.fits.statistics import Statistic
 from stages.text.corpus import ALL, Purpose
 
 
@@ -107,11 +108,13 @@ def _conversion(
     s: Settings, read: dict[str, Source], held_out: dict[str, Source]
 ) -> dict[str, Any]:
     """The stages from capture to patching, by the fields of the chain; `held_out` reads further."""
-    declared = s.coding.statistics
-    statistics = {each.name: stages.Statistics.of(s, each, read) for each in declared}
+    statistics: dict[str, stages.Statistics] = {}
+    for statistic in s.coding.statistics:
+        _measured(s, statistic, read, statistics)
     capture = stages.Captured.of(s, read)
     distribution = stages.Estimated.of(s, capture)
-    fitting = stages.Fitted.of(s, distribution, statistics)
+    declared = {each.name: statistics[each.name] for each in s.coding.statistics}
+    fitting = stages.Fitted.of(s, distribution, declared)
     patching = stages.Patched.of(s, {**held_out, "fitting": fitting})
     return {
         "statistics": statistics,
@@ -120,6 +123,18 @@ def _conversion(
         "fitting": fitting,
         "patching": patching,
     }
+
+
+def _measured(
+    s: Settings,
+    statistic: Statistic,
+    read: Mapping[str, Source],
+    statistics: dict[str, stages.Statistics],
+) -> stages.Statistics:
+    """The stage of a statistic, and into `statistics` before it those of what it needs."""
+    needed = {each.name: _measured(s, each, read, statistics) for each in statistic.needs}
+    made = stages.Statistics.of(s, statistic, {**read, **needed})
+    return statistics.setdefault(statistic.name, made)
 
 
 def _evaluated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,11 @@ class Run:
     @property
     def model(self) -> ModelSource:
         return self.chain.model
+
+    def using(self) -> AbstractContextManager[None]:
+        """Have `store gc` leave what the run is made of, and what it builds, while the context is open."""
+        every = self.chain.sources | self.chain.steps
+        return self.store.using(stage.key() for stage in every.values())
 
     def build(self, stage: Stage, by_workers: bool = False) -> Artifact:
         """The artifact of a stage, logged with its seconds or as a hit; one that this run's workers have
@@ -127,18 +133,19 @@ def execute(settings: Settings, command: str = COMMAND) -> tuple[dict[str, Any],
     if steps.export is not None:
         settings.export.check_free(steps.export.key())
     assert run.runtime is not None
-    checks.complete(steps, run.store, run.runtime)
-    if settings.runtime.workers > 1:
-        run.share_out(command)
-    for stage in steps.steps.values():
-        artifact = run.artifacts.get(stage.label) or run.build(stage)
-        if stage is steps.prefix:
-            checks.behind_prefix(settings, artifact)
-        if stage is steps.export:
-            settings.export.place(artifact.path, artifact.key)
-            log.info("exported: %s", settings.export.folder or artifact.path)
-    run.artifacts = {label: run.artifacts[label] for label in steps.steps}  # in their order
-    result, sites = run.collect()
+    with run.using():
+        checks.complete(steps, run.store, run.runtime)
+        if settings.runtime.workers > 1:
+            run.share_out(command)
+        for stage in steps.steps.values():
+            artifact = run.artifacts.get(stage.label) or run.build(stage)
+            if stage is steps.prefix:
+                checks.behind_prefix(settings, artifact)
+            if stage is steps.export:
+                settings.export.place(artifact.path, artifact.key)
+                log.info("exported: %s", settings.export.folder or artifact.path)
+        run.artifacts = {label: run.artifacts[label] for label in steps.steps}  # in their order
+        result, sites = run.collect()
     return result | {"compiled": compiled() and run.compiled}, sites, run
 
 
@@ -155,7 +162,8 @@ def work(order: workers.Order) -> None:
                 checks.behind_prefix(settings, artifact)
 
         offloaded = settings.runtime.offload is not None
-        peers.work(every, run.store, run.runtime, order.worker, offloaded, check)
+        with run.using():
+            peers.work(every, run.store, run.runtime, order.worker, offloaded, check)
 
 
 def convert(run: Run) -> Conversion:

@@ -81,7 +81,7 @@ def passing(ids: Tensor, batch: int, claims: Iterable[Claimed]) -> Iterator[Shar
     """The batches of ids [W, S] that are claimed, each of which leaves its part in its unit."""
     parts = ids.split(batch)
     for claimed in claims:
-        yield Share(parts[claimed.number], partial(_leave, claimed))
+        yield Share(claimed.number, parts[claimed.number], partial(_leave, claimed))
 
 
 def _leave(claimed: Claimed, part: dict[str, Tensor]) -> None:

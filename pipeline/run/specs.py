@@ -39,14 +39,7 @@ OVERHEAD = (
         "energy",
     ),
 )
-PASSES = (
-    "channel_scale",
-    "channel_mean",
-    "sensitivity",
-    "centred_sensitivity",
-    "smoothing",
-    "products",
-)
+PASSES = ("sensitivity", "smoothing", "products")
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 

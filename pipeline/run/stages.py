@@ -26,7 +26,7 @@ from stages.fitted import Conversion, FittedNeurons
 from stages.model.shares import Parts
 from stages.model.sites import find_sites, select
 from stages.sketch import SketchSet
-from stages.statistics import measuring, measuring_module
+from stages.statistics import Earlier, Meter, by_batch, measuring, measuring_module, meter
 from stages.text import corpus
 
 if TYPE_CHECKING:
@@ -82,16 +82,54 @@ class Statistics(Calibrated):
         return (*MODEL, measuring_module(self.spec["statistic"]))
 
     @classmethod
-    def of(cls, s: Settings, statistic: Statistic, made_from: Mapping[str, Source]) -> Self:
-        return cls.on(s, {"statistic": statistic, "sites": s.sites}, made_from, statistic.name)
+    def of(cls, s: Settings, statistic: Statistic, made_from: Mapping[str, Source]) -> Statistics:
+        """Its inputs have also the statistics that it needs, by name."""
+        kind = StatisticsByBatch if by_batch(statistic) else Statistics
+        return kind.on(s, {"statistic": statistic, "sites": s.sites}, made_from, statistic.name)
 
     @staticmethod
     def make(out: Path, spec: Spec, inputs: Inputs, runtime: Any) -> None:
         ids = windows(spec, inputs)
         model, _ = inputs["model"].load()
         sites = select(find_sites(model), spec["sites"])
-        tensors = measuring(spec["statistic"])(model, ids, sites, runtime.batch)
-        save_file(tensors, out / "statistic.safetensors")
+        measure = measuring(spec["statistic"], measured(inputs, spec["statistic"].needs))
+        save_file(measure(model, ids, sites, runtime.batch), out / "statistic.safetensors")
+
+
+def measured(inputs: Inputs, statistics: Iterable[Statistic]) -> Earlier:
+    """The tensors of some statistics by name."""
+    paths = {each.name: inputs[each.name].path for each in statistics}
+    return {name: load_file(path / "statistic.safetensors") for name, path in paths.items()}
+
+
+class StatisticsByBatch(Statistics, Cut):
+    """One that adds up batch by batch."""
+
+    @staticmethod
+    def units(spec: Spec, inputs: Inputs, runtime: Any) -> int:
+        return batches(*spec["statistic"].reads(spec["windows"], runtime.batch))
+
+    @staticmethod
+    def share(claims: Iterable[Claimed], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        count, batch = spec["statistic"].reads(spec["windows"], runtime.batch)
+        shares = passing(windows(spec, inputs)[:count], batch, claims)
+        metered(spec, inputs).run_shares(shares)
+
+    @staticmethod
+    def merge(out: Path, parts: Sequence[Path], spec: Spec, inputs: Inputs, runtime: Any) -> None:
+        made = metered(spec, inputs)
+        for part in Parts(parts):
+            made.merge(part)
+        save_file(made.tensors(), out / "statistic.safetensors")
+
+
+def metered(spec: Spec, inputs: Inputs) -> Meter:
+    """The meter of a statistic on the windows of calibration."""
+    ids = windows(spec, inputs)
+    model, _ = inputs["model"].load()
+    sites = select(find_sites(model), spec["sites"])
+    earlier = measured(inputs, spec["statistic"].needs)
+    return meter(spec["statistic"], model, ids, sites, earlier)
 
 
 class Captured(Calibrated, Cut):
@@ -151,7 +189,7 @@ class Fitted(Stage):
     code = ("stages.fitting",)
 
     @classmethod
-    def of(cls, s: Settings, distribution: Estimated, statistics: Mapping[str, Statistics]) -> Self:
+    def of(cls, s: Settings, distribution: Estimated, statistics: Mapping[str, Source]) -> Self:
         spec = {"fitting": s.fitting.for_coding(s.coding), "coding": s.coding}
         made_from: dict[str, Source] = {"distribution": distribution, **statistics}
         if s.fitting.neurons is not None and s.coding.converts:
@@ -165,11 +203,7 @@ class Fitted(Stage):
             imported = spec["fitting"].imported(densities, spec["coding"], inputs["neurons"])
             imported.save(out)
             return
-        statistics = {
-            name: load_file(inputs[name].path / "statistic.safetensors")
-            for name in inputs
-            if name != "distribution"
-        }
+        statistics = measured(inputs, spec["coding"].statistics)
         spec["fitting"].run(densities, spec["coding"], statistics).save(out)
 
 

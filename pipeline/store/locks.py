@@ -14,9 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
-from uuid import uuid4
 
-import psutil
 from filelock import FileLock, Timeout
 
 from stages.errors import InputError
@@ -203,20 +201,3 @@ def redis_client(url: str) -> Any:
     except (RedisError, OSError) as error:
         raise InputError(f"store.lock={url}: {error}; start the server, or give another") from None
     return client
-
-
-def process_name() -> str:
-    """What no other process is called, on this machine or another that shares the folder."""
-    return f"{_machine()}-{os.getpid()}-{uuid4().hex[:6]}"
-
-
-def alive(name: str) -> bool | None:
-    """Whether the process of a name still runs; None where that is another machine's to know."""
-    machine, pid, *_ = *name.rsplit("-", 2), ""
-    if not pid.isdigit():  # no name of a process
-        return False
-    return psutil.pid_exists(int(pid)) if machine == _machine() else None
-
-
-def _machine() -> str:
-    return os.uname().nodename.partition(".")[0]

@@ -6,6 +6,7 @@ has, the checksum of their manifest, and the manifest comes last: what it names 
     <stage>/<key>.json                   the manifest: the artifact is there with it and not before
     .files/<stage>/<key>/<checksum>/…    the files of the builder whose manifest has that checksum
     .leases/<stage>-<key>.<number>       who builds it now, see `pipeline.store.leases`
+    .used/<process>                      who works with which artifacts, see `pipeline.store.uses`
 """
 
 from __future__ import annotations

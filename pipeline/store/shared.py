@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from pipeline.store import locks, manifest
+from pipeline.store import locks, manifest, processes, uses
 from pipeline.store.locks import Lock, Locks
 from pipeline.store.manifest import Damaged
 from pipeline.store.objects import Away
 from pipeline.store.remote import Key, Remote
 from pipeline.store.step import Step
-from pipeline.store.store import LOCKS, PATIENCE, SHARES, Artifact, Store, discard, placed
+from pipeline.store.store import LOCKS, SHARES, Artifact, Store, discard, placed
+from pipeline.store.uses import PATIENCE
 from stages.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,17 @@ class SharedStore(Store):
                     absent = isinstance(fault, FileNotFoundError)
                     what = "a file is missing" if absent else str(fault)
                     raise Damaged(f"{what}, in {self.name}") from None
+
+    @contextmanager
+    def using(self, keys: Iterable[str]) -> Iterator[None]:
+        keys = [*keys]
+        with super().using(keys), ExitStack() as there:
+            also = uses.using(self.remote.objects, keys)
+            self._asked(lambda: there.enter_context(also), None)
+            yield
+
+    def used(self) -> set[str]:
+        return super().used() | uses.used(self.remote.objects)  # raises Away likewise
 
     def orphans(self) -> list[Path]:
         """Temporary folders of killed builders and of downloads; and paths that stand for the files of
@@ -230,7 +242,7 @@ class SharedStore(Store):
     @contextmanager
     def _fetching(self, key: Key) -> Iterator[Path]:
         """An empty folder for a download, one for each artifact at a time on this machine."""
-        folder = self.root / FETCHING / key[0] / f".tmp-{key[1]}-{locks.process_name()}"
+        folder = self.root / FETCHING / key[0] / f".tmp-{key[1]}-{processes.file_name()}"
         with self._fetch_lock(key):
             folder.mkdir(parents=True)
             try:

@@ -10,15 +10,15 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import locks, manifest, provenance
+from pipeline.store import locks, manifest, processes, provenance, uses
 from pipeline.store.locks import Lock, Locks
 from pipeline.store.manifest import Damaged
 from pipeline.store.step import Step, plain
@@ -27,7 +27,6 @@ from stages.errors import InputError
 log = logging.getLogger(__name__)
 LOCKS = ".locks"
 SHARES = "shares"  # the folder of what processes have made of artifacts that they share
-PATIENCE = 86400.0  # seconds after which what another machine has not finished is a leftover
 ASIDE = "-discarded"
 
 
@@ -167,6 +166,14 @@ class Store:
         """Read all files of one of the `folders`; raises Damaged."""
         manifest.verified(path, full=True)
 
+    def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """Say that this process works with artifacts of these keys while the context is open."""
+        return uses.using(uses.Folder(self.root), keys)
+
+    def used(self) -> set[str]:
+        """Keys of the artifacts that processes work with."""
+        return uses.used(uses.Folder(self.root))
+
     def orphans(self) -> list[Path]:
         """Temporary folders whose builder was killed."""
         return [path for path in self._temporary("*", "*") if not self._busy(path)]
@@ -194,7 +201,7 @@ class Store:
         self, step: Step, key: str, make: Callable[[Path], None], spent: float = 0.0
     ) -> Artifact:
         folder = self.root / step.stage
-        temporary = folder / f".tmp-{key}-{locks.process_name()}"
+        temporary = folder / f".tmp-{key}-{processes.file_name()}"
         temporary.mkdir(parents=True)
         try:
             # On a network file system a machine remembers for a minute that an artifact is not there,
@@ -251,11 +258,9 @@ class Store:
         if not lock.acquire(wait=False):
             return True
         lock.release()
-        alive = locks.alive(path.name.removeprefix(f".tmp-{_key(path)}-").removesuffix(ASIDE))
-        if alive is not None:
-            return alive
-        with suppress(FileNotFoundError):  # of another machine
-            return time.time() - path.stat().st_mtime < PATIENCE
+        name = path.name.removeprefix(f".tmp-{_key(path)}-").removesuffix(ASIDE)
+        with suppress(FileNotFoundError):
+            return uses.at_work(name, time.time() - path.stat().st_mtime)
         return False
 
     def _temporary(self, stage: str, key: str) -> list[Path]:
@@ -287,7 +292,7 @@ def placed(temporary: Path, folder: Path) -> bool:
 
 def discard(path: Path) -> None:
     """Delete a folder such that no other process sees half of it."""
-    aside = path.with_name(f".tmp-{_key(path)}-{locks.process_name()}{ASIDE}")
+    aside = path.with_name(f".tmp-{_key(path)}-{processes.file_name()}{ASIDE}")
     with suppress(FileNotFoundError):  # another has
         os.rename(path, aside)
         shutil.rmtree(aside)

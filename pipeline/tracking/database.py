@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
-from pipeline.run import processes
 from pipeline.run.shipped import leaves
 from pipeline.run.specs import TrackingSpec
+from pipeline.store import processes
 from pipeline.tracking import view
 from stages.errors import InputError
 

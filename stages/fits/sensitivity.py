@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stages.atoms import Atoms
 from stages.errors import InputError
-from stages.fits.statistics import Statistic
+from stages.fits.statistics import ChannelMeans, Statistic
 from stages.neurons.spikes import Params
 from stages.registry import register
 
@@ -25,15 +25,19 @@ def cell(x: Tensor) -> Tensor:
     return place.long().clamp(0, CELLS - 1)
 
 
-@register("statistic/sensitivity", was="stages.llm.sensitivity.Sensitivity")
+@register("statistic/sensitivity", 2, was="stages.llm.sensitivity.Sensitivity", oldest=1)
 @dataclass(frozen=True)
 class Sensitivity(Statistic):
     """The diagonal of the Fisher information at every site, over the first `windows` windows.
 
     An error e at a value adds f e^2 / 2 to KL(dense || spiking), where f is the expected squared
-    derivative of log p(y) for y drawn from the model itself (with `seed`): one backward pass tells
-    all sites. Values of one magnitude share one f. Source: Fisher information as the second-order
-    term of KL (Amari 1998; used for bit allocation by HAWQ, Dong et al. 2019).
+    derivative of log p(y) for y drawn from the model itself: one backward pass tells all sites. At every
+    token of a window one y is drawn, by a generator of the window alone (numpy's `SeedSequence` of `seed`
+    and its number), so that it matters neither where nor after which other the window passes. Values of
+    one magnitude share one f. Source: Fisher information as the second-order term of KL (Amari 1998; used
+    for bit allocation by HAWQ, Dong et al. 2019).
+
+    Version 1 drew all windows in turn from one generator.
     """
 
     name: str = "sensitivity"
@@ -45,17 +49,26 @@ class Sensitivity(Statistic):
     def __post_init__(self) -> None:
         if self.windows < 1:
             raise InputError(f"sensitivity: windows={self.windows}: give at least 1")
+        if self.seed < 0:
+            raise InputError(f"sensitivity: seed={self.seed}: give 0 or more")
 
     @property
     def least_windows(self) -> int:
         return self.windows
 
+    def reads(self, windows: int, batch: int) -> tuple[int, int]:
+        return self.windows, 1
 
-@register("statistic/centred_sensitivity")
+
+@register("statistic/centred_sensitivity", 2, oldest=1)
 @dataclass(frozen=True)
 class CentredSensitivity(Sensitivity):
-    """The same by magnitude of x - m, m the mean of the value's channel (`ChannelMean`), and by that of x
+    """The same by magnitude of x - m, m the mean of the value's channel (`ChannelMeans`), and by that of x
     beside it: for codings that work on x - m where it pays."""
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (ChannelMeans(),)
 
 
 def about_means(declared: Sensitivity, centred: bool) -> Sensitivity:

@@ -6,6 +6,7 @@ A statistic is declared here, as the settings that determine it, and measured by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,15 @@ class Statistic:
         """Calibration windows that it reads at least."""
         return 1
 
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """Statistics whose tensors its measurement reads."""
+        return ()
+
+    def reads(self, windows: int, batch: int) -> tuple[int, int]:
+        """Of so many windows those that it reads, and how many of them make a batch."""
+        return windows, batch
+
 
 @register("statistic/running_maximum", was="stages.llm.statistics.RunningMaximum")
 @dataclass(frozen=True)
@@ -57,25 +67,65 @@ class RunningMaximum(Statistic):
             )
 
 
-@register("statistic/channel_scale")
+@register("statistic/channel_means")
 @dataclass(frozen=True)
-class ChannelScale(Statistic):
-    """The scale s of every channel, the `quantile` of its |x| over calibration (1: the maximum), and
-    the distribution of x / s at every site.
+class ChannelMeans(Statistic):
+    """The mean m of every channel over calibration, at sites of the roles `CENTRED` but those of experts,
+    which see few tokens each. A channel is a feature, in k and v a head's dimension."""
+
+    name = "channel_means"
+
+
+@register("statistic/channel_scales")
+@dataclass(frozen=True)
+class ChannelScales(Statistic):
+    """The scale s of every channel, the `quantile` of its |x| over calibration (1: the maximum), at sites
+    of `roles` of its |x - m| with the means of `ChannelMeans`.
 
     A channel is a feature, in q, k and v a head's dimension; probabilities have none. The quantile is
     exact: the smallest magnitude that at least this share of the tokens does not exceed. Where it is
     zero the channel's maximum takes its place, and in a channel that is zero throughout the largest
-    scale of the site. The distribution comes from a second pass over the windows.
+    scale of the site.
     """
+
+    quantile: float = 1.0
+    roles: tuple[str, ...] = ()
+
+    name = "channel_scales"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(self.roles))
+        if not 0 < self.quantile <= 1:
+            raise InputError(f"channel scale: quantile={self.quantile}: give above 0 up to 1")
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (ChannelMeans(),) if self.roles else ()
+
+    def kept(self, tokens: int) -> int:
+        """How many of the largest magnitudes of so many tokens end with the quantile."""
+        return tokens - math.ceil(self.quantile * tokens * (1 - 1e-12)) + 1
+
+
+@register("statistic/channel_scale")
+@dataclass(frozen=True)
+class ChannelScale(Statistic):
+    """The scale s of every channel, see `ChannelScales`, and the distribution of x / s at every site."""
 
     quantile: float = 1.0
 
     name = "channel_scale"
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile <= 1:
-            raise InputError(f"channel scale: quantile={self.quantile}: give above 0 up to 1")
+        self.scales(())
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return (self.scales(()),)
+
+    def scales(self, roles: tuple[str, ...]) -> ChannelScales:
+        """Those of its quantile, about the means of `roles`. Raises InputError for no quantile."""
+        return ChannelScales(self.quantile, roles)
 
 
 @register("statistic/products")
@@ -105,7 +155,6 @@ class ChannelMean(Statistic):
     which those that `CENTRED` lacks would cost more than a constant: q, the probabilities and the two
     factors of a gated product. It is zero in experts, which see few tokens each. With `scale` the
     distribution is that of (x - m) / s with the scales s of |x - m|, of every site that has channels.
-    Each takes a pass over the windows.
     """
 
     roles: tuple[str, ...] = CENTRED
@@ -120,6 +169,11 @@ class ChannelMean(Statistic):
             raise InputError(
                 f"channel mean: roles={list(self.roles)}: give some of {', '.join(CENTRED)}"
             )
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        scales = () if self.scale is None else (self.scale.scales(self.roles),)
+        return (ChannelMeans(), *scales)
 
 
 @register("statistic/saliency", was="stages.llm.statistics.Saliency")
@@ -174,6 +228,9 @@ class Smoothing(Statistic):
     @property
     def least_windows(self) -> int:
         return self.windows
+
+    def reads(self, windows: int, batch: int) -> tuple[int, int]:
+        return self.windows, 1
 
     def check(self, coding: Any) -> None:
         """Raise InputError unless it is learned for this coding (`gif`)."""

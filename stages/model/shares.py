@@ -28,8 +28,9 @@ Run = Callable[[Iterable[Tensor], Callable[[], None]], None]
 
 @dataclass(frozen=True)
 class Share:
-    """A batch ids [B, S] to be run here; `leave` takes what it has left."""
+    """A batch ids [B, S] to be run here, by its number in the pass; `leave` takes what it has left."""
 
+    number: int
     tokens: Tensor
     leave: Callable[[Part], None]
 

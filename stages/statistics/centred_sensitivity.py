@@ -1,5 +1,4 @@
-"""The curvature of the loss by magnitude about the means of channels: a pass for these, then one backward
-pass a window."""
+"""The curvature of the loss by magnitude about the means of channels: one backward pass a window."""
 
 from __future__ import annotations
 
@@ -11,20 +10,19 @@ from transformers import PreTrainedModel
 from stages.fits.sensitivity import CentredSensitivity
 from stages.fits.statistics import CENTRED
 from stages.model.sites import Site
-from stages.statistics import measure
-from stages.statistics.channel_scale import channel_means
-from stages.statistics.sensitivity import by_magnitude
+from stages.statistics import Earlier, Meter, meter
+from stages.statistics.sensitivity import Curvatures
+from stages.statistics.watch import means_of
 
 
-@measure.register
+@meter.register
 def centred_sensitivity(
     statistic: CentredSensitivity,
     model: PreTrainedModel,
     ids: Tensor,
     sites: Sequence[Site],
-    batch: int,
-) -> dict[str, Tensor]:
-    """What `sensitivity` has, by cell of |x - m| with the means that `channel_mean` measures, and as
+    earlier: Earlier,
+) -> Meter:
+    """What `sensitivity` has, by cell of |x - m| with the means that `channel_means` measures, and as
     plain_total and plain_count [S, CELLS] by cell of |x|."""
-    means = channel_means(model, ids, sites, batch, CENTRED)
-    return by_magnitude(statistic, model, ids, sites, means)
+    return Curvatures(statistic, model, ids, sites, means_of(earlier, sites, CENTRED))

@@ -10,31 +10,30 @@ from transformers import PreTrainedModel
 
 from stages.fits.statistics import RunningMaximum
 from stages.model.experts import refuse_experts
+from stages.model.shares import Part
 from stages.model.sites import Site
-from stages.ports.hooks import stream
-from stages.statistics import measure
+from stages.statistics import Earlier, meter
+from stages.statistics.streamed import Streamed
 from stages.statistics.watch import Watch
 
 
-@measure.register
+@meter.register
 def running_maximum(
     statistic: RunningMaximum,
     model: PreTrainedModel,
     ids: Tensor,
     sites: Sequence[Site],
-    batch: int,
-) -> dict[str, Tensor]:
+    earlier: Earlier,
+) -> Streamed:
     """maximum [sites] over windows ids [W, S]."""
     refuse_experts(sites, "a running maximum", "use tau=maximum, or another coding")
     averages = [_Average(statistic.momentum, site.port == "probs") for site in sites]
     watches = {s.name: Watch(a.see) for s, a in zip(sites, averages, strict=True)}
 
-    def after() -> None:
-        for average in averages:
-            average.close()
+    def tensors() -> dict[str, Tensor]:
+        return {"maximum": torch.stack([average.maximum() for average in averages])}
 
-    stream(model, ids, batch, watches, statistic.name, after)
-    return {"maximum": torch.stack([average.maximum() for average in averages])}
+    return Streamed(model, ids, statistic.name, watches, dict(enumerate(averages)), tensors)
 
 
 class _Average:
@@ -42,22 +41,23 @@ class _Average:
 
     def __init__(self, momentum: float, probs: bool) -> None:
         self._momentum, self._probs = momentum, probs
-        self._window: Tensor | None = None  # [B, C], of the batch that is running
+        self._windows: Tensor | None = None  # [B, C], of the batch that is running
         self._channels: Tensor | None = None  # [C]
 
     def see(self, x: Tensor) -> None:
         """x [B, S, C] or [B, H, S, D]; probabilities [B, H, Q, K] come in blocks of queries."""
         top = x.amax((-2, -1)) if self._probs else x.abs().amax(-2).flatten(1)
-        self._window = top if self._window is None else torch.maximum(self._window, top)
+        self._windows = top if self._windows is None else torch.maximum(self._windows, top)
 
-    def close(self) -> None:
+    def take(self) -> Part:
+        windows, self._windows = self._windows, None
+        return {} if windows is None else {"maxima": windows}
+
+    def merge(self, part: Part) -> None:
         """Take the windows of the batch in turn, so that its size changes nothing."""
-        if self._window is None:  # the batch has not come to this layer
-            return
-        for row in self._window.double():
+        for row in part["maxima"].double():
             old = row if self._channels is None else self._channels
             self._channels = self._momentum * old + (1 - self._momentum) * row
-        self._window = None
 
     def maximum(self) -> Tensor:
         if self._channels is None:

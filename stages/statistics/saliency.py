@@ -12,16 +12,21 @@ from transformers import PreTrainedModel
 
 from stages.errors import InputError
 from stages.fits.statistics import Saliency
+from stages.model.shares import Part
 from stages.model.sites import Site, find_sites, linear, rows
-from stages.ports.hooks import stream
-from stages.statistics import measure
+from stages.statistics import Earlier, meter
+from stages.statistics.streamed import Streamed
 from stages.statistics.watch import See, Watch, padded
 
 
-@measure.register
+@meter.register
 def saliency(
-    statistic: Saliency, model: PreTrainedModel, ids: Tensor, sites: Sequence[Site], batch: int
-) -> dict[str, Tensor]:
+    statistic: Saliency,
+    model: PreTrainedModel,
+    ids: Tensor,
+    sites: Sequence[Site],
+    earlier: Earlier,
+) -> Streamed:
     """score [sites, C], NaN where there is none; operand [sites]: 1 for k and v, else 0.
 
     Raises InputError where other modules than linear ones multiply a site.
@@ -35,53 +40,62 @@ def saliency(
         )
     outputs = {site.layer: site for site in find_sites(model) if site.role == "attn.out"}
     layers: dict[str, _Operands] = {}
-    sums: dict[str, _Sum] = {}
+    means: dict[int, _Mean] = {}
     sees: dict[str, list[See]] = {}
-    for site in sites:
+    for index, site in enumerate(sites):
         linears = [modules[name] for name in site.consumers]
         operands = layers.setdefault(site.path, _Operands())
         if site.port == "k":
-            sums[site.name] = operands.key
+            means[index] = operands.key
             sees.setdefault(f"{site.path}:q", []).append(operands.see_query)
             sees.setdefault(site.name, []).append(operands.see_key)
         elif site.port == "v":
-            sums[site.name] = operands.value
+            means[index] = operands.value
             sees.setdefault(site.name, []).append(operands.see_value)
             sees.setdefault(outputs[site.layer].name, []).append(operands.see_output)
         elif linears:
             product = _Linear(linears)
-            sums[site.name] = product.score
+            means[index] = product.score
             sees.setdefault(site.name, []).append(product.see)
     watches = {name: Watch(*each) for name, each in sees.items()}
-    stream(model, ids, batch, watches, statistic.name)
-    rows = [sums[s.name].total if s.name in sums else None for s in sites]
-    operand = torch.tensor([float(site.port in ("k", "v")) for site in sites])
-    return {
-        "score": padded([_mean(row, len(ids)) for row in rows], torch.nan),
-        "operand": operand,
-    }
+
+    def tensors() -> dict[str, Tensor]:
+        rows = [means[i].mean() if i in means else None for i in range(len(sites))]
+        operand = torch.tensor([float(site.port in ("k", "v")) for site in sites])
+        return {"score": padded(rows, torch.nan), "operand": operand}
+
+    return Streamed(model, ids, statistic.name, watches, means, tensors)
 
 
-def _mean(total: Tensor | None, windows: int) -> Tensor | None:
-    return None if total is None else total / windows
+class _Mean:
+    """A mean over windows in their order, [C] float64, so that batches of any size have the same."""
 
+    def __init__(self) -> None:
+        self._passing: list[Tensor] = []  # [C] of every window of the batch that is running
+        self._total: Tensor | None = None
+        self._windows = 0
 
-@dataclass
-class _Sum:
-    """A sum over windows, [C] float64."""
+    def add(self, window: Tensor) -> None:
+        self._passing.append(window)
 
-    total: Tensor | None = None
+    def take(self) -> Part:
+        windows, self._passing = self._passing, []
+        return {"score": torch.stack(windows)} if windows else {}
 
-    def add(self, part: Tensor) -> None:
-        part = part.double()
-        self.total = part if self.total is None else self.total + part
+    def merge(self, part: Part) -> None:
+        for window in part["score"].double():
+            self._total = window if self._total is None else self._total + window
+        self._windows += len(part["score"])
+
+    def mean(self) -> Tensor | None:
+        return None if self._total is None else self._total / self._windows
 
 
 class _Linear:
-    """Mean over tokens of X o (X W^T W), summed over windows."""
+    """Mean over tokens of X o (X W^T W), by window."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
-        self._linears, self.score = linears, _Sum()
+        self._linears, self.score = linears, _Mean()
 
     def see(self, x: Tensor) -> None:
         for window in x.float():  # one at a time: a vocabulary of outputs is wide
@@ -97,8 +111,8 @@ class _Operands:
     """Scores of one layer's K and V, from second moments only: the column sums of K o (K Q^T Q) are
     the diagonal of K^T K Q^T Q, and those of V o (P^T P V) are the column sums of (P V)^2."""
 
-    key: _Sum = field(default_factory=_Sum)
-    value: _Sum = field(default_factory=_Sum)
+    key: _Mean = field(default_factory=_Mean)
+    value: _Mean = field(default_factory=_Mean)
     _query: Tensor | None = None  # Q^T Q [B, H, D, D] of the pass
     _shape: tuple[int, int] = (0, 0)  # G, D
 

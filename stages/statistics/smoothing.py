@@ -46,9 +46,11 @@ def smoothing(
     gif = Gif(
         "gif", statistic.timesteps, statistic.levels, statistic.salient_fraction, "unary", None
     )
-    statistics = (
-        {Saliency.name: saliency(Saliency(), model, ids, sites, batch)} if gif.salient else {}
-    )
+    statistics = {}
+    if gif.salient:
+        meter = saliency(Saliency(), model, ids, sites, {})
+        meter.run(batch)
+        statistics[Saliency.name] = meter.tensors()
     params = gif.parameters(len(sites), statistics)
     ids = ids[: statistic.windows].to(model.device)
     blocks = _blocks(model, ids, batch, statistic.alpha)

@@ -1,12 +1,14 @@
-"""A port that shows the values of a site, and rows of different lengths as one tensor."""
+"""A port that shows the values of a site, and rows of different lengths as one tensor and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from stages.fits.statistics import ChannelMeans
+from stages.model.sites import Site
 from stages.ports.port import DensePort
 from stages.ports.visibility import View
 
@@ -42,3 +44,24 @@ def padded(rows: Sequence[Tensor | None], rest: float) -> Tensor:
         if row is not None:
             filled[: len(row)] = row.float().cpu()
     return table
+
+
+def unpadded(table: Mapping[str, Tensor], name: str) -> list[Tensor | None]:
+    """The rows of a `padded` tensor beside the `channels` of each, None for those without."""
+    pairs = zip(table[name], table["channels"].int().tolist(), strict=True)
+    return [row[:number] if number else None for row, number in pairs]
+
+
+def channel_rows(x: Tensor) -> Tensor:
+    """A channel a column of x [B, S, C] or [B, H, S, D]."""
+    return (x.transpose(1, 2).flatten(2) if x.dim() == 4 else x).flatten(0, 1)
+
+
+def means_of(
+    earlier: Mapping[str, Mapping[str, Tensor]], sites: Sequence[Site], roles: Sequence[str]
+) -> list[Tensor | None]:
+    """The means of the channels of every site that is of `roles` and has some, see `ChannelMeans`."""
+    if not roles:
+        return [None for _ in sites]
+    means = unpadded(earlier[ChannelMeans.name], "mean")
+    return [mean if s.role in roles else None for s, mean in zip(sites, means, strict=True)]

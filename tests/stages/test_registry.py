@@ -50,7 +50,7 @@ PATHS = {
     "stages.llm.transforms.Rotate": "transform/rotate@1",
     "stages.llm.transforms.RotatePrefix": "transform/rotate_prefix@1",
     "stages.llm.prefix.PrefixSearch": "search/prefix@1",
-    "stages.llm.sensitivity.Sensitivity": "statistic/sensitivity@1",
+    "stages.llm.sensitivity.Sensitivity": "statistic/sensitivity@2",
     "stages.llm.smoothing.Smoothing": "statistic/smoothing@1",
 }
 
@@ -119,6 +119,13 @@ def test_another_version_of_a_class_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="coding/gated@2, and this version reads coding/gated@1"):
         stages.load(folder)
+
+
+def test_an_earlier_version_of_what_was_only_fitted_with_is_read() -> None:
+    assert lookup("statistic/sensitivity@1") is lookup("statistic/sensitivity@2") is Sensitivity
+    for version in (0, 3):
+        with pytest.raises(InputError, match="this version reads statistic/sensitivity@2"):
+            lookup(f"statistic/sensitivity@{version}")
 
 
 def test_a_name_stands_for_one_class() -> None:

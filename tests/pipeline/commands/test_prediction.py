@@ -84,6 +84,18 @@ def test_workers_share_batches_and_send_what_each_leaves(predicted):
     assert shared["start"].fixed == 2 * alone["start"].fixed  # one process starts the others
 
 
+def test_statistics_that_add_up_by_batches_are_shared_too(predicted):
+    asked = ("coding.centre=channel", "coding.granularity=channel", "timesteps=3")
+    alone = predicted(*asked)
+    shared = predicted(*asked, "runtime.workers=3", "runtime.engine=slurm")
+    for name in ("channel_means", "channel_scales", "channel_mean"):
+        label = f"statistics {name}"
+        assert 2 * shared[label].compute == pytest.approx(alone[label].compute)
+        assert alone[label].sent == 0 < shared[label].sent
+    channels = 2 * (4 * 32 + 2 * 16 + 3 * 48) + 32
+    assert shared["statistics channel_scales"].sent == 4 * 4 * channels  # the largest of each
+
+
 def test_layers_on_disk_are_read_once_a_pass_while_one_computes(predicted):
     costs = predicted("runtime=offload", "runtime.batch=1")
     size = costs["start"].read or predicted()["start"].read

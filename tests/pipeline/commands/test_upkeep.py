@@ -1,13 +1,15 @@
 """The verbs of `python -m pipeline store`, run as a user runs them."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.store import manifest
+from pipeline.store import manifest, processes, uses
 from pipeline.store.step import Step
 from pipeline.store.store import SHARES, Artifact, Store
 from tests.pipeline.conftest import REPOSITORY, Finished, Tiny, main_in
@@ -155,6 +157,27 @@ def test_gc_removes_leftovers_of_the_dead_only(store: Store) -> None:
 
     assert not store.build(step(), collect).hit
     assert store.find(step()) is not None
+
+
+def test_gc_keeps_what_a_run_is_at_work_with(store: Store, chain: dict[str, str]) -> None:
+    coming = step(5, other=chain["other"]).key()
+    unit = store.build(Step(SHARES, {"stage": "demo", "key": coming, "unit": 0}, {}, ()), whole)
+    dead = store.root / uses.FOLDER / f"{socket.gethostname()}-{1 << 30}-abcdef"
+    with store.using([chain["middle"], coming]):
+        dead.write_text(chain["top"])
+        cli(store.root, "gc", "--older-than", "0", "--yes")
+        assert left(store) == {chain["base"], chain["middle"], unit.key}
+        assert not dead.exists()
+    cli(store.root, "gc", "--older-than", "0", "--yes")
+    assert left(store) == set() and not [*dead.parent.iterdir()]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["began it", "is younger"])
+def test_the_number_of_a_dead_process_may_be_another_s(store: Store, seconds: float) -> None:
+    leftover = store.root / "demo" / f".tmp-{'0' * 32}-{processes.file_name()}"
+    leftover.mkdir(parents=True)
+    os.utime(leftover, times=2 * (leftover.stat().st_mtime - seconds,))
+    assert (leftover in store.orphans()) == bool(seconds)
 
 
 def test_gc_keeps_what_an_experiment_reaches(tiny_run: Tiny, command, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_every_window_begins_with_the_token_of_the_model(settings, built, monkey
     ):
         monkeypatch.setattr(place, name, noted(getattr(place, name), f"{place.__name__}"))
     measuring = stages.measuring
-    monkeypatch.setattr(stages, "measuring", lambda each: noted(measuring(each), "statistic"))
+    monkeypatch.setattr(stages, "measuring", lambda *of: noted(measuring(*of), "statistic"))
     runner.execute(chosen)
     assert len(seen) == 4
     assert all(bool((ids[:, 0] == 256).all()) and ids.shape[1] == 48 for ids in seen.values())

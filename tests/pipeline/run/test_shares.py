@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from pipeline.run.shares import Cut, Shared
 from pipeline.run.stages import Captured
 from pipeline.store.store import SHARES, Store
 
-MEASURED = (
-    *("coding=gated", "calibration.windows=5", "runtime.batch=2", "evaluation.windows=3"),
+WINDOWS = (
+    *("calibration.windows=5", "runtime.batch=2", "evaluation.windows=3", "patching.windows=1"),
     *("evaluation.tasks=[piqa]", "evaluation.replicates=2", "evaluation.anytime=true"),
-    *("timesteps=3", "patching.windows=1"),
+    "timesteps=3",
 )
+MEASURED = (*WINDOWS, "coding=gated_budget", "coding.centre=channel")  # of three statistics
 
 
 def contents(store: Path) -> dict[str, Mapping[str, str]]:
@@ -42,8 +43,10 @@ def alone(settings, tmp_path_factory) -> Path:
     return store
 
 
-def started(settings, store: Path | str, *overrides: str) -> runner.Run:
-    run = runner.start(settings(store, *MEASURED, *overrides))
+def started(
+    settings, store: Path | str, *overrides: str, measured: Sequence[str] = MEASURED
+) -> runner.Run:
+    run = runner.start(settings(store, *measured, *overrides))
     runner.checks.complete(run.chain, run.store, run.runtime)
     return run
 
@@ -64,7 +67,8 @@ def test_units_merge_into_the_artifacts_of_one_process(settings, alone, tmp_path
         artifact = shared.merge()
         assert artifact is not None and not artifact.hit
         assert not shared.there and not shared.work(start=0.5)
-    assert cut == 2 + 4 + 4 + 1  # capture, patching; two replicates of ours and dense, anytime
+    # capture, patching; two replicates of ours and dense, anytime; means, what is about them, curvature
+    assert cut == 2 + 4 + 4 + 1 + 3
     assert not list((tmp_path / SHARES).iterdir())
     assert not list((tmp_path / ".locks").glob(f"{SHARES}-*"))
     assert contents(tmp_path) == contents(alone)
@@ -160,9 +164,10 @@ def test_units_of_another_way_to_run_are_not_mixed(settings, tmp_path):
 
 def test_layers_on_disk_are_read_once_for_several_units(settings, tmp_path):
     disk = ("runtime=offload", "runtime.batch=1", "evaluation.tasks=[]", "evaluation.anytime=false")
+    disk = (*WINDOWS, *disk, "coding=gated", "coding.centre=channel")
     models.forget()
-    runner.execute(settings(tmp_path / "alone", *MEASURED, *disk))
-    run = started(settings, tmp_path / "shared", *disk)
+    runner.execute(settings(tmp_path / "alone", *disk))
+    run = started(settings, tmp_path / "shared", measured=disk)
     passes = []
     share = Captured.share
 
@@ -172,6 +177,9 @@ def test_layers_on_disk_are_read_once_for_several_units(settings, tmp_path):
         share(claims, *arguments)
 
     every = [*run.chain.steps.values()]
+    assert all(
+        stage.key() for stage in every
+    )  # which have the code of `share`, before it is patched
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Captured, "share", staticmethod(noted))
         assert run.chain.capture is not None and run.runtime is not None

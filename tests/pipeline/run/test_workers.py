@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +19,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.commands import upkeep
 from pipeline.run import engines, runner, workers
 from pipeline.run.shares import Shared
-from pipeline.store.store import SHARES
+from pipeline.store.store import SHARES, Store
 from stages.errors import InputError
 from tests.pipeline.conftest import REPOSITORY
 from tests.pipeline.run.test_shares import MEASURED, contents, started
@@ -42,8 +46,26 @@ def noting(log: Path, dies: bool, function: Callable[[], Any]) -> Any:
     return function()
 
 
+@contextmanager
+def cleaned(folder: Path) -> Iterator[None]:
+    """Deletes what no run is at work with, as `store gc` does, again and again."""
+    ended = threading.Event()
+
+    def clean() -> None:
+        while not ended.wait(0.1):
+            upkeep.gc(Store(folder), 0.0, None, [], True)
+
+    with ThreadPoolExecutor(1) as thread:
+        cleaning = thread.submit(clean)
+        try:
+            yield
+        finally:
+            ended.set()
+        cleaning.result()
+
+
 @pytest.mark.slow
-def test_two_workers_one_of_which_is_killed_make_the_bytes_of_one_process(
+def test_two_workers_one_of_which_is_killed_and_three_make_the_bytes_of_one_process(
     settings, tmp_path, monkeypatch
 ):
     whole, _, _ = runner.execute(settings(tmp_path / "alone", *MEASURED))
@@ -59,8 +81,9 @@ def test_two_workers_one_of_which_is_killed_make_the_bytes_of_one_process(
         begun.append(start(local, partial(noting, log, not begun, function)))
         return begun[-1]
 
-    monkeypatch.setattr(engines.Local, "start", first_dies)
-    result, sites, _ = runner.execute(settings(store, *MEASURED, "runtime.workers=2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.Local, "start", first_dies)
+        result, sites, _ = runner.execute(settings(store, *MEASURED, "runtime.workers=2"))
     assert len(begun) == 3  # one more in the place of the first
     built = Counter(log.read_text().split())
     assert set(built.values()) == {1} and left.steps[0].key() not in built
@@ -71,6 +94,10 @@ def test_two_workers_one_of_which_is_killed_make_the_bytes_of_one_process(
     assert not [path for path in store.rglob("*") if path.name.startswith(".tmp-")]
     energy = run.store.open("energy", result["keys"]["energy"])
     assert energy.manifest["runtime"]["workers"] == 2
+    with cleaned(tmp_path / "three"):
+        three, *_ = runner.execute(settings(tmp_path / "three", *MEASURED, "runtime.workers=3"))
+    assert three["keys"] == whole["keys"] and not any(three["hits"].values())
+    assert contents(tmp_path / "three") == contents(tmp_path / "alone")
 
 
 class Scripted:

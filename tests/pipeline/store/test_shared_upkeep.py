@@ -56,6 +56,16 @@ def test_the_verbs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.name for path in one.folders()] == sorted(keys), "those of another cache stay"
 
 
+def test_gc_of_a_machine_keeps_what_another_works_with(machine: Machine) -> None:
+    one, other = machine("one"), machine("other")
+    kept, lost = (one.build(step(x), writing("whole")).key for x in (1, 2))
+    with one.using([kept]):
+        assert cli(other, "gc", "--older-than", "0", "--yes").code == 0
+        assert one.remote.keys() == {("demo", kept)}
+    cli(other, "gc", "--older-than", "0", "--yes")
+    assert one.remote.keys() == set()
+
+
 def test_an_address_without_a_store_is_one_line(machine: Machine) -> None:
     done = cli(machine("one"), "ls")
     assert done.code == 2 and done.err.startswith("error: no store at ")
