@@ -207,8 +207,8 @@ class ShortKernel:
 
     def ready(self, x: Tensor) -> bool:
         """Whether there is a table and x is to be coded by it."""
-        if not _short(x, EAGER_BELOW):
-            return False
+        if not _short(x, EAGER_BELOW) or torch.compiler.is_compiling():
+            return False  # a trace of torch.compile has no use for an array of NumPy
         self._calls += 1
         if self._calls == 1:
             self._tables.expect(self)

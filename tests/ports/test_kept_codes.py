@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from stages.codings.base import site_params
 from stages.codings.gated import Gated
 from stages.codings.integer import Integer
 from stages.compiler import use_compiler
@@ -135,3 +136,12 @@ def spied(method, names):
         return method(*args)
 
     return call
+
+
+def test_a_traced_port_whose_code_is_a_table_gives_its_values(model, convert):
+    coding, neurons = CODING, convert(model, CODING).neurons
+    spiking = port.SpikingPort(coding, site_params(neurons.fit.params, 0))
+    x = torch.randn(10, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    expected = [spiking(token, None, 0) for token in x]  # the last ones by the table
+    traced = torch.compile(lambda token: spiking(token + 0, None, 0), backend="eager")
+    assert torch.equal(torch.stack([traced(token) for token in x]), torch.stack(expected))
