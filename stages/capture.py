@@ -156,7 +156,7 @@ _lowest = fused(_lowest_allowed)
 class SketchPort:
     """Adds what passes to the site's sketch, and passes it on."""
 
-    plain = keeps = whole = False
+    plain = whole = False
 
     def __init__(self, grid: Grid, exact: bool, site: Site) -> None:
         self._grid, self._exact = grid, exact

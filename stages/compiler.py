@@ -1,12 +1,18 @@
 """How kernels are compiled: torch.compile makes C++ on a CPU and Triton on a GPU of an expression.
 
-Without a working compiler the same expression runs eagerly; `compiled()` says which it was.
+Without a working compiler the same expression runs eagerly; `compiled()` says which it was. What no
+expression says well is written in C++ (`native`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import os
+import shutil
+import subprocess
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +82,33 @@ def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., A
             return kernel(*args)
 
     return call
+
+
+def native(source: str) -> ctypes.CDLL | None:
+    """Compile C++ for this processor; None where compilation is off or fails, which is logged once.
+
+    `source`: functions with C linkage, without a library. The caller declares their arguments.
+    """
+    return _built(source) if _Compiler.enabled else None
+
+
+@functools.cache
+def _built(source: str) -> ctypes.CDLL | None:
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        log.warning("no C++ compiler: what it would make runs in NumPy, with the same results")
+        return None
+    options = ("-x", "c++", "-", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        library = str(Path(folder) / "native.so")  # once loaded, it needs no file
+        try:
+            subprocess.run(
+                [compiler, *options, "-o", library],
+                input=source, text=True, check=True, capture_output=True,
+            )  # fmt: skip
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            fault = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[0]
+            log.warning("C++ is not compiled, NumPy runs instead: %s", fault)
+            return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.compiler import fused
+from stages.counting import ALONE, counted, pool
 from stages.errors import InputError
 
 LOWEST_EXPONENT = -40
 HIGHEST_EXPONENT = 24
 CHUNK = 1 << 22
-ALONE = 1 << 18  # values that are counted as fast by one thread
 SUB_BITS = 3
 MOST_BITS = 13
 _MANTISSA = 23
@@ -122,7 +121,8 @@ class Accumulator:
         self.range[1] = torch.maximum(self.range[1], high.amax())
         count = self._dense()
         for chunk in x.reshape(-1).split(CHUNK):
-            count += _counted(_codes(self.fine, chunk), len(count))
+            if not counted(chunk, *_PLACES[self.fine.mantissa_bits], count):
+                count += _counted(_codes(self.fine, chunk), len(count))
         count[0] -= surplus_zeros
         self._keep(count)
 
@@ -197,13 +197,8 @@ def _counted(codes: Tensor, bins: int) -> Tensor:
     threads = torch.get_num_threads()
     if codes.device.type != "cpu" or threads == 1 or len(codes) < ALONE:
         return torch.bincount(codes, minlength=bins)
-    parts = _pool(threads).map(partial(torch.bincount, minlength=bins), codes.chunk(threads))
+    parts = pool(threads).map(partial(torch.bincount, minlength=bins), codes.chunk(threads))
     return functools.reduce(Tensor.add_, parts)
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
 
 
 def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,6 +63,7 @@ FLOORS = {
             "stages.atoms",
             "stages.fitted",
             "stages.compiler",
+            "stages.counting",
             "stages.sketch",
             "stages.codec",
             "stages.registry",

@@ -17,6 +17,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from stages.errors import InputError
+from stages.ports.port import SpikingPort
 from stages.ports.visibility import ForwardState, View, Visibility
 
 NAME = "ported"
@@ -30,13 +31,11 @@ _PORTS = "attention_ports"
 class Port(Protocol):
     """What a value passes on its way into a matmul.
 
-    plain: whether it passes probabilities as they are without looking at them; keeps: whether the code
-    of a key or a value may stand in a cache in its place; whole: whether a block of probabilities must
-    have all rows and heads.
+    plain: whether it passes probabilities as they are without looking at them; whole: whether a block of
+    probabilities must have all rows and heads.
     """
 
     plain: bool
-    keeps: bool
     whole: bool
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
@@ -94,15 +93,11 @@ def ported_attention(
     seen = ports.state.visibility(attention_mask)
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    rows = seen.view.real
-    real = None if rows is None else rows[:, None]
-    fresh = None if seen.fresh is None else seen.fresh[:, None]
-    reads = seen.view.seen if rows is None else seen.view.seen * rows
-    query = ports.q(query, real, reads[:, None])
-    watched, held = seen.watched[:, None] * groups, ports.state.holds(module, key)
-    kept = queries if held and ports.state.kept else None
-    key = _cached(ports.k, key, fresh, watched, held, kept).transpose(2, 3)
-    value = _cached(ports.v, value, fresh, watched, held, kept)
+    query = ports.q(query, *seen.asked)
+    held = ports.state.holds(module, key)
+    old = key.shape[2] - queries if held and ports.state.kept else 0
+    key = _cached(ports.k, key, seen, groups, held, old).transpose(2, 3)
+    value = _cached(ports.v, value, seen, groups, held, old)
     lacking = ports.v.constant(value)
     added = None if lacking is None else lacking.repeat_interleave(groups, 0)  # [H, 1, D]
     if ports.probs.plain and _numbers(query, key, value):
@@ -127,20 +122,17 @@ def ported_attention(
 def _cached(
     port: Port,
     x: Tensor,  # [B, G, K, D]
-    fresh: Tensor | None,
-    watched: Tensor,
+    seen: Visibility,
+    groups: int,
     held: bool,
-    new_tokens: int | None,
+    old: int,
 ) -> Tensor:
-    """The codes of keys or values, in their place where a cache that keeps codes holds x; of new tokens
-    alone where all others are codes already."""
-    if not (held and port.keeps):
-        return port(x, fresh, watched)
-    old = 0 if new_tokens is None else x.shape[2] - new_tokens
-    new = x[:, :, old:]
-    real = None if fresh is None else fresh[..., old:]
-    new.copy_(port(new, real, watched[..., old:]))
-    return x
+    """The codes of keys or values, in their place where a cache that keeps codes holds x; of those
+    behind the `old` alone, which are codes already."""
+    if held and isinstance(port, SpikingPort) and port.keeps:
+        port.keep(x, old)
+        return x
+    return port(x, *seen.marked(groups))
 
 
 def _of_one_query(
@@ -154,10 +146,17 @@ def _of_one_query(
     """Attention [B, 1, H, D] of a token that is generated, as `_by_blocks` gives it."""
     batch, heads, _, width = query.shape
     groups, keys = key.shape[1], key.shape[3]
-    scores = torch.matmul(query.reshape(batch, groups, -1, width), key)
+    asking = query.reshape(batch * groups, heads // groups, width)
+    scores = _multiplied(asking, key.reshape(batch * groups, width, keys))
     probs, spikes = ports.probs.softmax(scores.view(batch, heads, 1, keys), scaling, view)
-    output = torch.matmul(probs.view(batch, groups, -1, keys), value)
-    return output.reshape(batch, 1, heads, width), spikes
+    given = value.reshape(batch * groups, keys, width)
+    output = _multiplied(probs.view(batch * groups, -1, keys), given)
+    return output.view(batch, 1, heads, width), spikes
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """The products of two batches, which `torch.bmm` starts sooner where none is of spikes."""
+    return torch.bmm(a, b) if _numbers(a, b) else torch.matmul(a, b)
 
 
 def _by_blocks(

@@ -16,6 +16,7 @@ from stages.codings.base import Coding
 from stages.compiler import fused
 from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
+from stages.neurons.search import Search, search
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
@@ -23,6 +24,7 @@ from stages.neurons.spikes import Params
 EAGER_BELOW = 1 << 14
 TABLE_AFTER = 8  # calls on so few values, a token each: after them a table of the code pays
 TABLES_AT_ONCE = 64
+SEARCHED_BELOW = 1 << 16  # values that one thread searches sooner than a compiled kernel has begun
 
 # Spikes that are not counted may be any tensor.
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
@@ -162,7 +164,7 @@ class Tables:
                 some = kernels[start : start + TABLES_AT_ONCE]
                 made = lookups(coding, [kernel.params for kernel in some])
                 for kernel, table in zip(some, made, strict=True):
-                    kernel.table = table
+                    kernel.hold(table)
 
 
 class ShortKernel:
@@ -171,24 +173,54 @@ class ShortKernel:
     def __init__(self, coding: Coding, params: Params, counted: bool, tables: Tables) -> None:
         self.coding, self.params = coding, unscaled(params)
         self.table: Lookup | None = None
+        # Of values that are neither counted nor in units of their channels, where it is compiled.
+        self._search: Search | None = None
+        self._plain = not counted and CHANNEL not in params and CENTRE not in params
         self._counted, self._tables, self._calls = counted, tables, 0
+
+    def hold(self, table: Lookup | None) -> None:
+        """Code by this table, if there is one."""
+        self.table = table
+        self._search = (
+            search(table.edge, table.value) if table is not None and self._plain else None
+        )
+
+    def values(self, x: Tensor) -> Tensor | None:
+        """The codes of few values by a compiled search, where there is one; None else."""
+        found = self._search
+        return None if found is None or not _short(x, SEARCHED_BELOW) else found.values(x)
+
+    def replace(self, x: Tensor, first: int) -> bool:
+        """Put the codes of few tokens of x [B, G, S, D] from `first` on in their place by a compiled
+        search, where there is one; say so."""
+        found = self._search
+        batch, groups, tokens, width = x.shape
+        few = batch * groups * (tokens - first) * width < SEARCHED_BELOW
+        return found is not None and few and found.replace(x, first)
+
+    def probabilities(self, scores: Tensor, scaling: float, bias: Tensor) -> Tensor | None:
+        """The codes of the softmax of one query, likewise."""
+        found = self._search
+        if found is None or not _short(scores, SEARCHED_BELOW):
+            return None
+        return found.softmax(scores, scaling, bias)
 
     def ready(self, x: Tensor) -> bool:
         """Whether there is a table and x is to be coded by it."""
-        if x.numel() >= EAGER_BELOW or (torch.is_grad_enabled() and x.requires_grad):
-            return False
+        if not _short(x, EAGER_BELOW) or torch.compiler.is_compiling():
+            return False  # a trace of torch.compile has no use for an array of NumPy
         self._calls += 1
         if self._calls == 1:
             self._tables.expect(self)
         elif self._calls == TABLE_AFTER and self.table is None:
             self._tables.make()
         if self.table is not None and self.table.edge.device != x.device:
-            self.table = self.table.to(x.device)
+            self.hold(self.table.to(x.device))
         return self.table is not None
 
     def rows(self, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """What `row_kernel` gives."""
-        if not self._counted and CHANNEL not in p and CENTRE not in p:
+        if self._plain:
             value = self._read(x, p)[0].to(x.dtype)
             return value, value
         return _rows(self._read, self._counted, x, unit(x, p), centre(x, p), p)
@@ -203,3 +235,8 @@ class ShortKernel:
         assert self.table is not None
         value, stair = self.table(u)
         return value, self.table.spikes.take(stair) if self._counted else value
+
+
+def _short(x: Tensor, limit: int) -> bool:
+    """Whether values are fewer than the limit, and no gradient is asked of them."""
+    return x.numel() < limit and not (torch.is_grad_enabled() and x.requires_grad)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.codings.base import Coding
 from stages.errors import InputError
-from stages.neurons.channels import left_out
+from stages.neurons.channels import CENTRE, left_out
 from stages.ports.counters import SiteCounter
 from stages.ports.kernels import ShortKernel, Tables, masked_softmax, row_kernel, softmax_kernel
 from stages.ports.visibility import View
@@ -19,7 +19,7 @@ from stages.ports.visibility import View
 class DensePort:
     """Passes the value as it is and counts its multiplications."""
 
-    plain, keeps, whole = True, False, False
+    plain, whole = True, False
 
     def __init__(self, counter: SiteCounter | None = None) -> None:
         self.counter = counter
@@ -65,11 +65,17 @@ class SpikingPort:
         self._neuron = coding.neuron
         counted = self.counter is not None and coding.neuron
         self._rows, self._softmax = row_kernel(coding, counted), softmax_kernel(coding, counted)
+        self._centred = CENTRE in own
+        # Whether the code of a key or a value may stand in a cache in its place.
         self.keeps = not coding.tokenwise and self.counter is None
         self._short = ShortKernel(coding, own, counted, tables)
         self._codes_softmax = not coding.replaces_softmax
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
+        if self.counter is None:
+            coded = self._short.values(x)
+            if coded is not None:
+                return coded
         p = self._on(x.device)
         made = self._short.rows if self._short.ready(x) else self._rows
         value, spikes = made(x, p)
@@ -79,10 +85,20 @@ class SpikingPort:
                 self.counter.add_nonzero(value, real)
         return without_gradient(value)
 
+    def keep(self, x: Tensor, first: int) -> None:
+        """Put the codes of the tokens of x [B, G, S, D] from `first` on in their place in a cache."""
+        if not self._short.replace(x, first):
+            new = x[:, :, first:]
+            new.copy_(self(new, None, 0))
+
     def constant(self, x: Tensor) -> Tensor | None:
-        return left_out(x, self._on(x.device))
+        return left_out(x, self._on(x.device)) if self._centred else None
 
     def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
+        if self._codes_softmax:
+            coded = self._short.probabilities(scores, scaling, view.bias)
+            if coded is not None:
+                return coded, None
         p = self._on(scores.device)
         if self._codes_softmax and self._short.ready(scores):
             value, spikes = self._short.softmax(scores, scaling, view.bias)

@@ -51,7 +51,7 @@ class ScoredPort:
     width: int | None = None  # of values, where it is not that of queries
     left: list[Tensor] = field(default_factory=list)
 
-    plain = keeps = False
+    plain = False
     whole = True  # biases, sinks and what they leave are those of all rows and heads
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
@@ -83,7 +83,7 @@ class PaddedPort:
     width: int
     zeros: int
 
-    plain = keeps = whole = False
+    plain = whole = False
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
         return nn.functional.pad(self.values(x, real, fanout), (0, self.zeros))

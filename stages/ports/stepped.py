@@ -30,7 +30,7 @@ class SteppedPort:
     With `steps` it passes, decoded, what has arrived after so many of them.
     """
 
-    plain = keeps = whole = False
+    plain = whole = False
 
     def __init__(
         self,

@@ -54,6 +54,20 @@ class Visibility:
     causal: bool
     _kept: dict[tuple[int, ...], View] = field(default_factory=dict)
 
+    @functools.cached_property
+    def asked(self) -> tuple[Tensor | None, Tensor]:
+        """Which queries of every head are real [B, 1, Q], None for all, and the keys that each reads."""
+        real, seen = self.view.real, self.view.seen
+        if real is None:
+            return None, seen[:, None]
+        return real[:, None], (seen * real)[:, None]
+
+    def marked(self, groups: int) -> tuple[Tensor | None, Tensor]:
+        """Which keys of every head are new and real [B, 1, K], None for all, and the real queries that
+        see each in `groups` heads."""
+        fresh = None if self.fresh is None else self.fresh[:, None]
+        return fresh, self.watched[:, None] * groups
+
     def block(self, rows: slice, queries: slice, keys: int) -> View:
         """Return a block of the view; small ones are the same for every layer."""
         place = rows.start, rows.stop, queries.start, queries.stop, keys
@@ -86,6 +100,8 @@ class ForwardState:
         cached = self.cache.layers[index].keys
         if cached is None:  # this layer writes into no cache
             return False
+        if cached is key:
+            return True
         return cached.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
 
     def begin(self, attention_mask: Tensor | None, length: int) -> None:

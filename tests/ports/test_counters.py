@@ -30,7 +30,7 @@ RIGHT = [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]]
 class Recorder:
     """Records what reaches a site and passes on what the stepped neuron makes of it."""
 
-    plain = keeps = whole = False
+    plain = whole = False
 
     def __init__(self, coding=None, params=None):
         self.coding, self.params, self.seen = coding, params, []

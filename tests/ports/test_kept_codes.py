@@ -1,15 +1,19 @@
 """A cache keeps the codes of keys and values, so that a token is coded once."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from stages.codings.base import site_params
 from stages.codings.gated import Gated
 from stages.codings.integer import Integer
+from stages.compiler import use_compiler
 from stages.errors import InputError
 from stages.model.sites import find_sites
+from stages.neurons.search import Search
 from stages.ports import kernels, passes, port
 from stages.ports.counters import Counters
 from stages.ports.patched import patched
@@ -105,3 +109,39 @@ def test_a_shortened_cache_goes_on(model, tokens, convert):
         cache.crop(-3)
         rest, _ = in_chunks(model, ids[:, 8:], (1, 1, 2), cache)
     torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_single_tokens_by_a_compiled_search_have_the_logits_of_the_table(
+    model, tokens, convert, rows
+):
+    conversion, ids = convert(model, CODING), tokens(rows, 40)
+    sizes = (6, *34 * [1])
+    with patched(model, conversion):
+        table, _ = in_chunks(model, ids, sizes)
+    use_compiler(True)
+    searched = []
+    with patched(model, conversion), pytest.MonkeyPatch.context() as patch:
+        for name in ("values", "replace", "softmax"):
+            patch.setattr(Search, name, spied(getattr(Search, name), searched))
+        compiled, _ = in_chunks(model, ids, sizes)
+    assert torch.equal(compiled, table)
+    assert set(searched) == {"values", "replace", "softmax"}
+
+
+def spied(method, names):
+    def call(*args):
+        names.append(method.__name__)
+        return method(*args)
+
+    return call
+
+
+def test_a_traced_port_whose_code_is_a_table_gives_its_values(model, convert):
+    coding, neurons = CODING, convert(model, CODING).neurons
+    spiking = port.SpikingPort(coding, site_params(neurons.fit.params, 0))
+    x = torch.randn(10, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    expected = [spiking(token, None, 0) for token in x]  # the last ones by the table
+    traced = torch.compile(lambda token: spiking(token + 0, None, 0), backend="eager")
+    assert torch.equal(torch.stack([traced(token) for token in x]), torch.stack(expected))

@@ -36,7 +36,7 @@ ROUNDED = CODINGS[1]
 class Stepped:
     """Encodes with the time-stepped neuron, decodes with its table, and remembers both sides."""
 
-    plain = keeps = whole = False
+    plain = whole = False
 
     def __init__(self, coding, params, passes_on=True):
         self.coding, self.params, self.passes_on = coding, params, passes_on

@@ -1,5 +1,6 @@
 """The sketch against numpy: every bin by its definition, every moment computed directly."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages import sketch
+from stages import counting, sketch
 from stages.compiler import use_compiler
 from stages.errors import InputError
 from stages.sketch import CHUNK, Accumulator, Grid, SketchSet
@@ -236,6 +237,24 @@ def test_the_compiled_codes_are_the_eager_ones() -> None:
     use_compiler(True)
     for found, expected in [(sketch._codes(Grid(7), x), Grid(7).codes(x))]:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_values_counted_where_they_stand_are_in_the_bins_of_their_codes(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0**24, -(2.0**24), torch.inf, torch.nan])
+    x, grid = torch.cat([values(5_003), ends]), Grid(7)
+    count = torch.arange(2 * grid.magnitudes)
+    expected = count + torch.bincount(grid.codes(x), minlength=len(count))
+    monkeypatch.setattr(counting, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    places = sketch._PLACES[7]
+    assert not counting.counted(x, *places, count)  # compilation is off
+    use_compiler(True)
+    assert counting.counted(x, *places, count)
+    assert torch.equal(count, expected)
 
 
 @pytest.mark.parametrize("mantissa_bits", [0, 14, -1])
