@@ -51,6 +51,10 @@ ONE_PASS = {
 }
 
 
+# A kernel's functions and modules are what they were when it was compiled.
+GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+
+
 def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., Any]:
     """Compile `kernel` for all shapes; it runs eagerly once the compiler has failed at it.
 
@@ -65,7 +69,7 @@ def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., A
         None  # with the first call: the compiler's import takes seconds
     )
     broken = False
-    options: Any = ONE_PASS if one_pass else None
+    options: Any = GUARDS | (ONE_PASS if one_pass else {})
 
     def call(*args: Any) -> Any:
         nonlocal broken, fast
@@ -73,7 +77,7 @@ def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., A
             return kernel(*args)
         fast = fast or torch.compile(copy, dynamic=True, options=options)
         try:
-            return fast(*args)
+            return _specialised(fast, args)
         except torch._dynamo.exc.TorchDynamoException as error:
             broken = True
             if _Compiler.failure is None:
@@ -82,6 +86,19 @@ def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., A
             return kernel(*args)
 
     return call
+
+
+def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call what torch.compile has made for all shapes, with the whole numbers of a coding as constants.
+
+    As symbols, the power of two of its steps was computed anew for every vector of values.
+    """
+    config: Any = torch._dynamo.config
+    before, config.specialize_int = config.specialize_int, True
+    try:
+        return fast(*args)
+    finally:
+        config.specialize_int = before
 
 
 def native(source: str) -> ctypes.CDLL | None:

@@ -175,7 +175,7 @@ class Prediction:
         cost = self._windows(windows, spec["length"], batch, "capture", passes, 1, workers)
         if workers == 1:
             return cost
-        shared = Shared.of(windows, batch, s.runtime.workers)
+        shared = SharedOut.of(windows, batch, s.runtime.workers)
         left = self._left(statistic, spec["windows"] * spec["length"], batch, spec["length"])
         return self._merged(cost, shared, left)
 

@@ -234,9 +234,10 @@ class Gated(Sensitive):
         return scales.gather(1, pick).squeeze(1)
 
     def at_site(self, p: Params) -> tuple[Coding, Params]:
-        """The steps of every neuron are parameters here: a compiled kernel reads them in half the time
-        that it takes with constants, which it does not combine."""
-        return self, {"steps": torch.full_like(p["scale"], 2.0**self.timesteps), **p}
+        """What follows from the parameters is one here, and so are the steps of every neuron: a kernel would
+        divide for them at every vector of values, and does not combine constants."""
+        steps = {"steps": torch.full_like(p["scale"], 2.0**self.timesteps)}
+        return self, ranges.prepared({**steps, **p}, self.timesteps)
 
     def encode(self, x: Tensor, p: Params) -> ranges.RangeSpikes:
         return ranges.encode(x, p, self.timesteps, self.longest, self.signed, self.digit_bits)

@@ -29,6 +29,7 @@ from stages.neurons.digits import (
 from stages.neurons.spikes import Params, Spikes, popcount
 
 RADIX = "radix"  # the parameter that holds the bits of a digit, [*S]
+LIMIT, STEP = "limit", "step"  # what `prepared` adds, [*S, n]: where a neuron saturates, and 2^-T_k
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,24 @@ class Bank:
     width: Tensor
     floor: Tensor
     steps: Tensor
+    limit: Tensor  # where a neuron starts to saturate: half a step above its last level
+    step: Tensor  # 2^-T_k, by which a product is exact
 
     @classmethod
     def of(cls, p: Params, timesteps: int) -> Bank:
         scale = p["scale"]
         steps = p.get("steps", torch.full_like(scale, 2.0**timesteps))
         floor = p.get("floor", torch.zeros_like(scale))
-        return cls(scale - floor, floor, steps)
-
-    def limit(self) -> Tensor:
-        """Where a neuron starts to saturate: half a step above its last level, [*S, n]."""
-        return self.floor + self.width * (1 - 0.5 / self.steps)
+        width = scale - floor
+        if LIMIT in p:
+            return cls(width, floor, steps, p[LIMIT], p[STEP])
+        return cls(width, floor, steps, floor + width * (1 - 0.5 / steps), 1 / steps)
 
     def gate(self, magnitude: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """Number, width, floor and steps of the neuron of every value, and what `more` [*S, n] has for it:
         magnitude [*S, K] -> [*S, K]."""
         last = self.width.shape[-1] - 1
-        limit = self.limit()
+        limit = self.limit
         neuron = (self.width, self.floor, self.steps, *more)
         parts = [t[..., last, None] for t in neuron]
         grain = torch.full_like(magnitude, last)
@@ -100,6 +102,12 @@ class Bank:
             parts = [torch.where(inside, t[..., k, None], rest) for t, rest in pairs]
             grain = torch.where(inside, float(k), grain)
         return grain, *parts
+
+
+def prepared(p: Params, timesteps: int) -> dict[str, Tensor]:
+    """The parameters, with what follows from them: `LIMIT` and `STEP`."""
+    bank = Bank.of(p, timesteps)
+    return {**p, LIMIT: bank.limit, STEP: bank.step}
 
 
 def threshold(steps: Tensor, t: int) -> Tensor:
@@ -196,14 +204,14 @@ def quantise(
     plain = bits == 1 and RADIX not in p
     highest = not plain and (signed or "floor" in p)  # whether the count asks where that digit is
     more = (top_place(bank.steps, _bits(p, bits, 1)),) if highest else ()
-    _, width, floor, steps, *place = bank.gate(magnitude, *more)
+    _, width, floor, steps, step, *place = bank.gate(magnitude, bank.step, *more)
     u = (magnitude - floor) / width
     if signed:
         place_of = u * steps  # steps are a power of two, so this and what follows is exact
         whole = torch.floor(place_of)
         code = whole + (place_of - whole >= 0.5).to(place_of.dtype)
     else:
-        code = torch.floor((u + 0.5 / steps) * steps)
+        code = torch.floor((u + 0.5 * step) * steps)
     code = torch.minimum(code.clamp(min=0), steps - 1)
     if plain:
         count = digits(code.float(), steps.float()) if signed else popcount(code)
@@ -211,7 +219,7 @@ def quantise(
     else:
         top = place[0] if highest else None
         count = _digit_count(code, steps, floor > 0, top, signed, _bits(p, bits, 1))
-    return torch.sign(x).float() * (code / steps * width + floor), count
+    return torch.sign(x).float() * (code * step * width + floor), count
 
 
 def _bits(p: Params, bits: int, dims: int) -> int | Tensor:
