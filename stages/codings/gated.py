@@ -234,8 +234,8 @@ class Gated(Sensitive):
         return scales.gather(1, pick).squeeze(1)
 
     def at_site(self, p: Params) -> tuple[Coding, Params]:
-        """What follows from the parameters is one here, and so are the steps of every neuron: a kernel would
-        divide for them at every vector of values, and does not combine constants."""
+        """The steps of every neuron are parameters here, and so is what follows from them: a kernel would
+        divide at every vector of values, and does not combine constants."""
         steps = {"steps": torch.full_like(p["scale"], 2.0**self.timesteps)}
         return self, ranges.prepared({**steps, **p}, self.timesteps)
 

@@ -92,20 +92,26 @@ def _softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """The softmax in float32, whose exponentials pass through the memory of the scores where they can."""
     logits = scores.float() * scaling + bias
     power = torch.exp(logits - logits.amax(-1, keepdim=True))
-    if scores.dtype == torch.float32:
+    if scores.dtype == torch.float32 and scores.shape[1] > 1:
         power = scores.copy_(power)
     return power / power.sum(-1, keepdim=True)
 
 
 def _in_place(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    return scores.copy_(_softmax(scores, scaling, bias))
+    return _put(_softmax(scores, scaling, bias), scores)
+
+
+def _put(value: Tensor, scores: Tensor) -> Tensor:
+    """The value where the scores stand; beside them of one head, whose softmax Inductor does not
+    compile in place (findings/inductor_softmax_in_place.sh)."""
+    return value.to(scores.dtype) if scores.shape[1] == 1 else scores.copy_(value)
 
 
 _dense_softmax = fused(_in_place)
 
 
 def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    """Probabilities in the place of scores [B, H, Q, K], with the bias of `softmax_kernel`."""
+    """Probabilities of scores [B, H, Q, K], as a rule in their place; bias as of `softmax_kernel`."""
     made = _in_place if scores.numel() < EAGER_BELOW else _dense_softmax
     probs: Tensor = made(scores, scaling, bias)
     return probs
@@ -115,8 +121,9 @@ def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
 def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
     """Make (scores [B, H, Q, K], scaling, bias, parameters) -> (coded probabilities, spikes [B, H, Q]).
 
-    The probabilities stand where the scores stood. bias [B, 1, Q, K] float32 is 0, or the lowest number
-    where a query does not see a key: a sum is read in a third of the time that a boolean takes.
+    The probabilities stand where the scores stood, as a rule. bias [B, 1, Q, K] float32 is 0, or the
+    lowest number where a query does not see a key: a sum is read in a third of the time that a boolean
+    takes.
     """
 
     def probabilities(
@@ -126,18 +133,18 @@ def softmax_kernel(coding: Coding, counted: bool) -> SoftmaxKernel:
             return coding.softmax(scores, scaling, bias == 0, p)
         return coding.quantise(_softmax(scores, scaling, bias), p)
 
-    def kernel(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> Tensor:
+    def kernel(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         value, spikes = probabilities(scores, scaling, bias, p)
         # A fitted threshold may lie below v0, and such a neuron would fire at masked zeros.
         seen = torch.where(bias == 0, spikes, 0).sum(-1) if counted else spikes.new_empty(0)
-        scores.copy_(value)
-        return seen
+        return _put(value, scores), seen
 
     fast = fused(kernel, one_pass=True)
 
     def call(scores: Tensor, scaling: float, bias: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         small = scores.numel() < EAGER_BELOW or scores.shape[2] == 1
-        return scores, (kernel if small else fast)(scores, scaling, bias, p)
+        coded: tuple[Tensor, Tensor] = (kernel if small else fast)(scores, scaling, bias, p)
+        return coded
 
     return call
 

@@ -19,7 +19,13 @@ from stages.codings.signed_digit import SignedDigit
 from stages.codings.timed import Timed
 from stages.codings.ttfs import Ttfs
 from stages.compiler import compiled, use_compiler
-from stages.ports.kernels import EAGER_BELOW, masked_softmax, row_kernel, softmax_kernel
+from stages.ports.kernels import (
+    EAGER_BELOW,
+    dense_softmax,
+    masked_softmax,
+    row_kernel,
+    softmax_kernel,
+)
 from tests.codings.reference import around_breakpoints, fitted, heavy_tailed, reference
 from tests.ports.biases import bias
 
@@ -175,14 +181,18 @@ def test_compiled_integers_have_the_eager_bits(per: str, dtype: torch.dtype) -> 
     )
 
 
-def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint() -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_compiled_softmax_kernel_differs_only_next_to_a_breakpoint(heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = 6 * torch.randn(1, 2, 128, 128, generator=generator)
+    scores = 6 * torch.randn(1, heads, 128, 128, generator=generator)
     mask = torch.ones(128, 128).tril().bool()[None, None]
     p = {"scale": torch.tensor([0.03, 0.97])}
     before = graphs()
     value, spikes = softmax_kernel(GATED, True)(scores.clone(), 0.25, bias(mask), p)
     assert graphs() > before and compiled()
+    probs = dense_softmax(scores.clone(), 0.25, bias(mask))
+    assert compiled()
+    torch.testing.assert_close(probs, masked_softmax(scores, 0.25, mask), rtol=1e-5, atol=0)
     masked = (scores.double() * 0.25).masked_fill(~mask, -torch.inf)
     probability = masked.softmax(-1)
     torch.testing.assert_close(
