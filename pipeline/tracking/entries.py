@@ -106,12 +106,15 @@ def sweep_entry(folder: RunFolder, draw: Draw) -> Entry:
         f"{'figures' if path.suffix in ('.png', '.pdf') else 'tables'}/{path.name}": path.read_bytes()
         for path in files
     }
+    artifacts[MULTIRUN] = (folder.path / MULTIRUN).read_bytes()
     if results:
         frame = result_frame(distinct(results.values()))
         artifacts["table.json"] = frame.to_json(orient="split", index=False).encode()
         tags |= _origin(next(iter(results.values()))["run"], "table.json")
         table = artifacts.get(f"tables/{naming.run_name(folder)}.md", b"").decode()
-        tags["mlflow.note.content"] = table[:LONGEST].rpartition("\n")[0]  # whole lines
+        whole = table[:LONGEST].rpartition("\n")[0]  # lines
+        more = "" if len(table) <= LONGEST else "\n\nThe whole table is among the artifacts."
+        tags["mlflow.note.content"] = whole + more
     return replace(
         opened,
         name=f"{opened.name} {tags['model']}",

@@ -83,12 +83,8 @@ class Search:
         """The values of softmax(scores * scaling + bias) in the place of scores [B, H, 1, K] of one query;
         bias [B, 1, 1, K]. None where they do not fit."""
         batch, heads, queries, keys = scores.shape
-        one = queries == 1 and bias.shape == (
-            batch,
-            1,
-            1,
-            keys,
-        )  # what is read at an address is there
+        # as what is read at an address must be there
+        one = queries == 1 and bias.shape == (batch, 1, 1, keys)
         if not (one and _fits(scores) and _fits(bias)):
             return None
         rows, place = batch * heads, scores.data_ptr()
