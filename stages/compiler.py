@@ -101,16 +101,17 @@ def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         config.specialize_int = before
 
 
-def native(source: str) -> ctypes.CDLL | None:
+def native(source: str, **functions: tuple[type, ...]) -> ctypes.CDLL | None:
     """Compile C++ for this processor; None where compilation is off or fails, which is logged once.
 
-    `source`: functions with C linkage, without a library. The caller declares their arguments.
+    `source`: functions with C linkage, without a library, that return nothing; `functions`: the types of
+    the arguments of each by its name.
     """
-    return _built(source) if _Compiler.enabled else None
+    return _built(source, tuple(functions.items())) if _Compiler.enabled else None
 
 
 @functools.cache
-def _built(source: str) -> ctypes.CDLL | None:
+def _built(source: str, functions: tuple[tuple[str, tuple[type, ...]], ...]) -> ctypes.CDLL | None:
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler is None:
@@ -124,8 +125,11 @@ def _built(source: str) -> ctypes.CDLL | None:
                 [compiler, *options, "-o", library],
                 input=source, text=True, check=True, capture_output=True,
             )  # fmt: skip
-            return ctypes.CDLL(library)
+            built = ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
             fault = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[0]
             log.warning("C++ is not compiled, NumPy runs instead: %s", fault)
             return None
+    for name, arguments in functions:
+        getattr(built, name).argtypes, getattr(built, name).restype = arguments, None
+    return built

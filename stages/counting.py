@@ -29,18 +29,16 @@ extern "C" void counted(const float* x, long long n, int shift, int base, int ma
   }
 }
 """
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_longlong, *3 * (ctypes.c_int,), ctypes.c_void_p)
 
 
 def counted(x: Tensor, shift: int, base: int, magnitudes: int, count: Tensor) -> bool:
     """Add how often every bin is in flat float32 x to count [2 * magnitudes] int64, a share a thread;
     say whether that was done, which takes a compiler and a CPU."""
     fits = x.is_cpu and count.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
-    library = native(_SOURCE) if fits else None
+    library = native(_SOURCE, counted=_ARGUMENTS) if fits else None
     if library is None:
         return False
-    pointer, whole = ctypes.c_void_p, ctypes.c_int
-    library.counted.argtypes = [pointer, ctypes.c_longlong, whole, whole, whole, pointer]
-    library.counted.restype = None
 
     def add(part: Tensor, sums: Tensor) -> Tensor:
         place, sums_place = part.data_ptr(), sums.data_ptr()

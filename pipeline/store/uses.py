@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.store import processes
+from pipeline.store import processes, whole
 from pipeline.store.locks import Heartbeat
 
 FOLDER = ".used"
@@ -40,9 +40,7 @@ class Folder:
         self._root = root
 
     def write(self, path: str, data: bytes) -> None:
-        place = self._root / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
+        whole.write(self._root / path, data.decode())
 
     def delete(self, path: str) -> None:
         (self._root / path).unlink(missing_ok=True)

@@ -200,7 +200,8 @@ def unreachable(error: BaseException | None) -> bool:
 
 def connect(spec: TrackingSpec) -> Database:
     """Connect to the database and the experiment, both created on first use."""
-    os.environ |= ENVIRONMENT | os.environ
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning is ours
     from mlflow import MlflowClient
@@ -237,17 +238,16 @@ def relocate(spec: TrackingSpec, experiment: Experiment) -> None:
     stored, given = (Path(place).resolve() for place in places)
     beside = spec.database.resolve().parent
     copied = given.is_relative_to(beside) and not stored.is_relative_to(beside)
-    if stored == given:
+    if stored == given or (stored.is_dir() and not copied):
         return
     number = experiment.experiment_id
     with closing(sqlite3.connect(spec.database)) as connection, connection:
         query = "SELECT run_uuid, artifact_uri, end_time FROM runs WHERE experiment_id = ?"
         runs = connection.execute(query, [number]).fetchall()
         here = {run for run, _, _ in runs if (given / run).is_dir()}
-        came = bool(here) or all(end is None for _, _, end in runs)
-        if stored.is_dir() and not (came and copied):
-            return
-        if not came:
+        if not here and any(end is not None for _, _, end in runs):
+            if stored.is_dir():
+                return
             raise InputError(
                 f"the artifacts of experiment {experiment.name} were in {stored}, which is gone, and "
                 f"are not in {given}: move them there, or give tracking.experiment=ANOTHER"

@@ -46,6 +46,10 @@ extern "C" void shifted(float* x, Size rows, Size width, Size share, float scali
 }
 """
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_longlong
+_ARGUMENTS = {
+    "coded": (_POINTER, *3 * (_SIZE,), _POINTER, _POINTER, _SIZE, _POINTER),
+    "shifted": (_POINTER, *3 * (_SIZE,), ctypes.c_float, _POINTER),
+}
 
 
 class Search:
@@ -96,13 +100,8 @@ class Search:
 
 def search(edge: Tensor, value: Tensor) -> Search | None:
     """The compiled search of a table; None where it is on another device, or nothing is compiled."""
-    library = native(_SOURCE) if edge.is_cpu else None
-    if library is None:
-        return None
-    library.coded.argtypes = [_POINTER, *3 * [_SIZE], _POINTER, _POINTER, _SIZE, _POINTER]
-    library.shifted.argtypes = [_POINTER, *3 * [_SIZE], ctypes.c_float, _POINTER]
-    library.coded.restype = library.shifted.restype = None
-    return Search(library, edge, value)
+    library = native(_SOURCE, **_ARGUMENTS) if edge.is_cpu else None
+    return None if library is None else Search(library, edge, value)
 
 
 def _fits(x: Tensor) -> bool:

@@ -92,7 +92,7 @@ def _softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """The softmax in float32, whose exponentials pass through the memory of the scores where they can."""
     logits = scores.float() * scaling + bias
     power = torch.exp(logits - logits.amax(-1, keepdim=True))
-    if scores.dtype == torch.float32 and scores.shape[1] > 1:
+    if scores.dtype == torch.float32:
         power = scores.copy_(power)
     return power / power.sum(-1, keepdim=True)
 
