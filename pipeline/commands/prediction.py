@@ -9,21 +9,23 @@ workers leave for each other at that of the network; how much there is of everyt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.commands.schedule import Cost, Load
+from pipeline.run.peers import TOGETHER
 from pipeline.run.rates import Rates
 from pipeline.run.settings import Settings
-from pipeline.run.shares import Cut
+from pipeline.run.shares import Cut, batches
 from pipeline.run.stage import Stage
 from stages.analysis.footprint import Resident, resident, share_bytes, site_plan
 from stages.analysis.operations import operations
-from stages.analysis.work import Work, work
+from stages.analysis.work import work
 from stages.fits.sensitivity import CELLS, Sensitivity
 from stages.fits.statistics import ChannelMean, ChannelScale, ChannelScales, Statistic
 from stages.model.loading import meta_model
@@ -41,48 +43,6 @@ COUNTED = 7 * FLOAT64  # bytes of the counters of a site
 START = "start"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of a stage, for the worker that has most to do.
-
-    Seconds by what takes them: `compute`, `memory`, `disk`, `network`, and `fixed`, whatever its size;
-    bytes that it reads as weights, that all workers send through the store, and that it holds.
-    """
-
-    compute: float = 0.0
-    memory: float = 0.0
-    disk: float = 0.0
-    network: float = 0.0
-    fixed: float = 0.0
-    read: float = 0.0
-    sent: float = 0.0
-    held: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """What is computed, while the next layer is read, and what is sent."""
-        return self.fixed + max(self.compute + self.memory, self.disk) + self.network
-
-    @property
-    def bound(self) -> str:
-        """What takes most of it."""
-        parts = {name: getattr(self, name) for name in ("compute", "memory", "disk", "network")}
-        return max({**parts, "start": self.fixed}.items(), key=lambda part: part[1])[0]
-
-
-@dataclass(frozen=True)
-class SharedOut:
-    """How batches are shared out: `units` of them, `each` for the worker that has most."""
-
-    units: int
-    each: int
-
-    @classmethod
-    def of(cls, number: int, size: int, workers: int) -> SharedOut:
-        units = math.ceil(number / size)
-        return cls(units, math.ceil(units / workers))
-
-
 class Shape:
     """A model by its dimensions: without weights, its sites, and its operations."""
 
@@ -93,7 +53,7 @@ class Shape:
 
 
 class Prediction:
-    """The costs of stages of one configuration at the rates of one worker."""
+    """What stages of one configuration cost at the rates of one worker."""
 
     def __init__(self, settings: Settings, rates: Rates, shape: Shape) -> None:
         self.settings, self.rates = settings, rates
@@ -117,8 +77,8 @@ class Prediction:
             held=self._held() + self.weights.weights,
         )
 
-    def of(self, stage: Stage) -> Cost | None:
-        """The cost of a stage, None where its size is known once its text has been read."""
+    def of(self, stage: Stage) -> Load | None:
+        """What a stage costs, None where its size is known once its text has been read."""
         spec, over = stage.spec, self._over
         if stage.name == "statistics":
             return self._statistic(stage)
@@ -130,11 +90,11 @@ class Prediction:
             kind = stage.name
             if kind == "fitting" and spec["coding"].trained:
                 kind = "sampled" if self.settings.fitting.data == "samples" else "trained"
-            return Cost(memory=len(self._sites) * over[kind], held=over["process"])
+            return Load((Cost(memory=len(self._sites) * over[kind], held=over["process"]),))
         if stage.name == "energy":
-            return self._energy()
+            return Load((self._energy(),))
         if stage.name == "export":
-            return Cost(disk=self.file_bytes / self.rates.disk, held=self._held())
+            return Load((Cost(disk=self.file_bytes / self.rates.disk, held=self._held()),))
         return None
 
     @cached_property
@@ -155,29 +115,29 @@ class Prediction:
     def _sites(self) -> list[Site]:
         return select(self._every, self.settings.sites)
 
-    def _calibrated(self, name: str, spec: Any) -> Cost:
-        s = self.settings
-        windows = s.patching.windows if name == "patching" else spec["windows"]
-        what, workers = name, None
+    def _calibrated(self, name: str, spec: Any) -> Load:
+        s, length = self.settings, spec["length"]
         if name == "prefix":
-            what, workers = "dense", 1
-        cost = self._windows(windows, spec["length"], s.runtime.batch, what, 1.0, 1, workers)
+            return self._windows([spec["windows"]], length, s.runtime.batch, "dense", logits=1)
+        windows = s.patching.windows if name == "patching" else spec["windows"]
+        units = self._batches(windows, s.runtime.batch)
+        load = self._windows(units, length, s.runtime.batch, name, logits=1)
         if name == "capture":
-            return self._capturing(cost, windows, spec["length"])
-        return cost
+            return self._capturing(load, spec["windows"], length)
+        return load
 
-    def _statistic(self, stage: Stage) -> Cost:
-        """Of a statistic that adds up by batches each worker has some, of another one worker all."""
+    def _statistic(self, stage: Stage) -> Load:
+        """Of a statistic that adds up by batches each is a unit, another is one."""
         s, spec, statistic = self.settings, stage.spec, stage.spec["statistic"]
         windows, batch = statistic.reads(spec["windows"], s.runtime.batch)
         passes = s.plan.passes.get(statistic.name, 1.0) * getattr(statistic, "epochs", 1)
-        workers = None if isinstance(stage, Cut) else 1
-        cost = self._windows(windows, spec["length"], batch, "capture", passes, 1, workers)
-        if workers == 1:
-            return cost
-        shared = SharedOut.of(windows, batch, s.runtime.workers)
+        shared = isinstance(stage, Cut)
+        units = self._batches(windows, batch) if shared else [windows]
+        load = self._windows(units, spec["length"], batch, "capture", [passes] * len(units), 1)
+        if not shared:
+            return load
         left = self._left(statistic, spec["windows"] * spec["length"], batch, spec["length"])
-        return self._merged(cost, shared, left)
+        return self._merged(load, left)
 
     def _left(self, statistic: Statistic, tokens: int, batch: int, length: int) -> float:
         """Bytes that a batch leaves of a statistic over so many tokens."""
@@ -191,7 +151,7 @@ class Prediction:
         plan = site_plan(self._model, self._sites, 7, self._dtype, tokens)
         return float(FLOAT32 * rows * plan["values"].sum())
 
-    def _capturing(self, cost: Cost, windows: int, length: int) -> Cost:
+    def _capturing(self, load: Load, windows: int, length: int) -> Load:
         """Sketches in memory, and what batches leave of them."""
         s, bits = self.settings, self.settings.capture.mantissa_bits
         tokens = windows * length
@@ -199,13 +159,14 @@ class Prediction:
         held = sketch["sketch"].sum()
         if self._offloaded:
             held = sketch.groupby("layer")["sketch"].sum().max()
-        shared = SharedOut.of(windows, s.runtime.batch, s.runtime.workers)
         batch = s.runtime.batch * length
         part = share_bytes(self._model, self._sites, bits, self._dtype, batch)
-        return self._merged(replace(cost, held=cost.held + held), shared, part)
+        units = tuple(replace(unit, held=unit.held + held) for unit in load.units)
+        return self._merged(replace(load, units=units), part)
 
-    def _evaluated(self, spec: Any) -> Cost | None:
-        runtime = self.settings.runtime
+    def _evaluated(self, spec: Any) -> Load | None:
+        """Of perplexity a batch of windows is a unit, of `anytime` all after some of the steps."""
+        size = self.settings.runtime.evaluation_batch
         coding, counted = spec["coding"], spec["perturbation"] is None
         if "task" in spec:
             return self._asked(spec)
@@ -214,59 +175,65 @@ class Prediction:
         what = "counted" if coding.converts else "dense_counted"
         if not counted:
             what = "spiking" if coding.converts else "dense"
-        passes = 1.0
+        units, passes = self._batches(spec["count"], size), None
         if "anytime" in spec:
-            steps = coding.timesteps
-            passes += self._over["step"] * steps * (steps - 1) / 2
-        size = runtime.evaluation_batch
-        cost = self._windows(spec["count"], spec["length"], size, what, passes)
-        shared = SharedOut.of(spec["count"], size, runtime.workers)
-        return self._merged(cost, shared, COUNTED * len(self._every) * counted)
+            passes = [*(self._over["step"] * t for t in range(1, coding.timesteps)), 1.0]
+            units = [spec["count"]] * len(passes)
+        load = self._windows(units, spec["length"], size, what, passes)
+        return self._merged(load, COUNTED * len(self._every) * counted)
 
-    def _asked(self, spec: Any) -> Cost:
+    def _asked(self, spec: Any) -> Load:
         s = self.settings
         sequences, length = s.plan.questions.get(spec["task"].name, s.plan.questions["other"])
         what = "spiking" if spec["coding"].converts else "dense"
-        shared = SharedOut.of(spec["items"], AT_ONCE, s.runtime.workers)
-        mine = min(spec["items"], shared.each * AT_ONCE)
-        cost = self._windows(mine * sequences, length, s.runtime.task_batch, what, workers=1)
-        return replace(cost, fixed=cost.fixed + self._over["task"])
+        units = [number * sequences for number in _parts(spec["items"], AT_ONCE)]
+        load = self._windows(units, length, s.runtime.task_batch, what)
+        fixed = load.once.fixed + self._over["task"]
+        return replace(load, once=replace(load.once, fixed=fixed))
+
+    def _batches(self, windows: int, batch: int) -> list[int]:
+        """Windows of the units of a stage that is cut into batches; of layers from disk a worker takes
+        several at once, as `peers` does."""
+        workers, together = self.settings.runtime.workers, 1
+        if self._offloaded:
+            together = math.ceil(batches(windows, batch) / workers)
+            together = min(TOGETHER, together) if workers > 1 else together
+        return _parts(windows, batch * together)
 
     def _windows(
         self,
-        number: int,
+        units: Sequence[int],
         length: int,
         batch: int,
         what: str,
-        passes: float = 1.0,
+        passes: Sequence[float] | None = None,
         logits: int = 0,
-        workers: int | None = None,
-    ) -> Cost:
-        """So many windows through the model, `passes` times, shared out among all workers or so many."""
+    ) -> Load:
+        """Units of so many windows through the model, each of them in batches and `passes` times."""
         rates, over, itemsize = self.rates, self._over, self._dtype.itemsize
-        shared = SharedOut.of(number, batch, workers or self.settings.runtime.workers)
-        mine = min(number, shared.each * batch)
-        one: Work = work(self._plan, self._sites, length, logits)
-        products = mine * 2 * one.macs / rates.flops
-        streamed = shared.each * self.weights.weights / rates.memory
+        one = work(self._plan, self._sites, length, logits)
         numbers = one.elements * over["elements"] + one.values * over.get(what, 0.0)
-        moved = mine * numbers * 2 * itemsize
-        read = self._read_again()
-        wide = batch * length * (self._model.config.hidden_size * 6 + self._inner * 3)
+        read, width = self._read_again(), self._model.config.hidden_size
+        wide = batch * length * (width * 6 + self._inner * 3)
         head = batch * (logits or length) * self._model.config.get_text_config().vocab_size
         held = self._held() + (wide + head) * itemsize
-        if self._offloaded:
-            held += mine * length * self._model.config.hidden_size * itemsize
-        else:
-            held += self.weights.weights
-        return Cost(
-            compute=passes * max(products, streamed),
-            memory=passes * (moved / rates.memory) + self._converted(read),
-            disk=passes * read / rates.disk,
-            fixed=over["stage"] + (over["compile"] if self._compiles(what) else 0),
-            read=passes * read,
-            held=held,
-        )
+
+        def cost(number: int, passes: float) -> Cost:
+            products = number * 2 * one.macs / rates.flops
+            streamed = batches(number, batch) * self.weights.weights / rates.memory
+            moved = number * numbers * 2 * itemsize
+            hidden = number * length * width * itemsize
+            return Cost(
+                compute=passes * max(products, streamed),
+                memory=passes * (moved / rates.memory) + self._converted(read),
+                disk=passes * read / rates.disk,
+                read=passes * read,
+                held=held + (hidden if self._offloaded else self.weights.weights),
+            )
+
+        fixed = over["stage"] + (over["compile"] if self._compiles(what) else 0)
+        every = zip(units, passes or [1.0] * len(units), strict=True)
+        return Load(tuple(cost(*unit) for unit in every), once=Cost(fixed=fixed))
 
     def _compiles(self, what: str) -> bool:
         return self.settings.runtime.compile and not what.startswith("dense")
@@ -304,9 +271,15 @@ class Prediction:
     def _inner(self) -> int:
         return max((o.work.per_token for o in self._plan if o.kind == "activation"), default=0)
 
-    def _merged(self, cost: Cost, shared: SharedOut, part: float) -> Cost:
-        """With what all batches leave: the worker writes its own, and one reads them all."""
+    def _merged(self, load: Load, part: float) -> Load:
+        """With what units leave, so many bytes each: who builds one writes it, and one reads all."""
         if self.settings.runtime.workers == 1:
-            return cost
-        network = (shared.each + shared.units) * part / self.rates.network
-        return replace(cost, network=network, sent=shared.units * part)
+            return load
+        seconds = part / self.rates.network
+        units = tuple(replace(unit, network=seconds, sent=part) for unit in load.units)
+        return replace(load, units=units, merge=Cost(network=len(units) * seconds))
+
+
+def _parts(number: int, size: int) -> list[int]:
+    """A number as parts of some size, and the rest."""
+    return [min(size, number - first) for first in range(0, number, size)]

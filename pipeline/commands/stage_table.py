@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import psutil
 from tabulate import tabulate
 
-from pipeline.commands.prediction import START, Cost, Prediction, Shape, SharedOut
+from pipeline.commands.prediction import START, Prediction, Shape
+from pipeline.commands.schedule import Done, schedule
 from pipeline.run.chain import Chain
 from pipeline.run.rates import Rates, of_worker
 from pipeline.run.settings import Settings
-from pipeline.run.stage import Stage
+from pipeline.run.shares import batches
+from pipeline.run.stage import Stage, sources
+
+MOVED = ("held", "read", "sent")
+# "of all" has the seconds of all workers; "until" when the stage is there, after the start of the command.
+HEADS = ("stage", "seconds", "of all", "measured", "until", *(f"GB {w}" for w in MOVED), "bound by")
 
 
 class Forecasts:
@@ -20,33 +27,36 @@ class Forecasts:
     def __init__(self) -> None:
         self.rates = ""  # whose rates, once there is a forecast
         self._shapes: dict[str, Shape] = {}
-        self._made: dict[int, tuple[Rates, dict[str, Cost | None]]] = {}
+        self._made: dict[int, tuple[Rates, dict[str, Done | None]]] = {}
 
     def seconds(self, chain: Chain) -> dict[str, float]:
-        """The seconds of a job's stages by label, of those whose size is known."""
-        _, costs = self._of(chain)
-        return {label: cost.seconds for label, cost in costs.items() if cost is not None}
+        """By how many seconds each of a job's stages, whose labels are given, puts off its end; of those
+        whose size is known."""
+        _, stages = self._of(chain)
+        ends = sorted((done.end, label) for label, done in stages.items() if done is not None)
+        return {label: end - before for (before, _), (end, label) in pairwise(ends)}
 
     def table(self, chain: Chain, past: Callable[[Chain, Stage], float | None]) -> str:
         """The table of the stages of a job, those that are stored among them, and what its numbers rest
         on. `past` gives the seconds that a build took or is known to take."""
-        rates, costs = self._of(chain)
+        rates, stages = self._of(chain)
         took = {label: past(chain, stage) for label, stage in chain.steps.items()}
-        rows = [_row(label, cost, took.get(label)) for label, cost in costs.items()]
-        known = [cost for cost in costs.values() if cost is not None]
-        total = _number(sum(c.seconds for c in known)), "", _giga(max(c.held for c in known))
-        sums = _giga(sum(c.read for c in known)), _giga(sum(c.sent for c in known)), ""
-        heads = ("stage", "seconds", "measured", "GB held", "GB read", "GB sent", "bound by")
-        align = ("left", *["right"] * 5, "left")
-        table = tabulate(
-            [*rows, ("all", *total, *sums)], heads, "simple", disable_numparse=True, colalign=align
-        )
-        return "\n".join(
-            [*_basis(chain.settings, rates), "", table, *_notes(chain, costs, rates.kind)]
-        )
+        rows = [_row(label, done, took.get(label)) for label, done in stages.items()]
+        known = [done for done in stages.values() if done is not None]
+        seconds = _number(max(d.end for d in known)), _number(sum(d.all.seconds for d in known))
+        held = max(d.most.held for d in known)
+        moved = sum(d.most.read for d in known), sum(d.all.sent for d in known)
+        total = ("all", *seconds, "", "", *map(_giga, (held, *moved)), "")
+        table = [HEADS, *rows, total]
+        if chain.settings.runtime.workers == 1:
+            table = [(*row[:2], *row[3:]) for row in table]
+        align = ("left", *["right"] * (len(table[0]) - 2), "left")
+        lines = tabulate(table, "firstrow", "simple", disable_numparse=True, colalign=align)
+        notes = _notes(chain, stages, rates.kind)
+        return "\n".join([*_basis(chain.settings, rates), "", lines, *notes])
 
-    def _of(self, chain: Chain) -> tuple[Rates, dict[str, Cost | None]]:
-        """The rates of a worker, and the costs of its start and of every stage."""
+    def _of(self, chain: Chain) -> tuple[Rates, dict[str, Done | None]]:
+        """The rates of a worker, and what becomes of its start and of every stage."""
         if id(chain) not in self._made:
             s = chain.settings
             config = s.model.config()
@@ -54,19 +64,32 @@ class Forecasts:
             if (name := str(config)) not in self._shapes:
                 self._shapes[name] = Shape(config)
             prediction = Prediction(s, rates, self._shapes[name])
-            costs: dict[str, Cost | None] = {START: prediction.start()}
-            costs |= {label: prediction.of(stage) for label, stage in chain.steps.items()}
-            self._made[id(chain)] = rates, costs
+            self._made[id(chain)] = rates, _scheduled(chain, prediction)
             self.rates = rates.source
         return self._made[id(chain)]
 
 
-def _row(label: str, cost: Cost | None, took: float | None) -> tuple[str, ...]:
+def _scheduled(chain: Chain, prediction: Prediction) -> dict[str, Done | None]:
+    """The stages by label in their order, behind the start of the workers; None where the size of one is
+    unknown."""
+    steps = chain.steps
+    costs = {label: prediction.of(stage) for label, stage in steps.items()}
+    loads = {label: load for label, load in costs.items() if load is not None}
+    after = {label: {each.label for each in sources(steps[label])} & {*loads} for label in loads}
+    workers, start = chain.settings.runtime.workers, prediction.start()
+    done = schedule(loads, after, workers, start.seconds)
+    begun = Done(dict.fromkeys(range(workers), start), start.seconds)
+    return {START: begun} | {label: done.get(label) for label in costs}
+
+
+def _row(label: str, done: Done | None, took: float | None) -> tuple[str, ...]:
     measured = "" if took is None else _number(took)
-    if cost is None:
-        return label, "–", measured, "–", "–", "–", ""
-    sizes = (_giga(each) for each in (cost.held, cost.read, cost.sent))
-    return label, _number(cost.seconds), measured, *sizes, cost.bound
+    if done is None:
+        return label, "–", "–", measured, *"––––", ""
+    most, every = done.most, done.all
+    sizes = (_giga(each) for each in (most.held, most.read, every.sent))
+    seconds = _number(most.seconds), _number(every.seconds)
+    return label, *seconds, measured, _number(done.end), *sizes, most.bound
 
 
 def _basis(s: Settings, rates: Rates) -> list[str]:
@@ -84,17 +107,17 @@ def _basis(s: Settings, rates: Rates) -> list[str]:
     ]
 
 
-def _notes(chain: Chain, costs: Mapping[str, Cost | None], kind: str) -> list[str]:
+def _notes(chain: Chain, stages: Mapping[str, Done | None], kind: str) -> list[str]:
     """What a table does not say: who is idle, what does not fit, what is not in it."""
     s = chain.settings
     notes, workers = [], s.runtime.workers
-    batches = SharedOut.of(s.calibration.windows, s.runtime.batch, workers).units
-    if chain.capture is not None and batches < workers:
+    units = batches(s.calibration.windows, s.runtime.batch)
+    if chain.capture is not None and units < workers:
         notes.append(
-            f"capture has {batches} batches of {s.runtime.batch} windows for {workers} workers: give "
+            f"capture has {units} batches of {s.runtime.batch} windows for {workers} workers: give "
             "a smaller runtime.batch"
         )
-    held = max(cost.held for cost in costs.values() if cost is not None)
+    held = max(done.most.held for done in stages.values() if done is not None)
     together = held * (workers if s.runtime.engine == "local" else 1)
     there = psutil.virtual_memory().total
     here = kind == "cpu" and s.runtime.engine == "local"
@@ -103,7 +126,7 @@ def _notes(chain: Chain, costs: Mapping[str, Cost | None], kind: str) -> list[st
             f"{together / 1e9:.0f} GB are held at once, this machine has {there / 1e9:.0f}: "
             "runtime=offload holds two layers, runtime.engine=slurm has other machines"
         )
-    unknown = [label for label, cost in costs.items() if cost is None]
+    unknown = [label for label, done in stages.items() if done is None]
     if unknown:
         notes.append(f"as large as their text, which is not read: {', '.join(unknown)}")
     if s.transform.name != "none":
