@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from stages.errors import InputError
 from stages.ports.port import SpikingPort
-from stages.ports.visibility import ForwardState, View, Visibility
+from stages.ports.visibility import CausalMask, ForwardState, View, Visibility
 
 NAME = "ported"
 QUERY_BLOCK = 64
@@ -242,9 +242,19 @@ def _refuse(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None
         )
 
 
-def ported_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Return a boolean mask [B, 1, Q, K] that is always built, never left to a kernel's causal flag."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+def ported_mask(**kwargs: Any) -> Tensor:
+    """Return a boolean mask [B, 1, Q, K]; never None, which a lost mask would be, too.
+
+    Where transformers leaves the mask of as many keys as queries to a kernel, it is a `CausalMask`.
+    """
+    batch, queries, keys = (kwargs[size] for size in ("batch_size", "q_length", "kv_length"))
+    plain = queries == keys > 1 and not torch.compiler.is_compiling()
+    skip = plain and kwargs.get("allow_is_causal_skip", True)
+    skips = {"allow_is_causal_skip": skip, "allow_is_bidirectional_skip": False}
+    mask = sdpa_mask(**{**kwargs, **skips})
+    if mask is None:
+        return CausalMask.of(batch, queries, keys, kwargs.get("device", "cpu"))
+    return mask
 
 
 AttentionMaskInterface.register(NAME, ported_mask)

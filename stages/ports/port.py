@@ -165,7 +165,7 @@ def count(
 ) -> None:
     """Count the probabilities of a pass, whose rows have `spikes` [B, H, Q]; None where they are dense."""
     if counter is not None:
-        shape = torch.Size((view.seen.shape[0], heads, *view.mask.shape[-2:]))
+        shape = torch.Size((view.seen.shape[0], heads, *view.pairs.shape[-2:]))
         counter.add(shape, spikes, real_rows(view), fanout, allowed(view, heads))
 
 

@@ -3,39 +3,101 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+from stages.errors import InputError
 
 MASK_ROWS = 256
 KEPT_PAIRS = 1 << 23  # of a pass whose blocks are kept from layer to layer
+
+
+class CausalMask(Tensor):
+    """Stands for the mask [B, 1, Q, K] bool by which query i sees the keys up to K - Q + i, without its
+    memory: 64 MB of a pass of 8192 tokens.
+
+    An operation on it is one on the mask itself, so that no reader misses it; only a change of device
+    leaves it what it is. Its memory is a False for all pairs, by which no query would see anything.
+    """
+
+    @classmethod
+    def of(cls, batch: int, queries: int, keys: int, device: Any) -> CausalMask:
+        forbidden = torch.zeros((), dtype=torch.bool, device=device)
+        return forbidden.expand(batch, 1, queries, keys).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.to and isinstance(args[0], cls):
+                batch, _, queries, keys = args[0].shape
+                one = func(torch.zeros_like(args[0][:1, :1, :1, :1]), *args[1:], **kwargs or {})
+                if one.dtype == torch.bool:
+                    same = one.device == args[0].device
+                    return args[0] if same else cls.of(batch, queries, keys, one.device)
+            if func not in _SIZES:
+                args, kwargs = tree_map_only(cls, cls.made, (args, kwargs))
+            return func(*args, **kwargs or {})
+
+    def made(self) -> Tensor:
+        """Return the mask itself."""
+        batch, _, queries, keys = self.shape
+        place = torch.arange(keys, device=self.device)
+        return (place <= place[keys - queries :, None]).expand(batch, 1, queries, keys)
+
+
+# What is asked of a tensor without a look at its values.
+_SIZES = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__}
+_SIZES |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device")}
 
 
 @dataclass(frozen=True)
 class View:
     """Who sees whom in a block of queries.
 
-    mask [B, 1, Q, K] bool, seen [B, Q]: keys seen by each query, real [B, Q] bool or None (all).
+    pairs [B, 1, Q, K]: the mask, bool, or what stands for it; seen [B, Q]: keys seen by each query, real
+    [B, Q] bool or None (all).
     """
 
-    mask: Tensor
+    pairs: Tensor
     seen: Tensor
     real: Tensor | None
 
+    @property
+    def causal(self) -> bool:
+        """Whether no mask was made: query i sees the keys up to K - Q + i, and no others."""
+        return isinstance(self.pairs, CausalMask)
+
     def block(self, rows: slice, queries: slice, keys: int) -> View:
-        """Return the block of these rows of the batch and queries, over the first `keys` keys."""
+        """Return the block of these rows of the batch and queries, over the first `keys` keys; of a
+        causal view those up to the last that its queries see."""
         real = None if self.real is None else self.real[rows, queries]
-        # Contiguous, so that compiled kernels see one layout only.
-        mask = self.mask[rows, :, queries, :keys].contiguous()
-        return View(mask, self.seen[rows, queries], real)
+        seen = self.seen[rows, queries]
+        if self.causal:
+            pairs: Tensor = CausalMask.of(len(seen), seen.shape[1], keys, seen.device)
+        else:  # contiguous, so that compiled kernels see one layout only
+            pairs = self.pairs[rows, :, queries, :keys].contiguous()
+        return View(pairs, seen, real)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """The mask [B, 1, Q, K] bool."""
+        return self.pairs.made() if isinstance(self.pairs, CausalMask) else self.pairs
 
     @functools.cached_property
     def bias(self) -> Tensor:
         """What is added to scores [B, 1, Q, K] float32: 0, or the lowest number where the mask forbids."""
-        return torch.where(self.mask, 0.0, torch.finfo(torch.float32).min)
+        lowest = torch.finfo(torch.float32).min
+        if not self.causal:
+            return torch.where(self.mask, 0.0, lowest)
+        batch, _, queries, keys = self.pairs.shape
+        last = CausalMask.of(batch, queries, queries, self.pairs.device).made()
+        return functional.pad(torch.where(last, 0.0, lowest), (keys - queries, 0))
 
 
 @dataclass(frozen=True)
@@ -50,7 +112,7 @@ class Visibility:
     view: View
     watched: Tensor
     fresh: Tensor | None
-    reach: tuple[int, ...]
+    reach: Sequence[int]
     causal: bool
     _kept: dict[tuple[int, ...], View] = field(default_factory=dict)
 
@@ -74,7 +136,7 @@ class Visibility:
         if place in self._kept:
             return self._kept[place]
         view = self.view.block(rows, queries, keys)
-        if self.view.mask.numel() <= KEPT_PAIRS:
+        if self.view.pairs.numel() <= KEPT_PAIRS:
             self._kept[place] = view
         return view
 
@@ -134,6 +196,10 @@ class ForwardState:
 def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:
     """mask [B, 1, Q, K] bool, real [B, Q] bool or None."""
     queries, keys = mask.shape[-2:]
+    if isinstance(mask, CausalMask):
+        if real is None and keys == queries:
+            return _causal(mask)
+        mask = mask.made()
     fresh = None
     if real is not None or keys != queries:
         new = torch.ones(mask.shape[0], queries, dtype=torch.bool, device=mask.device)
@@ -149,5 +215,18 @@ def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:
             part = part & real[:, start : start + MASK_ROWS, None]
         watched += part.sum(-2)
     view, last = View(mask, torch.cat(seen, 1), real), torch.cat(reach)
+    if real is None and not bool(last.any()):
+        raise InputError(
+            "by the mask of this pass no token sees any other, nor itself: it was lost on its way"
+        )
     causal = keys == queries and bool((view.seen == place).all() & (last == place).all())
     return Visibility(view, watched, fresh, tuple(last.tolist()), causal)
+
+
+def _causal(mask: CausalMask) -> Visibility:
+    """What `_visibility` gives of the same mask [B, 1, S, S], by numbers alone."""
+    batch, length = len(mask), mask.shape[-1]
+    seen = torch.arange(1, length + 1, device=mask.device).expand(batch, -1)
+    return Visibility(
+        View(mask, seen, None), seen.flip(-1), None, range(1, length + 1), causal=True
+    )
