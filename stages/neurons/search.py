@@ -66,7 +66,7 @@ class Search:
 
     def values(self, x: Tensor) -> Tensor | None:
         """The value of every x; None where x is no float32 in one piece on a CPU."""
-        if not _fits(x):
+        if not fits(x):
             return None
         out = torch.empty_like(x, requires_grad=False)
         number = x.numel()
@@ -75,7 +75,7 @@ class Search:
 
     def replace(self, x: Tensor, first: int) -> bool:
         """Put the values of tokens of x [B, G, S, D] from `first` on in their place, if x fits; say so."""
-        if not _fits(x):
+        if not fits(x):
             return False
         tokens, width = x.shape[2:]
         gap, start = tokens * width, x.data_ptr() + 4 * first * width
@@ -89,7 +89,7 @@ class Search:
         batch, heads, queries, keys = scores.shape
         # as what is read at an address must be there
         one = queries == 1 and bias.shape == (batch, 1, 1, keys)
-        if not (one and _fits(scores) and _fits(bias)):
+        if not (one and fits(scores) and fits(bias)):
             return None
         rows, place = batch * heads, scores.data_ptr()
         self._shifted(place, rows, keys, heads, scaling, bias.data_ptr())
@@ -104,7 +104,7 @@ def search(edge: Tensor, value: Tensor) -> Search | None:
     return None if library is None else Search(library, edge, value)
 
 
-def _fits(x: Tensor) -> bool:
+def fits(x: Tensor) -> bool:
     """Whether x is float32 in one piece on a CPU, and no trace of torch.compile, which would not see what
     is read and written at an address."""
     return (

@@ -191,12 +191,18 @@ def _by_blocks(
         else:
             scores = torch.matmul(asking, asked)
         scores = scores.view(many, members * share, size, keys)
-        probs, fired = ports.probs.softmax(scores, scaling, view)
-        given = value[rows, some, :keys].reshape(many * members, keys, width)
-        part = torch.matmul(probs.view(many * members, share * size, keys), given)
-        output[rows, block, some] = part.view(many, members, share, size, width).permute(
-            0, 3, 1, 2, 4
-        )
+        given, place = value[rows, some, :keys], output[rows, block, some]
+        done, fired = False, None
+        if isinstance(ports.probs, SpikingPort) and plain and not learns:
+            bias = None if seen.causal else view.bias
+            done, fired = ports.probs.attend(
+                scores, scaling, bias, block.start, given, place.flatten(2, 3)
+            )
+        if not done:
+            probs, fired = ports.probs.softmax(scores, scaling, view)
+            flat = probs.view(many * members, share * size, keys)
+            part = torch.matmul(flat, given.reshape(many * members, keys, width))
+            place.copy_(part.view(many, members, share, size, width).permute(0, 3, 1, 2, 4))
         if fired is not None:
             if spikes is None:
                 spikes = fired.new_empty(batch, heads, queries)

@@ -16,7 +16,8 @@ from stages.codings.base import Coding
 from stages.compiler import fused
 from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
-from stages.neurons.search import Search, search
+from stages.neurons.search import Search, fits, search
+from stages.neurons.selection import Selection, selection
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
@@ -25,6 +26,9 @@ EAGER_BELOW = 1 << 14
 TABLE_AFTER = 8  # calls on so few values, a token each: after them a table of the code pays
 TABLES_AT_ONCE = 64
 SEARCHED_BELOW = 1 << 16  # values that one thread searches sooner than a compiled kernel has begun
+SELECTIONS: dict[
+    Any, Selection | None
+] = {}  # of codings with parameters, which are bound anew often
 
 # Spikes that are not counted may be any tensor.
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
@@ -211,6 +215,35 @@ class ShortKernel:
         if found is None or not _short(scores, SEARCHED_BELOW):
             return None
         return found.softmax(scores, scaling, bias)
+
+    def attend(
+        self,
+        scores: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        before: int,
+        value: Tensor,
+        out: Tensor,
+    ) -> Tensor | None:
+        """Put what attention gives into `out` by a compiled `Selection`, where there is one, and return
+        the spikes of every row; None else, and of few scores."""
+        batch, _, queries, keys = scores.shape
+        few = scores.numel() < EAGER_BELOW or self.coding.replaces_softmax
+        biased = bias is None or (fits(bias) and bias.shape == (batch, 1, queries, keys))
+        given = (value.dtype, value.is_cpu, value.stride(-1)) == (torch.float32, True, 1)
+        if few or not biased or not given or not fits(scores):
+            return None
+        found = self._selection
+        return None if found is None else found(scores, scaling, bias, before, value, out)
+
+    @functools.cached_property
+    def _selection(self) -> Selection | None:
+        params = ((name, each.cpu().numpy().tobytes()) for name, each in self.params.items())
+        key = (self.coding, *params)
+        if key not in SELECTIONS:
+            (table,) = lookups(self.coding, [self.params])
+            SELECTIONS[key] = None if table is None else selection(table)
+        return SELECTIONS[key]
 
     def ready(self, x: Tensor) -> bool:
         """Whether there is a table and x is to be coded by it."""

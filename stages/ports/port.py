@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -108,6 +108,24 @@ class SpikingPort:
             value
         ), spikes if self.counter is not None and self._neuron else None
 
+    def attend(
+        self,
+        scores: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        before: int,
+        value: Tensor,
+        out: Tensor,
+    ) -> tuple[bool, Tensor | None]:
+        """Put what the probabilities of scores [B, H, Q, K] give of value [B, G, K, D] into out
+        [B, Q, H, D], where one compiled pass does; say so, with the spikes as `softmax` gives them.
+
+        Without a bias the first query sees the `before` keys in front of its own, and each later one a
+        key more; may overwrite the scores.
+        """
+        fired = self._short.attend(scores, scaling, bias, before, value, out)
+        return fired is not None, fired if self.counter is not None and self._neuron else None
+
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
         count(self.counter, spikes, view, heads, fanout)
 
@@ -135,6 +153,9 @@ class ErrorPort(SpikingPort):
         value, spikes = super().softmax(scores, scaling, view)
         self._add(probs, value, real_rows(view))
         return probs, spikes
+
+    def attend(self, *args: Any) -> tuple[bool, Tensor | None]:
+        return False, None
 
     def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
         assert self.counter is not None

@@ -274,12 +274,13 @@ def learning(coding: Any, algorithm: Algorithm1) -> Coding:
     return found
 
 
-def fitted(coding: Coding, sites: int = 2) -> dict[str, Tensor]:
-    """Float32 parameters of the coding, fitted fast enough to leave their starting values."""
+def fitted(coding: Coding, sites: int = 2, unit: float = 1.0) -> dict[str, Tensor]:
+    """Float32 parameters of the coding, fitted fast enough to leave their starting values; to values of
+    another `unit`."""
     quick = Algorithm1(
         rounds=2, neuron_steps=8, base_steps=8, neuron_lr=0.003, base_lr=0.003, slope=200
     )
-    fit = learning(coding, quick).fit(atoms_of(heavy_tailed(sites, 200)))
+    fit = learning(coding, quick).fit(atoms_of(unit * heavy_tailed(sites, 200)))
     return {name: value.float() for name, value in fit.params.items()}
 
 

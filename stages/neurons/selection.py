@@ -1,0 +1,234 @@
+"""The sums of values that the spikes of probabilities select, compiled for a CPU.
+
+Most probabilities are too small for a spike, and the value of a key that none selects is not read. So one
+pass over a row of scores, while a cache holds it, is softmax, code, count and the product with the values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.compiler import native
+from stages.neurons.lookup import Lookup
+
+ALONE = 1 << 15  # scores that one thread codes sooner than a second has begun
+SHIFT = 16  # of the bits of a float32, whose leading ones say where the search for its stair begins
+_FIELDS = {
+    "float*": ("scores", "out", "fired"),
+    "const float*": ("bias", "value", "edge", "code", "spikes"),
+    "const short*": ("begin",),
+    "float": ("scaling", "silent"),
+    "Size": (
+        *("rows", "heads", "queries", "keys", "before", "share", "width", "next"),
+        *("value_batch", "value_group", "value_key", "out_batch", "out_query", "out_head"),
+    ),
+}
+# A vector is as wide as those of the processor. The exponential is that of Cephes, 2^n e^r, with an error
+# of two units in the last place. Threads are those of torch, from the library that it has loaded.
+_SOURCE = """
+#pragma GCC optimize("fp-contract=fast")
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef long long Size;
+typedef float V __attribute__((vector_size(BYTES)));
+typedef int Bits __attribute__((vector_size(BYTES)));
+typedef Size Pairs __attribute__((vector_size(BYTES)));
+const int LANES = BYTES / 4, SPAN = 512, ROWS = 8;
+struct Work {FIELDS};
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+
+static V load(const float* x) {
+  V v;
+  __builtin_memcpy(&v, x, BYTES);
+  return v;
+}
+static V power(V x) {
+  const V t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return x < -87.0f ? V{} : p * (V)(((Bits)t << 23) + (127 << 23));
+}
+// Exponentials in the place of `keys` scores, less that of the largest, and their sum.
+static float powers(float* x, const float* bias, Size keys, float scaling) {
+  const Size whole = keys / LANES * LANES;
+  float last[LANES];
+  for (int j = 0; j < LANES; ++j) last[j] = -__builtin_inff();
+  for (Size i = whole; i < keys; ++i) last[i - whole] = x[i] * scaling + (bias ? bias[i] : 0);
+  const auto logits = [&](Size i) {
+    return bias ? load(x + i) * scaling + load(bias + i) : load(x + i) * scaling;
+  };
+  V most = load(last), sum = {};
+  for (Size i = 0; i < whole; i += LANES) most = logits(i) > most ? logits(i) : most;
+  float top = most[0];
+  for (int j = 1; j < LANES; ++j) top = most[j] > top ? most[j] : top;
+  for (Size i = 0; i < whole; i += LANES) {
+    const V e = power(logits(i) - top);
+    __builtin_memcpy(x + i, &e, BYTES);
+    sum += e;
+  }
+  const V e = power(load(last) - top);
+  __builtin_memcpy(x + whole, &e, 4 * (keys - whole));
+  sum += e;
+  float total = 0;
+  for (int j = 0; j < LANES; ++j) total += sum[j];
+  return total;
+}
+// The places of numbers above `low` among x[start] to x[stop], and those numbers.
+static int above(const float* x, Size start, Size stop, float low, int* place, float* u) {
+  int n = 0;
+  Size i = start;
+  for (; i + LANES <= stop; i += LANES) {
+    const Pairs over = (Pairs)(load(x + i) > low);
+    Size any = 0;
+    for (int j = 0; j < LANES / 2; ++j) any |= over[j];
+    if (any)
+      for (int j = 0; j < LANES; ++j) {
+        place[n] = i + j;
+        u[n] = x[i + j];
+        n += x[i + j] > low;
+      }
+  }
+  for (; i < stop; ++i) {
+    place[n] = i;
+    u[n] = x[i];
+    n += x[i] > low;
+  }
+  return n;
+}
+static void add(float* __restrict out, Size width, const float* value, Size gap, const int* place,
+                const float* u, int n) {
+  int k = 0;
+  for (; k + 4 <= n; k += 4) {
+    const float *a = value + place[k] * gap, *b = value + place[k + 1] * gap;
+    const float *c = value + place[k + 2] * gap, *d = value + place[k + 3] * gap;
+    for (Size i = 0; i < width; ++i)
+      out[i] += (u[k] * a[i] + u[k + 1] * b[i]) + (u[k + 2] * c[i] + u[k + 3] * d[i]);
+  }
+  for (; k < n; ++k)
+    for (Size i = 0; i < width; ++i) out[i] += u[k] * value[place[k] * gap + i];
+}
+static void attend(const Work& w, Size row) {
+  const Size query = row % w.queries, head = row / w.queries % w.heads;
+  const Size batch = row / w.queries / w.heads;
+  float* x = w.scores + row * w.keys;
+  const float* bias = w.bias ? w.bias + (batch * w.queries + query) * w.keys : nullptr;
+  const Size keys = bias ? w.keys : w.before + query + 1;
+  float* out = w.out + batch * w.out_batch + query * w.out_query + head * w.out_head;
+  const float* value = w.value + batch * w.value_batch + head / w.share * w.value_group;
+  const float total = powers(x, bias, keys, w.scaling);
+  const bool number = total >= 1;  // as the largest exponential is 1
+  const float low = w.silent * total * 0.999999f;
+  for (Size i = 0; i < w.width; ++i) out[i] = number ? 0 : __builtin_nanf("");
+  float count = 0;
+  for (Size start = 0; number && start < keys; start += SPAN) {
+    int place[SPAN + 1];
+    float u[SPAN + 1];
+    const int n = above(x, start, start + SPAN < keys ? start + SPAN : keys, low, place, u);
+    for (int k = 0; k < n; ++k) u[k] /= total;
+    for (int k = 0; k < n; ++k) {
+      int bits;
+      __builtin_memcpy(&bits, u + k, 4);
+      int stair = w.begin[bits >> SHIFT];
+      stair += u[k] > w.edge[stair];  // a branch would be guessed wrongly half of the time
+      while (u[k] > w.edge[stair]) ++stair;
+      u[k] = w.code[stair];
+      if (!bias || bias[place[k]] == 0) count += w.spikes[stair];
+    }
+    add(out, w.width, value, w.value_key, place, u, n);
+  }
+  w.fired[row] = count;
+}
+static void share(void* data) {
+  Work& w = *(Work*)data;
+  for (Size end = 0; end < w.rows;) {
+    end = __atomic_add_fetch(&w.next, ROWS, __ATOMIC_RELAXED);
+    for (Size row = end - ROWS; row < end && row < w.rows; ++row) attend(w, row);
+  }
+}
+extern "C" void selected(Work* w, int threads) {
+  if (threads > 1) GOMP_parallel(share, w, threads, 0);
+  else share(w);
+}
+"""
+_KINDS: dict[str, Any] = {"float": ctypes.c_float, "Size": ctypes.c_longlong}
+
+
+class _Work(ctypes.Structure):
+    _fields_ = [
+        (name, _KINDS.get(kind, ctypes.c_void_p))
+        for kind, names in _FIELDS.items()
+        for name in names
+    ]
+
+
+class Selection:
+    """The code of the probabilities of one site, from its table."""
+
+    def __init__(self, library: ctypes.CDLL, table: Lookup) -> None:
+        bits = torch.arange((0x3F800000 >> SHIFT) + 1, dtype=torch.int32) << SHIFT  # up to 1.0
+        begin = torch.searchsorted(table.edge, bits.view(torch.float32)).short()
+        self._selected, self._silent = library.selected, float(table.edge[begin[0]])
+        self._kept = {
+            "edge": table.edge, "code": table.value, "spikes": table.spikes.float(), "begin": begin,
+        }  # fmt: skip
+        self._places = {name: each.data_ptr() for name, each in self._kept.items()}
+
+    def __call__(
+        self,
+        scores: Tensor,  # [B, H, Q, K], overwritten
+        scaling: float,
+        bias: Tensor | None,  # [B, 1, Q, K]
+        before: int,
+        value: Tensor,  # [B, G, K, D]
+        out: Tensor,  # [B, Q, H, D]
+    ) -> Tensor:
+        """Put what attention gives into `out`, and return the spikes of every row [B, H, Q].
+
+        Without a bias, of `stages.ports.kernels.softmax_kernel`, the first query sees the `before` keys in
+        front of its own, and each later one a key more.
+        """
+        batch, heads, queries, keys = scores.shape
+        fired = scores.new_empty(batch, heads, queries)
+        strides = dict(
+            zip(("value_batch", "value_group", "value_key"), value.stride(), strict=False)
+        )
+        strides |= zip(("out_batch", "out_query", "out_head"), out.stride(), strict=False)
+        work = _Work(
+            scores=scores.data_ptr(), scaling=scaling, before=before, value=value.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(), out=out.data_ptr(), fired=fired.data_ptr(),
+            rows=batch * heads * queries, heads=heads, queries=queries, keys=keys,
+            share=heads // value.shape[1], width=value.shape[3], silent=self._silent,
+            **self._places, **strides,
+        )  # fmt: skip
+        self._selected(work, torch.get_num_threads() if scores.numel() >= ALONE else 1)
+        return fired
+
+
+def selection(table: Lookup) -> Selection | None:
+    """The compiled code of probabilities; None where nothing is compiled, torch has no threads of GNU's
+    OpenMP, or the code has a spike or a value for zero."""
+    threads = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    if not threads or not table.edge.is_cpu:
+        return None
+    _, stair = table(torch.zeros(1))
+    silent = not bool(table.value[stair]) and not bool(table.spikes[stair])
+    fields = "".join(f"{kind} {name}; " for kind, names in _FIELDS.items() for name in names)
+    source = _SOURCE.replace("FIELDS", fields).replace("SHIFT", str(SHIFT))
+    functions = {"selected": (ctypes.POINTER(_Work), ctypes.c_int)}
+    library = native(source, **functions) if silent else None
+    return None if library is None else Selection(library, table)
