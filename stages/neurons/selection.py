@@ -31,14 +31,15 @@ _FIELDS = {
 # A vector is as wide as those of the processor. The exponential is that of Cephes, 2^n e^r, with an error
 # of two units in the last place. Threads are those of torch, from the library that it has loaded.
 _SOURCE = """
-#pragma GCC optimize("fp-contract=fast")
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
+#include <immintrin.h>
 #define BYTES 64
-#elif defined(__AVX__)
+#elif __AVX__
 #define BYTES 32
 #else
 #define BYTES 16
 #endif
+#pragma GCC optimize("fp-contract=fast")
 typedef long long Size;
 typedef float V __attribute__((vector_size(BYTES)));
 typedef int Bits __attribute__((vector_size(BYTES)));
@@ -89,24 +90,33 @@ static float powers(float* x, const float* bias, Size keys, float scaling) {
   return total;
 }
 // The places of numbers above `low` among x[start] to x[stop], and those numbers.
-static int above(const float* x, Size start, Size stop, float low, int* place, float* u) {
+static int above(const float* x, int start, int stop, float low, int* place, float* u) {
   int n = 0;
-  Size i = start;
-  for (; i + LANES <= stop; i += LANES) {
-    const Pairs over = (Pairs)(load(x + i) > low);
+  Bits lane;
+  for (int j = 0; j < LANES; ++j) lane[j] = j;
+  for (; start + LANES <= stop; start += LANES) {
+#if BYTES == 64
+    const __mmask16 over = _mm512_cmp_ps_mask(load(x + start), V{} + low, _CMP_GT_OQ);
+    if (!over) continue;
+    _mm512_storeu_ps(u + n, _mm512_maskz_compress_ps(over, load(x + start)));
+    _mm512_storeu_si512(place + n, _mm512_maskz_compress_epi32(over, (__m512i)(lane + start)));
+    n += __builtin_popcount(over);
+#else
+    const Pairs over = (Pairs)(load(x + start) > low);
     Size any = 0;
     for (int j = 0; j < LANES / 2; ++j) any |= over[j];
     if (any)
       for (int j = 0; j < LANES; ++j) {
-        place[n] = i + j;
-        u[n] = x[i + j];
-        n += x[i + j] > low;
+        place[n] = start + j;
+        u[n] = x[start + j];
+        n += x[start + j] > low;
       }
+#endif
   }
-  for (; i < stop; ++i) {
-    place[n] = i;
-    u[n] = x[i];
-    n += x[i] > low;
+  for (; start < stop; ++start) {
+    place[n] = start;
+    u[n] = x[start];
+    n += x[start] > low;
   }
   return n;
 }
@@ -136,8 +146,8 @@ static void attend(const Work& w, Size row) {
   for (Size i = 0; i < w.width; ++i) out[i] = number ? 0 : __builtin_nanf("");
   float count = 0;
   for (Size start = 0; number && start < keys; start += SPAN) {
-    int place[SPAN + 1];
-    float u[SPAN + 1];
+    int place[SPAN + LANES];
+    float u[SPAN + LANES];
     const int n = above(x, start, start + SPAN < keys ? start + SPAN : keys, low, place, u);
     for (int k = 0; k < n; ++k) u[k] /= total;
     for (int k = 0; k < n; ++k) {

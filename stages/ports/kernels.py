@@ -26,9 +26,9 @@ EAGER_BELOW = 1 << 14
 TABLE_AFTER = 8  # calls on so few values, a token each: after them a table of the code pays
 TABLES_AT_ONCE = 64
 SEARCHED_BELOW = 1 << 16  # values that one thread searches sooner than a compiled kernel has begun
-SELECTIONS: dict[
-    Any, Selection | None
-] = {}  # of codings with parameters, which are bound anew often
+MOST_SELECTIONS = 512
+# Of codings with parameters, which one process binds to models again and again; of 40 kB each.
+SELECTIONS: dict[Any, Selection | None] = {}
 
 # Spikes that are not counted may be any tensor.
 RowKernel = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
@@ -238,9 +238,11 @@ class ShortKernel:
 
     @functools.cached_property
     def _selection(self) -> Selection | None:
-        params = ((name, each.cpu().numpy().tobytes()) for name, each in self.params.items())
-        key = (self.coding, *params)
+        own = ((name, x.shape, x.cpu().numpy().tobytes()) for name, x in self.params.items())
+        key = (self.coding, *own)
         if key not in SELECTIONS:
+            if len(SELECTIONS) == MOST_SELECTIONS:
+                SELECTIONS.clear()
             (table,) = lookups(self.coding, [self.params])
             SELECTIONS[key] = None if table is None else selection(table)
         return SELECTIONS[key]
