@@ -229,16 +229,19 @@ class Selection:
         return fired
 
 
-def selection(table: Lookup) -> Selection | None:
-    """The compiled code of probabilities; None where nothing is compiled, torch has no threads of GNU's
-    OpenMP, or the code has a spike or a value for zero."""
-    threads = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "GOMP_parallel")
-    if not threads or not table.edge.is_cpu:
+def library() -> ctypes.CDLL | None:
+    """The compiled pass; None where nothing is compiled, or torch has no threads of GNU's OpenMP."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return None
-    _, stair = table(torch.zeros(1))
-    silent = not bool(table.value[stair]) and not bool(table.spikes[stair])
     fields = "".join(f"{kind} {name}; " for kind, names in _FIELDS.items() for name in names)
     source = _SOURCE.replace("FIELDS", fields).replace("SHIFT", str(SHIFT))
-    functions = {"selected": (ctypes.POINTER(_Work), ctypes.c_int)}
-    library = native(source, **functions) if silent else None
-    return None if library is None else Selection(library, table)
+    return native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
+
+
+def selection(table: Lookup) -> Selection | None:
+    """The compiled code of probabilities; None without a `library`, and of a code that has a value or a
+    spike for zero."""
+    built = library() if table.edge.is_cpu else None
+    _, stair = table(torch.zeros(1, device=table.edge.device))
+    loud = bool(table.value[stair]) or bool(table.spikes[stair])
+    return None if built is None or loud else Selection(built, table)

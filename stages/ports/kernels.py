@@ -17,7 +17,7 @@ from stages.compiler import fused
 from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.search import Search, fits, search
-from stages.neurons.selection import Selection, selection
+from stages.neurons.selection import Selection, library, selection
 from stages.neurons.spikes import Params
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
@@ -238,6 +238,8 @@ class ShortKernel:
 
     @functools.cached_property
     def _selection(self) -> Selection | None:
+        if library() is None:
+            return None
         own = ((name, x.shape, x.cpu().numpy().tobytes()) for name, x in self.params.items())
         key = (self.coding, *own)
         if key not in SELECTIONS:

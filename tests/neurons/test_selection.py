@@ -15,7 +15,7 @@ from stages.compiler import use_compiler
 from stages.neurons.channels import unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.selection import selection
-from stages.ports.kernels import SELECTIONS, ShortKernel, Tables
+from stages.ports.kernels import ShortKernel, Tables
 from tests.codings.reference import fitted, shipped
 from tests.ports.biases import bias
 
@@ -188,7 +188,7 @@ def test_a_row_without_a_softmax_is_no_number(bad):
     assert place[0, 0, 0, 0] == table(torch.ones(1))[0] and not place[..., 1:].any()
 
 
-def test_what_does_not_fit_is_left_to_the_kernels(monkeypatch):
+def test_what_does_not_fit_is_left_to_the_kernels():
     kernel = ShortKernel(GATED, P, False, Tables())
     scores, value, out = drawn(1, 4, 2, 64, 100, 8)
     assert kernel.attend(scores.clone(), 0.3, None, 36, value, out) is not None
@@ -198,11 +198,8 @@ def test_what_does_not_fit_is_left_to_the_kernels(monkeypatch):
     assert kernel.attend(scores, 0.3, mask, 36, value, out) is None
     assert kernel.attend(scores, 0.3, None, 36, value.double(), out) is None
     assert kernel.attend(scores, 0.3, None, 36, value.transpose(2, 3), out) is None
-    SELECTIONS.clear()
     use_compiler(False)
     assert ShortKernel(GATED, P, False, Tables()).attend(scores, 0.3, None, 36, value, out) is None
-    use_compiler(True)
-    SELECTIONS.clear()
 
 
 def test_a_code_with_a_value_for_zero_is_left_to_the_kernels():
