@@ -155,7 +155,7 @@ class ErrorPort(SpikingPort):
         return probs, spikes
 
     def attend(self, *args: Any) -> tuple[bool, Tensor | None]:
-        return False, None
+        return False, None  # the error is that of all probabilities
 
     def _add(self, x: Tensor, value: Tensor, real: Tensor | None) -> None:
         assert self.counter is not None
