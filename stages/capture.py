@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.compiler import fused
 from stages.errors import InputError
 from stages.model.shares import Part, Parts, Share, run_shares
 from stages.model.sites import Site
@@ -146,13 +145,6 @@ def _among(indices: Container[str], name: str) -> bool:
     return name.partition(" ")[0] in indices
 
 
-def _lowest_allowed(probs: Tensor, bias: Tensor) -> Tensor:
-    return torch.where(bias == 0, probs, torch.inf).amin()
-
-
-_lowest = fused(_lowest_allowed)
-
-
 class SketchPort:
     """Adds what passes to the site's sketch, and passes it on."""
 
@@ -199,17 +191,15 @@ class SketchPort:
         probs = dense_softmax(scores, scaling, view.bias)
         # Masked entries are exact zeros; the sketch counts the unmasked ones.
         masked = probs.numel() - view.seen.sum() * probs.shape[1]
-        self._add(probs, masked, _lowest(probs, view.bias))
+        self._add(probs, masked)
         return probs, None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:
         return None
 
-    def _add(
-        self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None
-    ) -> None:
+    def _add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
         channels = x.shape[-1] if self._channels else 0
-        self._grown(channels, x.device).add(x, surplus_zeros, lowest)
+        self._grown(channels, x.device).add(x, surplus_zeros)
 
     def _grown(self, channels: int, device: torch.device) -> Accumulator:
         if self._accumulator is None:

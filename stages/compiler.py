@@ -117,7 +117,8 @@ def _built(source: str, functions: tuple[tuple[str, tuple[type, ...]], ...]) -> 
     if compiler is None:
         log.warning("no C++ compiler: what it would make runs in NumPy, with the same results")
         return None
-    options = ("-x", "c++", "-", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+    options = ["-x", "c++", "-", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    options += ["-fopenmp"] if "#pragma omp" in source else []  # the threads are those of torch
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         library = str(Path(folder) / "native.so")  # once loaded, it needs no file
         try:

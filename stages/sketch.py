@@ -7,11 +7,9 @@ position r in [0, 1) inside the bin, to an eighth of it, from counts of finer bi
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.compiler import fused
-from stages.counting import ALONE, counted, pool
+from stages.counting import counted
 from stages.errors import InputError
 
 LOWEST_EXPONENT = -40
@@ -107,24 +105,29 @@ class Accumulator:
         self._square += self._passing
         self._passing.zero_()
 
-    def add(self, x: Tensor, surplus_zeros: Tensor | int = 0, lowest: Tensor | None = None) -> None:
-        """Add x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again,
-        `lowest` is then the smallest of the other values."""
+    def add(self, x: Tensor, surplus_zeros: Tensor | int = 0) -> None:
+        """Add x [..., C]; `surplus_zeros` of its zeros are masked entries and are taken off again."""
         x = x.float()
+        count, wide = self._dense(), x.shape[-1] if len(self.absmax) else x.numel()
+        rows, place = x.reshape(-1, wide).contiguous(), _PLACES[self.fine.mantissa_bits]
+        sums = (count, self.range, self.absmax, self._passing)
+        if not counted(rows, place, surplus_zeros, *sums):
+            self._summed(rows, surplus_zeros)
+            for chunk in rows.view(-1).split(CHUNK):
+                count += torch.bincount(_codes(self.fine, chunk), minlength=len(count))
+            count[0] -= surplus_zeros
+        self._keep(count)
+
+    def _summed(self, rows: Tensor, surplus_zeros: Tensor | int) -> None:
+        """Add what is no count of rows [N, C], or [1, N] without channels."""
         if len(self.absmax):
-            low, high, square = _channels(x.reshape(-1, x.shape[-1]))
+            low, high, square = _channels(rows)
             self.absmax = torch.maximum(self.absmax, torch.maximum(high, -low))
             self._passing += square
         else:
-            low, high = x.aminmax()
-        self.range[0] = torch.minimum(self.range[0], low.amin() if lowest is None else lowest)
+            low, high = _ends(rows, torch.as_tensor(surplus_zeros, device=rows.device))
+        self.range[0] = torch.minimum(self.range[0], low.amin())
         self.range[1] = torch.maximum(self.range[1], high.amax())
-        count = self._dense()
-        for chunk in x.reshape(-1).split(CHUNK):
-            if not counted(chunk, *_PLACES[self.fine.mantissa_bits], count):
-                count += _counted(_codes(self.fine, chunk), len(count))
-        count[0] -= surplus_zeros
-        self._keep(count)
 
     def _keep(self, count: Tensor) -> None:
         """Store the count of every bin, of the sparse form the filled ones alone."""
@@ -177,8 +180,9 @@ class Accumulator:
         filled = dense.nonzero().squeeze(-1)
         # On the CPU, which adds up in order: the same bits on every device.
         count, filled = dense[filled].cpu(), filled.cpu()
-        sign, index = filled // self.fine.magnitudes, filled % self.fine.magnitudes
-        inner = (index - 1) % 2**self.sub_bits
+        sign = (filled >= self.fine.magnitudes).long()
+        index = filled - sign * self.fine.magnitudes
+        inner = (index - 1) & (2**self.sub_bits - 1)
         last = self.grid.magnitudes - 1
         coarse = torch.where(index > 0, 1 + ((index - 1) >> self.sub_bits), 0).clamp(max=last)
         ascending = sign * self.grid.magnitudes + coarse
@@ -192,20 +196,18 @@ class Accumulator:
         return codes.int(), total, first, second
 
 
-def _counted(codes: Tensor, bins: int) -> Tensor:
-    """How often every bin is in codes [N]; on a CPU, where one call counts alone, a share a thread."""
-    threads = torch.get_num_threads()
-    if codes.device.type != "cpu" or threads == 1 or len(codes) < ALONE:
-        return torch.bincount(codes, minlength=bins)
-    parts = pool(threads).map(partial(torch.bincount, minlength=bins), codes.chunk(threads))
-    return functools.reduce(Tensor.add_, parts)
-
-
 def _channel_sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows.amin(0), rows.amax(0), rows.square().sum(0)
 
 
+def _lowest_and_highest(x: Tensor, surplus_zeros: Tensor) -> tuple[Tensor, Tensor]:
+    zero = x == 0
+    least = torch.where(zero, torch.inf, x).amin()
+    return torch.where(zero.sum() > surplus_zeros, x.amin(), least), x.amax()
+
+
 _channels = fused(_channel_sums)
+_ends = fused(_lowest_and_highest)
 _codes = fused(Grid.codes)
 
 

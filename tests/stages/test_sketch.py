@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages import counting, sketch
+from stages import sketch
 from stages.compiler import use_compiler
 from stages.errors import InputError
 from stages.sketch import CHUNK, Accumulator, Grid, SketchSet
@@ -193,11 +193,16 @@ def test_surplus_zeros_are_taken_off() -> None:
     assert torch.equal(as_tensor.count, kept.count)
 
 
-def test_masked_zeros_do_not_count_as_the_lowest_value() -> None:
-    x, masked = 0.1 + torch.rand(8, 8), torch.ones(8, 8).tril().bool()
-    found = Accumulator(Grid(7), 0, False, CPU)
-    found.add(x * masked, surplus_zeros=int((~masked).sum()), lowest=x[masked].min())
-    assert found.range.tolist() == [float(x[masked].min()), float(x[masked].max())]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masked_zeros_do_not_count_as_the_lowest_value(compiled: bool) -> None:
+    use_compiler(compiled)
+    x, masked = 0.1 + torch.rand(8, 9), torch.ones(8, 9).tril().bool()
+    x *= masked
+    for lowest in (float(x[masked].min()), 0.0):  # in the second round a zero that is not masked
+        found = Accumulator(Grid(7), 0, False, CPU)
+        found.add(x, surplus_zeros=int((~masked).sum()))
+        assert found.range.tolist() == [lowest, float(x.max())]
+        x[7, 0] = 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 2.0**25, -(2.0**25)])
@@ -240,21 +245,55 @@ def test_the_compiled_codes_are_the_eager_ones() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_values_counted_where_they_stand_are_in_the_bins_of_their_codes(
-    threads: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 10), (16, 256), (3, 2017), (70, 300), (5_003, 1)])
+def test_values_are_added_where_they_stand(
+    shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0**24, -(2.0**24), torch.inf, torch.nan])
-    x, grid = torch.cat([values(5_003), ends]), Grid(7)
-    count = torch.arange(2 * grid.magnitudes)
-    expected = count + torch.bincount(grid.codes(x), minlength=len(count))
-    monkeypatch.setattr(counting, "ALONE", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    places = sketch._PLACES[7]
-    assert not counting.counted(x, *places, count)  # compilation is off
+    ends = torch.tensor([1e-45, -0.0, 0.0, -1e-45, 2.0**24, -(2.0**24), torch.inf, -torch.inf])
+    x = values(shape[0] * shape[1] + 9)[9:].clone()
+    x[-8:] = ends[: len(x)]
+    x = x.view(shape)
     use_compiler(True)
-    assert counting.counted(x, *places, count)
-    assert torch.equal(count, expected)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found, flat = Accumulator(Grid(7), shape[1], False, CPU), Accumulator(Grid(7), 0, False, CPU)
+    for _ in range(2):
+        found.add(x)
+        flat.add(x)
+    index, _ = bins_of(torch.where(x.isinf(), 2.0**30 * x.sign(), x), 10)
+    code = index + Grid(10).magnitudes * np.signbit(x.numpy())
+    expected = 2 * np.bincount(code.ravel(), minlength=2 * Grid(10).magnitudes)
+    for each in (found, flat):
+        assert np.array_equal(each.count.numpy(), expected)
+        assert each.range.tolist() == [x.min(), x.max()]
+    assert torch.equal(found.absmax, x.abs().amax(0))
+    square = 2 * x.double().square().sum(0)
+    torch.testing.assert_close(found.square, square, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_no_number_is_counted_and_one_value_many_times() -> None:
+    use_compiler(True)
+    x = torch.full((700, 300), -1.5)
+    x[3, 7], x[4, 8] = torch.nan, -torch.nan
+    found = Accumulator(Grid(7), 300, False, CPU)
+    found.add(x)
+    edge = found.fine.magnitudes
+    code, count = found.count.nonzero().squeeze(-1), found.count[found.count > 0]
+    one = edge + int(found.fine.codes(torch.tensor([1.5])))
+    assert code.tolist() == [edge - 1, one, 2 * edge - 1] and count.tolist() == [1, 209_998, 1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_compiler(True)
+    x, parts = torch.randn(100, 1000, generator=torch.Generator().manual_seed(6)), []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        sketch_ = Accumulator(Grid(7), 1000, False, CPU)
+        sketch_.add(x)
+        parts.append(sketch_.part())
+    assert all(torch.equal(part[name], parts[0][name]) for part in parts for name in part)
 
 
 @pytest.mark.parametrize("mantissa_bits", [0, 14, -1])
