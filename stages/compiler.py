@@ -101,6 +101,28 @@ def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         config.specialize_int = before
 
 
+# In front of C++ that shares out work: `each(n, threads, f)` calls f of 0 to n - 1, whichever thread is free
+# the next. They are the threads of torch, by the name that the OpenMP which it has loaded gives them: a
+# second OpenMP would have threads of its own, that wait for work beside those. Without it there is one.
+THREADS = """
+typedef long long Size;
+#ifdef __linux__
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+#endif
+template <class F> static void each(Size n, int threads, F f) {
+  Size next = 0;
+  auto work = [&] {
+    for (Size i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(i);
+  };
+#ifdef __linux__
+  if (threads > 1 && n > 1 && GOMP_parallel)
+    return GOMP_parallel([](void* some) { (*(decltype(work)*)some)(); }, &work, threads, 0);
+#endif
+  work();
+}
+"""
+
+
 def native(source: str, **functions: tuple[type, ...]) -> ctypes.CDLL | None:
     """Compile C++ for this processor; None where compilation is off or fails, which is logged once.
 
@@ -117,8 +139,7 @@ def _built(source: str, functions: tuple[tuple[str, tuple[type, ...]], ...]) -> 
     if compiler is None:
         log.warning("no C++ compiler: what it would make runs in NumPy, with the same results")
         return None
-    options = ["-x", "c++", "-", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
-    options += ["-fopenmp"] if "#pragma omp" in source else []  # the threads are those of torch
+    options = ("-x", "c++", "-", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         library = str(Path(folder) / "native.so")  # once loaded, it needs no file
         try:

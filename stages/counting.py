@@ -9,7 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
-from stages.compiler import native
+from stages.compiler import THREADS, native
 
 # `counted` reads x [rows, width] once. A share of the columns is a thread's, which counts into a histogram
 # of its own: `few` [threads, bins], zero before and after. Of 16 rows and 256 columns, which stay in a
@@ -17,7 +17,6 @@ from stages.compiler import native
 # `stages.sketch.Grid.codes`; a key has the order of the values. Two bins are read at once, as reading them
 # one by one takes longer than counting.
 _SOURCE = """
-typedef long long Size;
 typedef unsigned Few;
 typedef int Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -93,34 +92,36 @@ extern "C" void counted(const float* x, Size rows, Size width, int threads, int 
                         int magnitudes, Size surplus, Few* few, Size* count, float* range,
                         int* absmax, double* square) {
   const Size bins = 2 * magnitudes, step = ((width - 1) / threads + 16) / 16 * 16;
+  Share ends[threads];
+  each(threads, threads, [&](Size t) {
+    const Size from = t * step, to = from + step < width ? from + step : width;
+    ends[t] = share(x, rows, width, from, to, shift, base, magnitudes, few + t * bins, absmax,
+                    square);
+  });
   int low = 0x7fffffff, high = ~low, least = low;
   Size zeros = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(min: low, least) \
-    reduction(max: high) reduction(+: zeros)
-  for (int t = 0; t < threads; ++t) {
-    const Size from = t * step, to = from + step < width ? from + step : width;
-    const Share ends = share(x, rows, width, from, to, shift, base, magnitudes, few + t * bins,
-                             absmax, square);
+  for (const Share& of : ends) {
     for (int i = 0; i < 16; ++i) {
-      low = ends.low[i] < low ? ends.low[i] : low;
-      high = ends.high[i] > high ? ends.high[i] : high;
-      least = ends.least[i] < least ? ends.least[i] : least;
+      low = of.low[i] < low ? of.low[i] : low;
+      high = of.high[i] > high ? of.high[i] : high;
+      least = of.least[i] < least ? of.least[i] : least;
     }
-    zeros += ends.zeros;
+    zeros += of.zeros;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Size start = 0; start < bins; start += 64) {
-    const int some = bins - start < 64 ? bins - start : 64;
-    for (int t = 0; t < threads; ++t) {
-      Few *of = few + t * bins + start, any = 0;
-      for (int i = 0; i < some; ++i) any |= of[i];
-      if (any)
-        for (int i = 0; i < some; ++i) {
-          count[start + i] += of[i];
-          of[i] = 0;
-        }
+  each((bins + 4095) / 4096, threads, [&](Size part) {
+    for (Size start = 4096 * part; start < bins && start < 4096 * (part + 1); start += 64) {
+      const int some = bins - start < 64 ? bins - start : 64;
+      for (int t = 0; t < threads; ++t) {
+        Few *of = few + t * bins + start, any = 0;
+        for (int i = 0; i < some; ++i) any |= of[i];
+        if (any)
+          for (int i = 0; i < some; ++i) {
+            count[start + i] += of[i];
+            of[i] = 0;
+          }
+      }
     }
-  }
+  });
   count[0] -= surplus;
   float lowest = value(low);
   if (lowest == 0 && zeros <= surplus) lowest = value(least);
@@ -148,7 +149,7 @@ def counted(
     absmax [C] float32 and square [C] float64, which may be empty. `surplus` zeros are not counted.
     """
     fits = x.is_cpu and count.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
-    library = native(_SOURCE, counted=_ARGUMENTS) if fits and x.numel() else None
+    library = native(THREADS + _SOURCE, counted=_ARGUMENTS) if fits and x.numel() else None
     if library is None:
         return False
     threads = torch.get_num_threads()

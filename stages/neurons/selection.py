@@ -7,13 +7,12 @@ pass over a row of scores, while a cache holds it, is softmax, code, count and t
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.compiler import native
+from stages.compiler import THREADS, native
 from stages.neurons.lookup import Lookup
 
 ALONE = 1 << 15  # scores that one thread codes sooner than a second has begun
@@ -24,12 +23,12 @@ _FIELDS = {
     "const short*": ("begin",),
     "float": ("scaling", "silent"),
     "Size": (
-        *("rows", "heads", "queries", "keys", "before", "share", "width", "next"),
+        *("rows", "heads", "queries", "keys", "before", "share", "width"),
         *("value_batch", "value_group", "value_key", "out_batch", "out_query", "out_head"),
     ),
 }
 # A vector is as wide as those of the processor. The exponential is that of Cephes, 2^n e^r, with an error
-# of two units in the last place. Threads are those of torch, from the library that it has loaded.
+# of two units in the last place.
 _SOURCE = """
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -40,13 +39,11 @@ _SOURCE = """
 #define BYTES 16
 #endif
 #pragma GCC optimize("fp-contract=fast")
-typedef long long Size;
 typedef float V __attribute__((vector_size(BYTES)));
 typedef int Bits __attribute__((vector_size(BYTES)));
 typedef Size Pairs __attribute__((vector_size(BYTES)));
 const int LANES = BYTES / 4, SPAN = 512, ROWS = 8;
 struct Work {FIELDS};
-extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
 static V load(const float* x) {
   V v;
@@ -163,16 +160,11 @@ static void attend(const Work& w, Size row) {
   }
   w.fired[row] = count;
 }
-static void share(void* data) {
-  Work& w = *(Work*)data;
-  for (Size end = 0; end < w.rows;) {
-    end = __atomic_add_fetch(&w.next, ROWS, __ATOMIC_RELAXED);
-    for (Size row = end - ROWS; row < end && row < w.rows; ++row) attend(w, row);
-  }
-}
-extern "C" void selected(Work* w, int threads) {
-  if (threads > 1) GOMP_parallel(share, w, threads, 0);
-  else share(w);
+extern "C" void selected(const Work* w, int threads) {
+  each((w->rows + ROWS - 1) / ROWS, threads, [&](Size part) {
+    const Size first = part * ROWS, end = first + ROWS < w->rows ? first + ROWS : w->rows;
+    for (Size row = first; row < end; ++row) attend(*w, row);
+  });
 }
 """
 _KINDS: dict[str, Any] = {"float": ctypes.c_float, "Size": ctypes.c_longlong}
@@ -230,12 +222,10 @@ class Selection:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled pass; None where nothing is compiled, or torch has no threads of GNU's OpenMP."""
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        return None
+    """The compiled pass; None where nothing is compiled."""
     fields = "".join(f"{kind} {name}; " for kind, names in _FIELDS.items() for name in names)
     source = _SOURCE.replace("FIELDS", fields).replace("SHIFT", str(SHIFT))
-    return native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
+    return native(THREADS + source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
 
 
 def selection(table: Lookup) -> Selection | None:
