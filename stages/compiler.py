@@ -101,9 +101,9 @@ def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         config.specialize_int = before
 
 
-# In front of C++ that shares out work: `each(n, threads, f)` calls f of 0 to n - 1, whichever thread is free
-# the next. They are the threads of torch, by the name that the OpenMP which it has loaded gives them: a
-# second OpenMP would have threads of its own, that wait for work beside those. Without it there is one.
+# In front of C++ that shares out work: `each(n, threads, f)` calls f of 0 to n - 1, whichever thread is
+# free the next. They are the threads of torch, by the name that the OpenMP which it has loaded gives them:
+# a second OpenMP would have threads of its own, that wait for work beside those. Without it there is one.
 THREADS = """
 typedef long long Size;
 #ifdef __linux__
