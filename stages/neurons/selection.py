@@ -138,7 +138,7 @@ static void attend(const Work& w, Size row) {
   float* out = w.out + batch * w.out_batch + query * w.out_query + head * w.out_head;
   const float* value = w.value + batch * w.value_batch + head / w.share * w.value_group;
   const float total = powers(x, bias, keys, w.scaling);
-  const bool number = total >= 1;  // as the largest exponential is 1
+  const bool number = total > 0;  // the largest exponential is about 1, as x * scaling is not rounded
   const float low = w.silent * total * 0.999999f;
   for (Size i = 0; i < w.width; ++i) out[i] = number ? 0 : __builtin_nanf("");
   float count = 0;

@@ -231,6 +231,7 @@ class ShortKernel:
         few = scores.numel() < EAGER_BELOW or self.coding.replaces_softmax
         biased = bias is None or (fits(bias) and bias.shape == (batch, 1, queries, keys))
         given = (value.dtype, value.is_cpu, value.stride(-1)) == (torch.float32, True, 1)
+        given = given and value.shape[2:] == (keys, out.shape[-1])
         if few or not biased or not given or not fits(scores):
             return None
         found = self._selection

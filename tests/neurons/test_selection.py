@@ -188,6 +188,19 @@ def test_a_row_without_a_softmax_is_no_number(bad):
     assert place[0, 0, 0, 0] == table(torch.ones(1))[0] and not place[..., 1:].any()
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_a_key_that_takes_all_is_a_number(masked):
+    """The logit that is rounded as the largest is not when its exponential is taken."""
+    (table,) = lookups(GATED, [P])
+    scores, value, out = drawn(1, 50, 1, 4, 64, 8)
+    scores[..., 5] = 500 + 9 * scores[..., 5]
+    given = torch.zeros(1, 1, 4, 64) if masked else None
+    for width in (64, 80, 96, 128):  # of heads: their scalings are powers of two, and are not
+        selection(table)(scores.clone(), width**-0.5, given, 60, value, out)
+        one = table(torch.ones(1))[0]
+        torch.testing.assert_close(out, (one * value[:, :, 5]).expand_as(out))
+
+
 def test_what_does_not_fit_is_left_to_the_kernels():
     kernel = ShortKernel(GATED, P, False, Tables())
     scores, value, out = drawn(1, 4, 2, 64, 100, 8)
@@ -197,6 +210,8 @@ def test_what_does_not_fit_is_left_to_the_kernels():
         assert kernel.attend(given, 0.3, None, 36, value, out) is None
     assert kernel.attend(scores, 0.3, mask, 36, value, out) is None
     assert kernel.attend(scores, 0.3, None, 36, value.double(), out) is None
+    for other in (value[..., :7], value[:, :, :90], torch.cat([value, value], -1)):
+        assert kernel.attend(scores, 0.3, None, 36, other, out) is None
     assert kernel.attend(scores, 0.3, None, 36, value.transpose(2, 3), out) is None
     use_compiler(False)
     assert ShortKernel(GATED, P, False, Tables()).attend(scores, 0.3, None, 36, value, out) is None
