@@ -91,8 +91,10 @@ class Accumulator:
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
         self.filled = torch.empty(0, dtype=torch.int32, device=device) if sparse else None
         self._bins: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.range = torch.tensor([float("inf"), float("-inf")], device=device)
-        self.absmax = torch.zeros(channels, device=device)
+        # Compiled code writes float32, whatever torch's default is.
+        ends = [float("inf"), float("-inf")]
+        self.range = torch.tensor(ends, dtype=torch.float32, device=device)
+        self.absmax = torch.zeros(channels, dtype=torch.float32, device=device)
         self._square, self._passing = torch.zeros(2, channels, dtype=torch.float64, device=device)
 
     @property

@@ -296,6 +296,22 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(part[name], parts[0][name]) for part in parts for name in part)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_sums_are_float32_whatever_the_default_is(default: torch.dtype) -> None:
+    """Compiled code writes to their addresses."""
+    use_compiler(True)
+    x, before = torch.randn(40, 20), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = Accumulator(Grid(7), 20, False, CPU)
+        assert found.range.dtype == found.absmax.dtype == torch.float32
+        found.add(x)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.range.tolist() == [x.min(), x.max()]
+    assert torch.equal(found.absmax, x.abs().amax(0))
+
+
 @pytest.mark.parametrize("mantissa_bits", [0, 14, -1])
 def test_a_grid_that_cannot_be_is_refused(mantissa_bits: int) -> None:
     with pytest.raises(InputError, match="mantissa bits: .*from 1 to 13"):
