@@ -23,7 +23,8 @@ class CausalMask(Tensor):
     memory: 64 MB of a pass of 8192 tokens.
 
     An operation on it is one on the mask itself, so that no reader misses it; only a change of device
-    leaves it what it is. Its memory is a False for all pairs, by which no query would see anything.
+    leaves it what it is, and a write, which would be lost, is refused. Its memory is a False for all
+    pairs, by which no query would see anything.
     """
 
     @classmethod
@@ -40,6 +41,10 @@ class CausalMask(Tensor):
                 if one.dtype == torch.bool:
                     same = one.device == args[0].device
                     return args[0] if same else cls.of(batch, queries, keys, one.device)
+            name = getattr(func, "__name__", "")
+            written = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+            if written and isinstance(args[0], cls):
+                raise InputError(f"no mask was made to write to ({name}): write to mask.clone()")
             if func not in _SIZES:
                 args, kwargs = tree_map_only(cls, cls.made, (args, kwargs))
             return func(*args, **kwargs or {})

@@ -207,6 +207,18 @@ def test_what_is_done_to_it_is_done_to_the_mask(name):
     assert type(got) is torch.Tensor and torch.equal(got, OPERATIONS[name](square(6)))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_write_is_refused_which_would_be_lost(rows):
+    mask = CausalMask.of(rows, 6, 6, "cpu")
+    with pytest.raises(InputError, match="no mask was made to write to"):
+        mask[..., 3] = False
+    with pytest.raises(InputError, match=r"masked_fill_.*mask.clone"):
+        mask.masked_fill_(mask, False)
+    other = torch.zeros_like(mask)
+    other |= mask
+    assert torch.equal(other, mask.clone()) and torch.equal(other.zero_().copy_(mask), other)
+
+
 def test_it_has_the_size_of_the_mask_and_none_of_its_memory():
     mask = CausalMask.of(2, 3, 5, "cpu")
     assert mask.shape == (2, 1, 3, 5) and mask.dtype == torch.bool and mask.dim() == 4
