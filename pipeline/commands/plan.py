@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -131,12 +131,12 @@ def _steps(settings: Settings, store: Store, said: set[str]) -> Chain:
 def plan(
     chains: Iterable[Chain],
     past: Past | None = None,
-    predicted: Callable[[Chain], Mapping[str, float]] | None = None,
+    predicted: Callable[[Chain, Collection[str]], Mapping[str, float]] | None = None,
 ) -> list[Planned]:
     """Every job's artifacts, in the order of the jobs; nothing is built or loaded.
 
-    `predicted` gives the seconds of a job's stages by label, which are taken where no past build is of
-    its model.
+    `predicted` gives the seconds of the stages that a job builds by label, which are taken where no past
+    build is of its model.
     """
     coming: set[str] = set()
     past = past or Past()
@@ -145,6 +145,7 @@ def plan(
         store = steps.model.store
         model = steps.settings.model.name
         rows.append(row := Planned(f"{steps.settings.name} on {model}"))
+        missing = {}
         for label, step in (steps.sources | steps.steps).items():
             key = step.key()
             if store.holds(step.name, key):
@@ -153,15 +154,19 @@ def plan(
                 row.shared += 1
             else:
                 coming.add(key)
-                row.stages.append(step.name)
-                seconds, same_model = past.of(store).estimate(step.step, steps.model.key())
-                unsure = seconds is None or not same_model
-                if unsure and predicted and (dimensions := predicted(steps).get(label)) is not None:
-                    seconds, same_model = dimensions, True
+                missing[label] = step
+        forecast: Mapping[str, float] | None = None
+        for label, step in missing.items():
+            row.stages.append(step.name)
+            seconds, same_model = past.of(store).estimate(step.step, steps.model.key())
+            if predicted and (seconds is None or not same_model):
+                forecast = predicted(steps, missing) if forecast is None else forecast
+                if label in forecast:
+                    seconds, same_model = forecast[label], True
                     row.predicted.append(label)
-                row.builds[label] = seconds
-                if not same_model:
-                    row.borrowed.append(label)
+            row.builds[label] = seconds
+            if not same_model:
+                row.borrowed.append(label)
     return rows
 
 

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.commands.prediction import Prediction, Shape
 from pipeline.commands.schedule import schedule
+from pipeline.commands.stage_table import Forecasts
 from pipeline.run import chain as chains
 from pipeline.run import rates
 from pipeline.run.jobs import jobs
@@ -208,6 +209,19 @@ def test_a_plan_of_one_job_shows_what_its_stages_took(tiny_run, tmp_path):
         float(re.search(p, other.out)[1]) for p in (r"about (\d+) s", r"(?m)^all +(\S+)")
     )
     assert jobs_of == pytest.approx(table - 8, abs=3)  # without the start
+
+
+def test_what_is_stored_hides_nothing_of_what_is_missing(tiny_run, tmp_path):
+    """Beside a stage that is built, another puts off the end by less than where it is built alone."""
+    given = ("plan.flops=1e6", "plan.memory=1e5", "plan.disk=1e4", "plan.network=1e3")
+    over = ("runtime.workers=2", "runtime.engine=slurm", "evaluation.windows=1")
+    (job,) = jobs([*tiny_run.overrides, *PLAIN, *given, *over])
+    steps, forecasts = chains.chain(job.settings, Store(tmp_path / "store")), Forecasts()
+    every = forecasts.seconds(steps, [*steps.steps])
+    alone = {label: forecasts.seconds(steps, [label]) for label in every}
+    assert all({*found} == {label} for label, found in alone.items())
+    more = {label: alone[label][label] - seconds for label, seconds in every.items()}
+    assert max(more.values()) > 1
 
 
 def test_a_plan_of_several_jobs_says_once_what_the_hub_lacks(tmp_path, monkeypatch, caplog):
