@@ -40,7 +40,7 @@ BITS16 = 2  # bytes of a weight on the hub
 FLOAT32 = 4
 FLOAT64 = 8
 COUNTED = 7 * FLOAT64  # bytes of the counters of a site
-START = "start"
+START, FINISH = "start", "finish"
 
 
 class Shape:
@@ -77,6 +77,10 @@ class Prediction:
             held=self._held() + self.weights.weights,
         )
 
+    def finish(self) -> Cost:
+        """The process draws figures, logs and prints the table."""
+        return Cost(fixed=self._over["finish"], held=self._over["process"])
+
     def of(self, stage: Stage) -> Load | None:
         """What a stage costs, None where its size is known once its text has been read."""
         spec, over = stage.spec, self._over
@@ -85,7 +89,7 @@ class Prediction:
         if stage.name in ("capture", "patching", "prefix"):
             return self._calibrated(stage.name, spec)
         if stage.name == "evaluation":
-            return self._evaluated(spec)
+            return self._evaluated(stage)
         if stage.name in ("distribution", "fitting"):
             kind = stage.name
             if kind == "fitting" and spec["coding"].trained:
@@ -164,12 +168,12 @@ class Prediction:
         units = tuple(replace(unit, held=unit.held + held) for unit in load.units)
         return self._merged(replace(load, units=units), part)
 
-    def _evaluated(self, spec: Any) -> Load | None:
+    def _evaluated(self, stage: Stage) -> Load | None:
         """Of perplexity a batch of windows is a unit, of `anytime` all after some of the steps."""
-        size = self.settings.runtime.evaluation_batch
+        spec, size = stage.spec, self.settings.runtime.evaluation_batch
         coding, counted = spec["coding"], spec["perturbation"] is None
         if "task" in spec:
-            return self._asked(spec)
+            return self._asked(stage)
         if spec["count"] == ALL:
             return None
         what = "counted" if coding.converts else "dense_counted"
@@ -182,14 +186,13 @@ class Prediction:
         load = self._windows(units, spec["length"], size, what, passes)
         return self._merged(load, COUNTED * len(self._every) * counted)
 
-    def _asked(self, spec: Any) -> Load:
-        s = self.settings
+    def _asked(self, stage: Stage) -> Load:
+        s, spec = self.settings, stage.spec
         sequences, length = s.plan.questions.get(spec["task"].name, s.plan.questions["other"])
         what = "spiking" if spec["coding"].converts else "dense"
         units = [number * sequences for number in _parts(spec["items"], AT_ONCE)]
         load = self._windows(units, length, s.runtime.task_batch, what)
-        fixed = load.once.fixed + self._over["task"]
-        return replace(load, once=replace(load.once, fixed=fixed))
+        return replace(load, once={**load.once, stage.label: Cost(fixed=self._over["task"])})
 
     def _batches(self, windows: int, batch: int) -> list[int]:
         """Windows of the units of a stage that is cut into batches; of layers from disk a worker takes
@@ -231,12 +234,17 @@ class Prediction:
                 held=held + (hidden if self._offloaded else self.weights.weights),
             )
 
-        fixed = over["stage"] + (over["compile"] if self._compiles(what) else 0)
         every = zip(units, passes or [1.0] * len(units), strict=True)
-        return Load(tuple(cost(*unit) for unit in every), once=Cost(fixed=fixed))
+        written = Cost(fixed=over["stage"])
+        return Load(tuple(cost(*unit) for unit in every), self._compiled(what), written)
 
-    def _compiles(self, what: str) -> bool:
-        return self.settings.runtime.compile and not what.startswith("dense")
+    def _compiled(self, what: str) -> dict[str, Cost]:
+        """The kernels that a process compiles once: those of capture, or those of the codings."""
+        if what.startswith("dense") or not self.settings.runtime.compile:
+            return {}
+        name = "compile" if what == "capture" else "compile_coded"
+        times = 1 if self.settings.store.kernels.is_dir() else self._over["cold"]
+        return {name: Cost(fixed=times * self._over[name])}
 
     def _energy(self) -> Cost:
         """Weights that are zero are counted, which reads all of them."""
@@ -275,9 +283,10 @@ class Prediction:
         """With what units leave, so many bytes each: who builds one writes it, and one reads all."""
         if self.settings.runtime.workers == 1:
             return load
-        seconds = part / self.rates.network
+        apart = self.settings.runtime.engine != "local" or self.settings.store.remote
+        seconds = part / (self.rates.network if apart else self.rates.disk)
         units = tuple(replace(unit, network=seconds, sent=part) for unit in load.units)
-        return replace(load, units=units, merge=Cost(network=len(units) * seconds))
+        return replace(load, units=units, merge=replace(load.merge, network=len(units) * seconds))
 
 
 def _parts(number: int, size: int) -> list[int]:

@@ -40,11 +40,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Load:
-    """A stage as workers take it: units, of which each is built by any of them, what a worker does `once`
-    before its first, and what the one that builds the last does to `merge` all."""
+    """A stage as workers take it: units, of which each is built by any of them, what a worker has to have
+    done `once`, by name, before its first, and what the one that builds the last does to `merge` all."""
 
     units: tuple[Cost, ...]
-    once: Cost = Cost()
+    once: Mapping[str, Cost] = field(default_factory=dict)
     merge: Cost = Cost()
 
 
@@ -79,6 +79,7 @@ def schedule(
     building = {name: len(load.units) for name, load in loads.items()}
     done = {name: Done() for name in loads}
     there: set[str] = set()
+    prepared: list[set[str]] = [set() for _ in range(workers)]
     waiting: list[int] = []
     # When a worker is free, which, at what place of the order, and the stage whose unit it has built.
     free = [(begin, worker, 0, "") for worker in range(workers)]
@@ -105,8 +106,9 @@ def schedule(
         first = worker * len(load.units) // workers
         unit = min(left[name], key=lambda number: (number - first) % len(load.units))
         cost = left[name].pop(unit)
-        if worker not in costs:
-            cost = load.once + cost
+        new = load.once.keys() - prepared[worker]
+        prepared[worker] |= new
+        cost = sum((load.once[each] for each in new), cost)
         costs[worker] = costs.get(worker, Cost()) + cost
         heappush(free, (now + cost.seconds, worker, names.index(name), name))
     return done

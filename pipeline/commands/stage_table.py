@@ -8,8 +8,8 @@ from itertools import pairwise
 import psutil
 from tabulate import tabulate
 
-from pipeline.commands.prediction import START, Prediction, Shape
-from pipeline.commands.schedule import Cost, Done, Load, schedule
+from pipeline.commands.prediction import FINISH, START, Prediction, Shape
+from pipeline.commands.schedule import Done, Load, schedule
 from pipeline.run.chain import Chain
 from pipeline.run.rates import Rates, of_worker
 from pipeline.run.settings import Settings
@@ -27,22 +27,23 @@ class Forecasts:
     def __init__(self) -> None:
         self.rates = ""  # whose rates, once there is a forecast
         self._shapes: dict[str, Shape] = {}
-        self._made: dict[int, tuple[Rates, Cost, dict[str, Load | None]]] = {}
+        self._made: dict[int, tuple[Rates, Prediction, dict[str, Load | None]]] = {}
 
     def seconds(self, chain: Chain, missing: Collection[str]) -> dict[str, float]:
         """By how many seconds each of the stages that a job lacks puts off its end, by label; of those
         whose size is known."""
-        _, start, loads = self._of(chain)
+        _, prediction, loads = self._of(chain)
         lacking = {label: load for label, load in loads.items() if label in missing}
-        stages = _scheduled(chain, start, lacking)
-        ends = sorted((done.end, label) for label, done in stages.items() if done is not None)
+        stages = _scheduled(chain, prediction, lacking)
+        known = ((label, stages[label]) for label in (START, *lacking))
+        ends = sorted((done.end, label) for label, done in known if done is not None)
         return {label: end - before for (before, _), (end, label) in pairwise(ends)}
 
     def table(self, chain: Chain, past: Callable[[Chain, Stage], float | None]) -> str:
         """The table of the stages of a job, those that are stored among them, and what its numbers rest
         on. `past` gives the seconds that a build took or is known to take."""
-        rates, start, loads = self._of(chain)
-        stages = _scheduled(chain, start, loads)
+        rates, prediction, loads = self._of(chain)
+        stages = _scheduled(chain, prediction, loads)
         took = {label: past(chain, stage) for label, stage in chain.steps.items()}
         rows = [_row(label, done, took.get(label)) for label, done in stages.items()]
         known = [done for done in stages.values() if done is not None]
@@ -58,8 +59,8 @@ class Forecasts:
         notes = _notes(chain, stages, rates.kind)
         return "\n".join([*_basis(chain.settings, rates), "", lines, *notes])
 
-    def _of(self, chain: Chain) -> tuple[Rates, Cost, dict[str, Load | None]]:
-        """The rates of a worker, its start, and what every stage costs."""
+    def _of(self, chain: Chain) -> tuple[Rates, Prediction, dict[str, Load | None]]:
+        """The rates of a worker, and what every stage costs by them."""
         if id(chain) not in self._made:
             s = chain.settings
             config = s.model.config()
@@ -68,23 +69,25 @@ class Forecasts:
                 self._shapes[name] = Shape(config)
             prediction = Prediction(s, rates, self._shapes[name])
             loads = {label: prediction.of(stage) for label, stage in chain.steps.items()}
-            self._made[id(chain)] = rates, prediction.start(), loads
+            self._made[id(chain)] = rates, prediction, loads
             self.rates = rates.source
         return self._made[id(chain)]
 
 
 def _scheduled(
-    chain: Chain, start: Cost, costs: Mapping[str, Load | None]
+    chain: Chain, prediction: Prediction, costs: Mapping[str, Load | None]
 ) -> dict[str, Done | None]:
-    """Some stages by label in their order, behind the start of the workers; None where the size of one is
-    unknown. What the others would make is there."""
+    """Some stages by label in their order, between start and end of the command; None where the size of
+    one is unknown. What the others would make is there."""
     steps = chain.steps
     loads = {label: load for label, load in costs.items() if load is not None}
     after = {label: {each.label for each in sources(steps[label])} & {*loads} for label in loads}
-    workers = chain.settings.runtime.workers
+    workers, start, finish = chain.settings.runtime.workers, prediction.start(), prediction.finish()
     done = schedule(loads, after, workers, start.seconds)
     begun = Done(dict.fromkeys(range(workers), start), start.seconds)
-    return {START: begun} | {label: done.get(label) for label in costs}
+    end = max((each.end for each in done.values()), default=start.seconds)
+    ended = Done({0: finish}, end + finish.seconds)
+    return {START: begun} | {label: done.get(label) for label in costs} | {FINISH: ended}
 
 
 def _row(label: str, done: Done | None, took: float | None) -> tuple[str, ...]:

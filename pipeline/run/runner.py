@@ -109,7 +109,7 @@ def start(settings: Settings, command: str = COMMAND, worker: bool = False) -> R
     device = resolve(settings.runtime.device) if alone or worker else "cpu"  # here nothing is built
     if settings.runtime.threads is not None:
         torch.set_num_threads(settings.runtime.threads)
-    use_compiler(settings.runtime.compile, (settings.store.folder / ".compiled").absolute())
+    use_compiler(settings.runtime.compile, settings.store.kernels.absolute())
     how = asdict(settings.runtime) | {"device": device}
     store = settings.store.open(how)
     steps = chain(settings, store, device)

@@ -17,7 +17,10 @@ DTYPES = ("float32", "bfloat16", "float16")  # of weights, as stages.model.loadi
 OVERHEAD = (
     *(
         "start",
+        "finish",
         "compile",
+        "compile_coded",
+        "cold",
         "process",
         "load",
         "stage",

@@ -70,6 +70,11 @@ class StoreSpec:
         """The folder on this machine: of the artifacts, or of their cache."""
         return Path(self.cache if self.remote else self.path)
 
+    @property
+    def kernels(self) -> Path:
+        """Where this machine keeps what it compiles."""
+        return self.folder / ".compiled"
+
     def open(self, runtime: Mapping[str, Any] | None = None) -> Store:
         """The store. `runtime` is written into the manifests of what it builds.
 

@@ -11,7 +11,7 @@ from pipeline.commands.schedule import Cost, Load, schedule
 
 def load(*seconds: float, once: float = 0.0, merge: float = 0.0) -> Load:
     units = tuple(Cost(compute=each) for each in seconds)
-    return Load(units, Cost(fixed=once), Cost(network=merge))
+    return Load(units, {"kernels": Cost(fixed=once)} if once else {}, Cost(network=merge))
 
 
 def ends(
@@ -41,6 +41,9 @@ def test_each_worker_prepares_once_and_the_last_merges():
     assert {who: cost.seconds for who, cost in done.costs.items()} == {0: 11, 1: 5}
     assert (done.most.seconds, done.all.seconds) == (11, 16)
     assert (done.all.compute, done.all.fixed, done.all.network) == (12, 2, 2)
+    two = {"a": load(4, once=1), "b": load(2, once=1)}  # what one has prepared serves for the other
+    assert ends(1, two) == {"a": 5, "b": 7}
+    assert ends(2, two) == {"a": 5, "b": 3}
 
 
 def test_a_worker_builds_what_does_not_wait_for_another():
