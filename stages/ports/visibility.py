@@ -56,9 +56,12 @@ class CausalMask(Tensor):
         return (place <= place[keys - queries :, None]).expand(batch, 1, queries, keys)
 
 
-# What is asked of a tensor without a look at its values.
+# What is asked of a tensor without a look at its values; torch.compile asks the last six of what is given
+# to a part of a model that is compiled by itself.
 _SIZES = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__}
-_SIZES |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device")}
+_SIZES |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "_base")}
+_SIZES |= {Tensor._is_view, Tensor.is_inference, Tensor.stride, Tensor.storage_offset}
+_SIZES.add(Tensor.untyped_storage)
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,18 @@ def test_a_compiled_model_is_the_spiking_one_until_it_is_restored(
 
 
 @pytest.mark.slow
+def test_layers_that_are_compiled_by_themselves_are_given_the_mask(spiking, tokens, graphs):
+    """Which is made outside of them."""
+    model, ids = spiking("llama"), [tokens(2, length, length) for length in (11, 7)]
+    want = [logits(model, each) for each in ids]
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    for each, expected in zip(ids, want, strict=True):
+        torch.testing.assert_close(logits(model, each), expected, rtol=1e-4, atol=1e-4)
+    assert graphs() > 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_compiled_dense_model_is_converted(spiking, dense, tokens, graphs, kind):
     model, fast, ids = spiking(kind), torch.compile(dense(kind), backend="eager"), tokens(2, 11)
