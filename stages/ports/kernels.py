@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -243,12 +244,14 @@ class ShortKernel:
             return None
         own = ((name, x.shape, x.cpu().numpy().tobytes()) for name, x in self.params.items())
         key = (self.coding, *own)
-        if key not in SELECTIONS:
-            if len(SELECTIONS) == MOST_SELECTIONS:
-                SELECTIONS.clear()
-            (table,) = lookups(self.coding, [self.params])
-            SELECTIONS[key] = None if table is None else selection(table)
-        return SELECTIONS[key]
+        with suppress(KeyError):
+            return SELECTIONS[key]
+        if len(SELECTIONS) >= MOST_SELECTIONS:
+            SELECTIONS.clear()
+        (table,) = lookups(self.coding, [self.params])
+        found = None if table is None else selection(table)
+        SELECTIONS[key] = found
+        return found
 
     def ready(self, x: Tensor) -> bool:
         """Whether there is a table and x is to be coded by it."""
