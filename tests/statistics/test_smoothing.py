@@ -58,6 +58,7 @@ def coded(model, ids, smoothing: Smoothing | None) -> Callable[[], Tensor]:
     return run
 
 
+@pytest.mark.slow
 def test_the_block_error_falls_below_the_unsmoothed_one(outliers) -> None:
     errors = []
     for seed in range(DRAWS):

@@ -25,6 +25,8 @@ from pipeline.results.folders import RunFolder
 from tests.pipeline.commands.test_report import Page
 from tests.pipeline.conftest import Finished
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<script>window.harmed=1</script><img src=x onerror=window.harmed=1>"
 SWEEP = ("-m", "experiment=null", "coding=dense,las,gated", "timesteps=4,6")
 QUIET = (

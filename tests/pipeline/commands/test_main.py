@@ -321,6 +321,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(case, broken, tin
     assert not list(tmp_path.rglob("result.json"))
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_the_same_and_nothing_else(tiny_run, tmp_path):
     """A job that is refused, which is one line, and one that is not."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

@@ -37,6 +37,7 @@ def test_a_failure_in_the_folder_of_an_earlier_result_leaves_no_result(command, 
     assert not (folder / "again/result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_its_own_jobs_at_any_depth_of_a_folder_that_was_used_before(command, folder):
     sweep = ("coding=las,rate", "timesteps=4", "hydra.sweep.dir=swept")
     first = command(folder, *sweep, "hydra.sweep.subdir=a/${hydra:job.num}")

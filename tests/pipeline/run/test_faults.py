@@ -108,6 +108,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name not in moved}
 
 
+@pytest.mark.slow
 def test_kill_9_in_any_stage_changes_no_number(runs, undisturbed, tmp_path):
     """At a moment of each artifact's building; every run goes on from what the one before has left."""
     _, expected = undisturbed

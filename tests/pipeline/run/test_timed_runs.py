@@ -10,6 +10,8 @@ from pipeline.figures import sites
 from pipeline.results.folders import RunFolder
 from pipeline.run import runner
 
+pytestmark = pytest.mark.slow
+
 SENSITIVE = ("coding.sensitivity.windows=2",)
 
 

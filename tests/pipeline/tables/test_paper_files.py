@@ -28,6 +28,8 @@ from tests.pipeline.tables.papers import (
     shown,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_missing_cell_names_the_commands_that_fill_it(swept, monkeypatch):
     arguments = ("table=main", "experiment=codings", "transform=none", "rows=dense,las")
@@ -77,7 +79,6 @@ def test_fill_runs_what_is_missing_and_lists_what_failed(swept, monkeypatch):
     assert list(swept.read("main")["timesteps"]) == [4, 8] and len(ran) == 2
 
 
-@pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes(swept, tmp_path):
     arguments = ["table=main", "experiment=codings", *AXES[:2], "rows=dense,las,gated3"]
     assert swept.table(*arguments, f"table.folder={tmp_path}/a").code == 0

@@ -34,6 +34,8 @@ from tests.pipeline.tracking.servers import (
     to,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["busy_machine", "folder", "server", "sweep"]  # fixtures
 
 
@@ -99,7 +101,6 @@ def synced(runs: Path, *arguments: str) -> int:
         return main(["sync", "--runs", str(runs), *arguments])
 
 
-@pytest.mark.slow
 def test_a_server_killed_in_mid_sweep_costs_nothing(
     command, server, folder, sweep, monkeypatch, capsys, tmp_path
 ):
