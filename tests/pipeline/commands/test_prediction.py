@@ -118,7 +118,7 @@ def test_layers_on_disk_are_read_once_a_pass_while_one_computes(predicted):
 
 def test_rates_are_given_or_measured_or_of_a_known_machine(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, small in (("READ", 1 << 20), ("COPIED", 1 << 12), ("ROWS", 2)):
+    for name, small in (("READ", 1 << 20), ("COPIED", 1 << 12), ("ROWS", 2), ("SECONDS", 0.0)):
         monkeypatch.setattr(rates, name, small)
 
     def of(*more: str) -> Rates:
