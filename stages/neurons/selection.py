@@ -23,7 +23,7 @@ _FIELDS = {
     "const short*": ("begin",),
     "float": ("scaling", "silent"),
     "Size": (
-        *("rows", "heads", "queries", "keys", "before", "share", "width"),
+        *("rows", "heads", "queries", "keys", "share", "width"),
         *("value_batch", "value_group", "value_key", "out_batch", "out_query", "out_head"),
     ),
 }
@@ -134,7 +134,7 @@ static void attend(const Work& w, Size row) {
   const Size batch = row / w.queries / w.heads;
   float* x = w.scores + row * w.keys;
   const float* bias = w.bias ? w.bias + (batch * w.queries + query) * w.keys : nullptr;
-  const Size keys = bias ? w.keys : w.before + query + 1;
+  const Size keys = bias ? w.keys : w.keys - w.queries + query + 1;
   float* out = w.out + batch * w.out_batch + query * w.out_query + head * w.out_head;
   const float* value = w.value + batch * w.value_batch + head / w.share * w.value_group;
   const float total = powers(x, bias, keys, w.scaling);
@@ -195,14 +195,13 @@ class Selection:
         scores: Tensor,  # [B, H, Q, K], overwritten
         scaling: float,
         bias: Tensor | None,  # [B, 1, Q, K]
-        before: int,
         value: Tensor,  # [B, G, K, D]
         out: Tensor,  # [B, Q, H, D]
     ) -> Tensor:
         """Put what attention gives into `out`, and return the spikes of every row [B, H, Q].
 
-        Without a bias, of `stages.ports.kernels.softmax_kernel`, the first query sees the `before` keys in
-        front of its own, and each later one a key more.
+        Without a bias, of `stages.ports.kernels.softmax_kernel`, query i sees the keys up to
+        K - Q + i.
         """
         batch, heads, queries, keys = scores.shape
         fired = scores.new_empty(batch, heads, queries)
@@ -211,7 +210,7 @@ class Selection:
         )
         strides |= zip(("out_batch", "out_query", "out_head"), out.stride(), strict=False)
         work = _Work(
-            scores=scores.data_ptr(), scaling=scaling, before=before, value=value.data_ptr(),
+            scores=scores.data_ptr(), scaling=scaling, value=value.data_ptr(),
             bias=None if bias is None else bias.data_ptr(), out=out.data_ptr(), fired=fired.data_ptr(),
             rows=batch * heads * queries, heads=heads, queries=queries, keys=keys,
             share=heads // value.shape[1], width=value.shape[3], silent=self._silent,

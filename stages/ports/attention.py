@@ -195,9 +195,7 @@ def _by_blocks(
         done, fired = False, None
         if isinstance(ports.probs, SpikingPort) and plain and not learns:
             bias = None if seen.causal else view.bias
-            done, fired = ports.probs.attend(
-                scores, scaling, bias, block.start, given, place.flatten(2, 3)
-            )
+            done, fired = ports.probs.attend(scores, scaling, bias, given, place.flatten(2, 3))
         if not done:
             probs, fired = ports.probs.softmax(scores, scaling, view)
             flat = probs.view(many * members, share * size, keys)

@@ -222,7 +222,6 @@ class ShortKernel:
         scores: Tensor,
         scaling: float,
         bias: Tensor | None,
-        before: int,
         value: Tensor,
         out: Tensor,
     ) -> Tensor | None:
@@ -236,7 +235,7 @@ class ShortKernel:
         if few or not biased or not given or not fits(scores):
             return None
         found = self._selection
-        return None if found is None else found(scores, scaling, bias, before, value, out)
+        return None if found is None else found(scores, scaling, bias, value, out)
 
     @functools.cached_property
     def _selection(self) -> Selection | None:

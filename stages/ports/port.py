@@ -113,17 +113,15 @@ class SpikingPort:
         scores: Tensor,
         scaling: float,
         bias: Tensor | None,
-        before: int,
         value: Tensor,
         out: Tensor,
     ) -> tuple[bool, Tensor | None]:
         """Put what the probabilities of scores [B, H, Q, K] give of value [B, G, K, D] into out
         [B, Q, H, D], where one compiled pass does; say so, with the spikes as `softmax` gives them.
 
-        Without a bias the first query sees the `before` keys in front of its own, and each later one a
-        key more; may overwrite the scores.
+        Without a bias query i sees the keys up to K - Q + i; may overwrite the scores.
         """
-        fired = self._short.attend(scores, scaling, bias, before, value, out)
+        fired = self._short.attend(scores, scaling, bias, value, out)
         return fired is not None, fired if self.counter is not None and self._neuron else None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:

@@ -89,7 +89,7 @@ def test_the_codes_are_those_of_float64_probabilities(shape, masked):
         mask = mask & (torch.arange(keys) % 7 != 3)
         mask[..., 0] = True
         given = bias(mask)
-    fired = selection(table)(scores.clone(), 0.3, given, keys - queries, value, out)
+    fired = selection(table)(scores.clone(), 0.3, given, value, out)
     coded = out.transpose(1, 2)
     exact = probabilities(scores, mask)
     check(coded, fired, lambda x: GATED.quantise(x, P), exact, mask)
@@ -101,7 +101,7 @@ def test_every_coding_with_a_table_has_the_codes_of_its_expression(name):
     coding, own = site(shipped()[name])
     kernel = ShortKernel(coding, own, True, Tables())
     scores, value, out = drawn(1, 3, 1, 64, 128)
-    fired = kernel.attend(scores.clone(), 0.3, None, 64, value, out)
+    fired = kernel.attend(scores.clone(), 0.3, None, value, out)
     if coding.replaces_softmax:
         assert fired is None
         return
@@ -125,7 +125,7 @@ def test_the_exponential_and_the_sum_are_right_to_the_last_bits():
     edge = torch.cat([ends, torch.tensor([torch.inf])])
     level = torch.cat([torch.zeros(1), (edge[1:] + edge[:-1]) / 2, torch.zeros(1)])
     table = Lookup(edge, level, torch.zeros_like(level))
-    selection(table)(scores / 5, 0.25, None, 180, value, out)
+    selection(table)(scores / 5, 0.25, None, value, out)
     found = out.transpose(1, 2)[mask].double()
     torch.testing.assert_close(found, exact[mask], rtol=2 * width, atol=0)
 
@@ -139,11 +139,11 @@ def test_the_values_are_added_up_where_they_stand(width):
     (table,) = lookups(coding, [own])
     coded = selection(table)
     heads, ones = torch.empty(2, 20, 4, 600), torch.eye(600).expand(2, 2, 600, 600)
-    coded(scores.clone(), 0.1, None, 580, ones, heads)
+    coded(scores.clone(), 0.1, None, ones, heads)
     wide = torch.full((3, 50, 6, width), -1.0)
     rows = torch.cat([value, value], 2)[:, :, :600]
     found = wide[1:, 7:27, 1:5]
-    coded(scores.clone(), 0.1, None, 580, rows, found)
+    coded(scores.clone(), 0.1, None, rows, found)
     expected = torch.einsum(
         "bqhk,bhkd->bqhd", heads.double(), value.double().repeat_interleave(2, 1)
     )
@@ -160,7 +160,7 @@ def test_threads_give_the_same_bits():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         scores, value, out = drawn(1, 6, 2, 64, 301, 24)
-        fired = selection(table)(scores, 0.3, None, 237, value, out)
+        fired = selection(table)(scores, 0.3, None, value, out)
         results.append((out, fired))
     torch.set_num_threads(before)
     assert all(
@@ -174,17 +174,16 @@ def test_a_row_without_a_softmax_is_no_number(bad):
     (table,) = lookups(GATED, [P])
     scores, value, out = drawn(1, 2, 1, 6, 40, 8)
     clean = out.clone()
-    selection(table)(scores.clone(), 0.3, None, 34, value, clean)
+    selection(table)(scores.clone(), 0.3, None, value, clean)
     scores[0, 1, 3] = bad
-    fired = selection(table)(scores, 0.3, None, 34, value, out)
+    fired = selection(table)(scores, 0.3, None, value, out)
     assert bool(out[0, 3, 1].isnan().all()) and not fired[0, 1, 3]
     clean[0, 3, 1] = out[0, 3, 1] = 0
     assert torch.equal(clean, out)
     one = torch.zeros(1, 1, 1, 40)
     one[..., 1:] = -torch.inf
-    selection(table)(
-        one, 0.3, None, 39, torch.eye(40)[None, None], place := torch.empty(1, 1, 1, 40)
-    )
+    place = torch.empty(1, 1, 1, 40)
+    selection(table)(one, 0.3, None, torch.eye(40)[None, None], place)
     assert place[0, 0, 0, 0] == table(torch.ones(1))[0] and not place[..., 1:].any()
 
 
@@ -196,7 +195,7 @@ def test_a_key_that_takes_all_is_a_number(masked):
     scores[..., 5] = 500 + 9 * scores[..., 5]
     given = torch.zeros(1, 1, 4, 64) if masked else None
     for width in (64, 80, 96, 128):  # of heads: their scalings are powers of two, and are not
-        selection(table)(scores.clone(), width**-0.5, given, 60, value, out)
+        selection(table)(scores.clone(), width**-0.5, given, value, out)
         one = table(torch.ones(1))[0]
         torch.testing.assert_close(out, (one * value[:, :, 5]).expand_as(out))
 
@@ -204,17 +203,17 @@ def test_a_key_that_takes_all_is_a_number(masked):
 def test_what_does_not_fit_is_left_to_the_kernels():
     kernel = ShortKernel(GATED, P, False, Tables())
     scores, value, out = drawn(1, 4, 2, 64, 100, 8)
-    assert kernel.attend(scores.clone(), 0.3, None, 36, value, out) is not None
+    assert kernel.attend(scores.clone(), 0.3, None, value, out) is not None
     half, mask = scores.bfloat16(), torch.zeros(1, 1, 64, 50)
     for given in (half, scores.transpose(2, 3), scores[:, :, :2]):
-        assert kernel.attend(given, 0.3, None, 36, value, out) is None
-    assert kernel.attend(scores, 0.3, mask, 36, value, out) is None
-    assert kernel.attend(scores, 0.3, None, 36, value.double(), out) is None
+        assert kernel.attend(given, 0.3, None, value, out) is None
+    assert kernel.attend(scores, 0.3, mask, value, out) is None
+    assert kernel.attend(scores, 0.3, None, value.double(), out) is None
     for other in (value[..., :7], value[:, :, :90], torch.cat([value, value], -1)):
-        assert kernel.attend(scores, 0.3, None, 36, other, out) is None
-    assert kernel.attend(scores, 0.3, None, 36, value.transpose(2, 3), out) is None
+        assert kernel.attend(scores, 0.3, None, other, out) is None
+    assert kernel.attend(scores, 0.3, None, value.transpose(2, 3), out) is None
     use_compiler(False)
-    assert ShortKernel(GATED, P, False, Tables()).attend(scores, 0.3, None, 36, value, out) is None
+    assert ShortKernel(GATED, P, False, Tables()).attend(scores, 0.3, None, value, out) is None
 
 
 def test_a_code_with_a_value_for_zero_is_left_to_the_kernels():
