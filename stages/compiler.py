@@ -101,10 +101,10 @@ def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         config.specialize_int = before
 
 
-# In front of C++ that shares out work: `each(n, threads, f)` calls f of 0 to n - 1, whichever thread is
+# In front of all C++, to share out work: `each(n, threads, f)` calls f of 0 to n - 1, whichever thread is
 # free the next. They are the threads of torch, by the name that the OpenMP which it has loaded gives them:
 # a second OpenMP would have threads of its own, that wait for work beside those. Without it there is one.
-THREADS = """
+_THREADS = """
 typedef long long Size;
 #ifdef __linux__
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
@@ -124,7 +124,8 @@ template <class F> static void each(Size n, int threads, F f) {
 
 
 def native(source: str, **functions: tuple[type, ...]) -> ctypes.CDLL | None:
-    """Compile C++ for this processor; None where compilation is off or fails, which is logged once.
+    """Compile C++ for this processor, with `each` of `_THREADS` at hand; None where compilation is off or
+    fails, which is logged once.
 
     `source`: functions with C linkage, without a library, that return nothing; `functions`: the types of
     the arguments of each by its name.
@@ -145,7 +146,7 @@ def _built(source: str, functions: tuple[tuple[str, tuple[type, ...]], ...]) -> 
         try:
             subprocess.run(
                 [compiler, *options, "-o", library],
-                input=source, text=True, check=True, capture_output=True,
+                input=_THREADS + source, text=True, check=True, capture_output=True,
             )  # fmt: skip
             built = ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -9,7 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
-from stages.compiler import THREADS, native
+from stages.compiler import native
 
 # `counted` reads x [rows, width] once. A share of the columns is a thread's, which counts into a histogram
 # of its own: `few` [threads, bins], zero before and after. Of 16 rows and 256 columns, which stay in a
@@ -149,7 +149,7 @@ def counted(
     absmax [C] float32 and square [C] float64, which may be empty. `surplus` zeros are not counted.
     """
     fits = x.is_cpu and count.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
-    library = native(THREADS + _SOURCE, counted=_ARGUMENTS) if fits and x.numel() else None
+    library = native(_SOURCE, counted=_ARGUMENTS) if fits and x.numel() else None
     if library is None:
         return False
     threads = torch.get_num_threads()

@@ -19,7 +19,6 @@ from stages.compiler import native
 # compared one by one, sooner than four are looked up for each. `shifted` makes of scores x the exponents
 # of their softmax; `share` rows have one bias.
 _SOURCE = """
-typedef long long Size;
 extern "C" void coded(const float* x, Size rows, Size width, Size gap, const float* total,
                       const float* stairs, Size size, float* out) {
   for (Size row = 0; row < rows; ++row, x += gap, out += gap)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.compiler import THREADS, native
+from stages.compiler import native
 from stages.neurons.lookup import Lookup
 
 ALONE = 1 << 15  # scores that one thread codes sooner than a second has begun
@@ -224,7 +224,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled pass; None where nothing is compiled."""
     fields = "".join(f"{kind} {name}; " for kind, names in _FIELDS.items() for name in names)
     source = _SOURCE.replace("FIELDS", fields).replace("SHIFT", str(SHIFT))
-    return native(THREADS + source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
+    return native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
 
 
 def selection(table: Lookup) -> Selection | None:
