@@ -86,10 +86,12 @@ def _ports(
 ) -> dict[str, ErrorPort]:
     from stages.ports.patched import parameters  # take seconds to import what they need
     from stages.ports.port import ErrorPort
+    from stages.ports.tables import Tables
 
+    coding, tables = conversion.coding, Tables()
     converted = parameters(conversion, find_sites(model), device_of(model))
     return {
-        site.name: ErrorPort(conversion.coding, converted[site.name], SiteCounter(counters, index))
+        site.name: ErrorPort(coding, converted[site.name], SiteCounter(counters, index), tables)
         for index, site in enumerate(counters.sites)
     }
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stages.neurons.spikes import Params
 
-MOST_CODES = 1 << 10  # of a table: with more the search for its steps is long
+MOST_CODES = 1 << 12  # of a table: with more the search for its steps is long
 ROUNDS = 3
 SAMPLES = 1024
 _BITS = 31
@@ -27,6 +27,7 @@ class Quantiser(Protocol):
     """What a table is made of, see `stages.codings.base.Coding`."""
 
     tokenwise: bool
+    neuron: bool
 
     def table(self, p: Params) -> Tensor: ...
 
@@ -98,24 +99,32 @@ def _start(levels: Tensor) -> Tensor:
 
 def _tabulated(coding: Quantiser, p: Params, keys: Tensor) -> list[Lookup]:
     """The stairs that keys [S, K] show, each of whose beginnings is searched among all float32 values."""
-    value, spikes = coding.quantise(_number(keys), p)
-    low, high = keys[:, :-1], keys[:, 1:]
-    below, silent = value[:, :-1], spikes[:, :-1]
-    begins = (value[:, 1:] != below) | (spikes[:, 1:] != silent)
+    value, spikes = _coded(coding, keys, p)
+    begins = (value[:, 1:] != value[:, :-1]) | (spikes[:, 1:] != spikes[:, :-1])
+    stairs = begins.byte().argsort(dim=1, descending=True, stable=True)
+    stairs = stairs[:, : int(begins.sum(1).max())]  # of every site those that begin, and some more
+    low, below, silent = (each.gather(1, stairs) for each in (keys, value, spikes))
+    high, above, fired = (each.gather(1, stairs + 1) for each in (keys, value, spikes))
     for _ in range(_BITS + 1):
         middle = (low + high) >> 1
-        inside, fired = coding.quantise(_number(middle), p)
-        same = (inside == below) & (fired == silent)
+        inside, now = _coded(coding, middle, p)
+        same = (inside == below) & (now == silent)
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     edge, infinite = _number(low), value.new_tensor([torch.inf])
     return [
         Lookup(
-            torch.cat([edge[site][new], infinite]),
-            torch.cat([value[site, :1], value[site, 1:][new], infinite - infinite]),
-            torch.cat([spikes[site, :1], spikes[site, 1:][new], spikes.new_zeros(1)]),
+            torch.cat([edge[site][:new], infinite]),
+            torch.cat([value[site, :1], above[site][:new], infinite - infinite]),
+            torch.cat([spikes[site, :1], fired[site][:new], spikes.new_zeros(1)]),
         )
-        for site, new in enumerate(begins)
+        for site, new in enumerate(begins.sum(1).tolist())
     ]
+
+
+def _coded(coding: Quantiser, keys: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+    """The codes of keys, without the spikes that a quantiser has none of."""
+    value, spikes = coding.quantise(_number(keys), p)
+    return value, spikes if coding.neuron else torch.zeros_like(value)
 
 
 def _samples(tables: Sequence[Lookup], levels: Tensor) -> Tensor:
@@ -130,9 +139,8 @@ def _samples(tables: Sequence[Lookup], levels: Tensor) -> Tensor:
 
 def _wrong(coding: Quantiser, p: Params, tables: Sequence[Lookup], samples: Tensor) -> Tensor:
     """Which of the samples (keys [S, N]) the tables code otherwise than the coding."""
-    x = _number(samples)
-    value, spikes = coding.quantise(x, p)
-    rows = [table(row) for table, row in zip(tables, x, strict=True)]
+    value, spikes = _coded(coding, samples, p)
+    rows = [table(row) for table, row in zip(tables, _number(samples), strict=True)]
     found = torch.stack([row[0] for row in rows])
     fired = torch.stack([t.spikes.take(row[1]) for t, row in zip(tables, rows, strict=True)])
     return (value != found) | (spikes != fired)

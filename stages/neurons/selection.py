@@ -7,20 +7,17 @@ pass over a row of scores, while a cache holds it, is softmax, code, count and t
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.compiler import native
-from stages.neurons.lookup import Lookup
+from stages.neurons.stairs import ALONE, TABLE, Stairs, structure
 
-ALONE = 1 << 15  # scores that one thread codes sooner than a second has begun
-SHIFT = 16  # of the bits of a float32, whose leading ones say where the search for its stair begins
 _FIELDS = {
+    "const Table*": ("table",),
     "float*": ("scores", "out", "fired"),
-    "const float*": ("bias", "value", "edge", "code", "spikes"),
-    "const short*": ("begin",),
+    "const float*": ("bias", "value"),
     "float": ("scaling", "silent"),
     "Size": (
         *("rows", "heads", "queries", "keys", "share", "width"),
@@ -43,8 +40,6 @@ typedef float V __attribute__((vector_size(BYTES)));
 typedef int Bits __attribute__((vector_size(BYTES)));
 typedef Size Pairs __attribute__((vector_size(BYTES)));
 const int LANES = BYTES / 4, SPAN = 512, ROWS = 8;
-struct Work {FIELDS};
-
 static V load(const float* x) {
   V v;
   __builtin_memcpy(&v, x, BYTES);
@@ -148,13 +143,9 @@ static void attend(const Work& w, Size row) {
     const int n = above(x, start, start + SPAN < keys ? start + SPAN : keys, low, place, u);
     for (int k = 0; k < n; ++k) u[k] /= total;
     for (int k = 0; k < n; ++k) {
-      int bits;
-      __builtin_memcpy(&bits, u + k, 4);
-      int stair = w.begin[bits >> SHIFT];
-      stair += u[k] > w.edge[stair];  // a branch would be guessed wrongly half of the time
-      while (u[k] > w.edge[stair]) ++stair;
-      u[k] = w.code[stair];
-      if (!bias || bias[place[k]] == 0) count += w.spikes[stair];
+      const int on = stair(*w.table, bucket(*w.table, u[k]), u[k]);
+      u[k] = w.table->value[on];
+      if (!bias || bias[place[k]] == 0) count += w.table->spikes[on];
     }
     add(out, w.width, value, w.value_key, place, u, n);
   }
@@ -167,28 +158,14 @@ extern "C" void selected(const Work* w, int threads) {
   });
 }
 """
-_KINDS: dict[str, Any] = {"float": ctypes.c_float, "Size": ctypes.c_longlong}
-
-
-class _Work(ctypes.Structure):
-    _fields_ = [
-        (name, _KINDS.get(kind, ctypes.c_void_p))
-        for kind, names in _FIELDS.items()
-        for name in names
-    ]
+_Work, _STRUCT = structure("Work", _FIELDS)
 
 
 class Selection:
     """The code of the probabilities of one site, from its table."""
 
-    def __init__(self, library: ctypes.CDLL, table: Lookup) -> None:
-        bits = torch.arange((0x3F800000 >> SHIFT) + 1, dtype=torch.int32) << SHIFT  # up to 1.0
-        begin = torch.searchsorted(table.edge, bits.view(torch.float32)).short()
-        self._selected, self._silent = library.selected, float(table.edge[begin[0]])
-        self._kept = {
-            "edge": table.edge, "code": table.value, "spikes": table.spikes.float(), "begin": begin,
-        }  # fmt: skip
-        self._places = {name: each.data_ptr() for name, each in self._kept.items()}
+    def __init__(self, library: ctypes.CDLL, stairs: Stairs) -> None:
+        self._selected, self._stairs = library.selected, stairs
 
     def __call__(
         self,
@@ -213,24 +190,17 @@ class Selection:
             scores=scores.data_ptr(), scaling=scaling, value=value.data_ptr(),
             bias=None if bias is None else bias.data_ptr(), out=out.data_ptr(), fired=fired.data_ptr(),
             rows=batch * heads * queries, heads=heads, queries=queries, keys=keys,
-            share=heads // value.shape[1], width=value.shape[3], silent=self._silent,
-            **self._places, **strides,
+            share=heads // value.shape[1], width=value.shape[3], silent=self._stairs.silent,
+            table=ctypes.addressof(self._stairs.table), **strides,
         )  # fmt: skip
         self._selected(work, torch.get_num_threads() if scores.numel() >= ALONE else 1)
         return fired
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled pass; None where nothing is compiled."""
-    fields = "".join(f"{kind} {name}; " for kind, names in _FIELDS.items() for name in names)
-    source = _SOURCE.replace("FIELDS", fields).replace("SHIFT", str(SHIFT))
-    return native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
-
-
-def selection(table: Lookup) -> Selection | None:
-    """The compiled code of probabilities; None without a `library`, and of a code that has a value or a
-    spike for zero."""
-    built = library() if table.edge.is_cpu else None
-    _, stair = table(torch.zeros(1, device=table.edge.device))
-    loud = bool(table.value[stair]) or bool(table.spikes[stair])
-    return None if built is None or loud else Selection(built, table)
+def selection(stairs: Stairs) -> Selection | None:
+    """The compiled code of probabilities; None where nothing is compiled, and of a code that has a value
+    or a spike for zero."""
+    source = TABLE + _STRUCT + _SOURCE
+    built = native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
+    loud = stairs.zero or stairs.spikes_of_zero
+    return None if built is None or loud else Selection(built, stairs)

@@ -112,7 +112,7 @@ def ported_attention(
             enable_gqa=groups > 1,
         ).transpose(1, 2)
     elif queries == 1:
-        output, spikes = _of_one_query(ports, query, key, value, seen.view, scaling)
+        output, spikes = _of_one_query(ports.probs, query, key, value, seen.view, scaling)
     else:
         output, spikes = _by_blocks(ports, query, key, value, seen, scaling)
     ports.probs.tally(spikes, seen.view, heads, width)
@@ -136,7 +136,7 @@ def _cached(
 
 
 def _of_one_query(
-    ports: AttentionPorts,
+    port: Port,
     query: Tensor,  # [B, H, 1, D]
     key: Tensor,  # [B, G, D, K]
     value: Tensor,  # [B, G, K, D]
@@ -148,7 +148,13 @@ def _of_one_query(
     groups, keys = key.shape[1], key.shape[3]
     asking = query.reshape(batch * groups, heads // groups, width)
     scores = _multiplied(asking, key.reshape(batch * groups, width, keys))
-    probs, spikes = ports.probs.softmax(scores.view(batch, heads, 1, keys), scaling, view)
+    scores = scores.view(batch, heads, 1, keys)
+    if isinstance(port, SpikingPort) and _numbers(scores, value):
+        output = query.new_empty(batch, 1, heads, width)
+        done, spikes = port.attend(scores, scaling, view.bias, value, output)
+        if done:
+            return output, spikes
+    probs, spikes = port.softmax(scores, scaling, view)
     given = value.reshape(batch * groups, keys, width)
     output = _multiplied(probs.view(batch * groups, -1, keys), given)
     return output.view(batch, 1, heads, width), spikes

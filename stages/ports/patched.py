@@ -17,9 +17,9 @@ from stages.model.sites import Site, find_sites
 from stages.ports.attention import Port
 from stages.ports.counters import Counters, SiteCounter
 from stages.ports.hooks import attached
-from stages.ports.kernels import Tables
 from stages.ports.port import DensePort, SpikingPort
 from stages.ports.stepped import stepped_ports
+from stages.ports.tables import Tables
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from stages.codings.base import Coding
 from stages.errors import InputError
 from stages.neurons.channels import CENTRE, left_out
 from stages.ports.counters import SiteCounter
-from stages.ports.kernels import ShortKernel, Tables, masked_softmax, row_kernel, softmax_kernel
+from stages.ports.kernels import masked_softmax, row_kernel, softmax_kernel
+from stages.ports.tables import Tables, Tabulated
 from stages.ports.visibility import View
 
 
@@ -68,17 +69,12 @@ class SpikingPort:
         self._centred = CENTRE in own
         # Whether the code of a key or a value may stand in a cache in its place.
         self.keeps = not coding.tokenwise and self.counter is None
-        self._short = ShortKernel(coding, own, counted, tables)
-        self._codes_softmax = not coding.replaces_softmax
+        self._tabulated = Tabulated(coding, own, counted, tables)
 
     def __call__(self, x: Tensor, real: Tensor | None, fanout: Tensor | int) -> Tensor:
-        if self.counter is None:
-            coded = self._short.values(x)
-            if coded is not None:
-                return coded
         p = self._on(x.device)
-        made = self._short.rows if self._short.ready(x) else self._rows
-        value, spikes = made(x, p)
+        made = self._tabulated.rows(x, p)
+        value, spikes = self._rows(x, p) if made is None else made
         if self.counter is not None:
             self.counter.add(x.shape, spikes if self._neuron else None, real, fanout)
             if not self._neuron and isinstance(fanout, int):
@@ -87,26 +83,22 @@ class SpikingPort:
 
     def keep(self, x: Tensor, first: int) -> None:
         """Put the codes of the tokens of x [B, G, S, D] from `first` on in their place in a cache."""
-        if not self._short.replace(x, first):
-            new = x[:, :, first:]
-            new.copy_(self(new, None, 0))
+        new, p = x[:, :, first:], self._on(x.device)
+        made = self._tabulated.rows(new, p, new)
+        value, _ = self._rows(new, p) if made is None else made
+        if value is not new:
+            new.copy_(without_gradient(value))
 
     def constant(self, x: Tensor) -> Tensor | None:
         return left_out(x, self._on(x.device)) if self._centred else None
 
     def softmax(self, scores: Tensor, scaling: float, view: View) -> tuple[Tensor, Tensor | None]:
-        if self._codes_softmax:
-            coded = self._short.probabilities(scores, scaling, view.bias)
-            if coded is not None:
-                return coded, None
-        p = self._on(scores.device)
-        if self._codes_softmax and self._short.ready(scores):
-            value, spikes = self._short.softmax(scores, scaling, view.bias)
-        else:
-            value, spikes = self._softmax(scores, scaling, view.bias, p)
-        return without_gradient(
-            value
-        ), spikes if self.counter is not None and self._neuron else None
+        made = self._tabulated.softmax(scores, scaling, view.bias)
+        if made is None:
+            made = self._softmax(scores, scaling, view.bias, self._on(scores.device))
+        value, spikes = made
+        counted = self.counter is not None and self._neuron
+        return without_gradient(value), spikes if counted else None
 
     def attend(
         self,
@@ -121,7 +113,7 @@ class SpikingPort:
 
         Without a bias query i sees the keys up to K - Q + i; may overwrite the scores.
         """
-        fired = self._short.attend(scores, scaling, bias, value, out)
+        fired = self._tabulated.attend(scores, scaling, bias, value, out)
         return fired is not None, fired if self.counter is not None and self._neuron else None
 
     def tally(self, spikes: Tensor | None, view: View, heads: int, fanout: int) -> None:

@@ -68,8 +68,8 @@ def test_half_precision_is_coded_as_its_float32_value(fitted_sites):
 def test_codes_of_a_token_and_too_many_codes_have_no_table(fitted_sites):
     p = unscaled(fitted_sites(Gated("gated", 6, 2))[0])
     assert lookups(Gif(), [p, p]) == [None, None]
-    many = Gated("gated", 10, 2)
-    assert MOST_CODES < 2 * 2**10 and lookups(many, [p]) == [None]
+    many = Gated("gated", 12, 2)
+    assert MOST_CODES < 2 * 2**12 and lookups(many, [p]) == [None]
 
 
 def test_a_code_whose_stairs_lie_between_its_levels_has_no_table(fitted_sites):

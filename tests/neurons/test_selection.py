@@ -15,7 +15,8 @@ from stages.compiler import use_compiler
 from stages.neurons.channels import unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.selection import selection
-from stages.ports.kernels import ShortKernel, Tables
+from stages.neurons.stairs import stairs
+from stages.ports.tables import Tables, Tabulated
 from tests.codings.reference import fitted, shipped
 from tests.ports.biases import bias
 
@@ -89,7 +90,7 @@ def test_the_codes_are_those_of_float64_probabilities(shape, masked):
         mask = mask & (torch.arange(keys) % 7 != 3)
         mask[..., 0] = True
         given = bias(mask)
-    fired = selection(table)(scores.clone(), 0.3, given, value, out)
+    fired = selection(stairs(table))(scores.clone(), 0.3, given, value, out)
     coded = out.transpose(1, 2)
     exact = probabilities(scores, mask)
     check(coded, fired, lambda x: GATED.quantise(x, P), exact, mask)
@@ -99,7 +100,7 @@ def test_the_codes_are_those_of_float64_probabilities(shape, masked):
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_coding_with_a_table_has_the_codes_of_its_expression(name):
     coding, own = site(shipped()[name])
-    kernel = ShortKernel(coding, own, True, Tables())
+    kernel = Tabulated(coding, own, True, Tables())
     scores, value, out = drawn(1, 3, 1, 64, 128)
     fired = kernel.attend(scores.clone(), 0.3, None, value, out)
     if coding.replaces_softmax:
@@ -116,18 +117,17 @@ def test_every_coding_with_a_table_has_the_codes_of_its_expression(name):
 
 
 def test_the_exponential_and_the_sum_are_right_to_the_last_bits():
-    """A code with a stair around every probability, as wide as its error may be."""
+    """Codes with a stair around one probability, as wide as its error may be."""
     scores, value, out = drawn(1, 1, 1, 20, 200)
     mask = triangle(1, 20, 200)
-    exact = probabilities(scores / 5, mask, 0.25)
-    numbers, width = exact[exact > 0], 8 * 2.0**-24
-    ends = torch.cat([numbers * (1 - width), numbers * (1 + width)]).float().unique()
-    edge = torch.cat([ends, torch.tensor([torch.inf])])
-    level = torch.cat([torch.zeros(1), (edge[1:] + edge[:-1]) / 2, torch.zeros(1)])
-    table = Lookup(edge, level, torch.zeros_like(level))
-    selection(table)(scores / 5, 0.25, None, value, out)
-    found = out.transpose(1, 2)[mask].double()
-    torch.testing.assert_close(found, exact[mask], rtol=2 * width, atol=0)
+    exact, width = probabilities(scores / 5, mask, 0.25), 8 * 2.0**-24
+    for query, key in zip(range(20), range(0, 180, 9), strict=True):
+        number = exact[0, 0, query, key]
+        low, high = (float(number * (1 + way * width)) for way in (-1, 1))
+        edge, level = torch.tensor([low, high, torch.inf]), torch.tensor([0, 1.0, 0, 0])
+        table = Lookup(edge, level, torch.zeros(4))
+        selection(stairs(table))(scores / 5, 0.25, None, value, out)
+        assert out[0, query, 0, key] == 1 and out.sum() < 5
 
 
 @pytest.mark.parametrize("width", [1, 5, 64, 80])
@@ -137,7 +137,7 @@ def test_the_values_are_added_up_where_they_stand(width):
     scores, value, out = drawn(*shape, width)
     coding, own = site(Timed("timed", 32, 2))
     (table,) = lookups(coding, [own])
-    coded = selection(table)
+    coded = selection(stairs(table))
     heads, ones = torch.empty(2, 20, 4, 600), torch.eye(600).expand(2, 2, 600, 600)
     coded(scores.clone(), 0.1, None, ones, heads)
     wide = torch.full((3, 50, 6, width), -1.0)
@@ -160,7 +160,7 @@ def test_threads_give_the_same_bits():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         scores, value, out = drawn(1, 6, 2, 64, 301, 24)
-        fired = selection(table)(scores, 0.3, None, value, out)
+        fired = selection(stairs(table))(scores, 0.3, None, value, out)
         results.append((out, fired))
     torch.set_num_threads(before)
     assert all(
@@ -174,16 +174,16 @@ def test_a_row_without_a_softmax_is_no_number(bad):
     (table,) = lookups(GATED, [P])
     scores, value, out = drawn(1, 2, 1, 6, 40, 8)
     clean = out.clone()
-    selection(table)(scores.clone(), 0.3, None, value, clean)
+    selection(stairs(table))(scores.clone(), 0.3, None, value, clean)
     scores[0, 1, 3] = bad
-    fired = selection(table)(scores, 0.3, None, value, out)
+    fired = selection(stairs(table))(scores, 0.3, None, value, out)
     assert bool(out[0, 3, 1].isnan().all()) and not fired[0, 1, 3]
     clean[0, 3, 1] = out[0, 3, 1] = 0
     assert torch.equal(clean, out)
     one = torch.zeros(1, 1, 1, 40)
     one[..., 1:] = -torch.inf
     place = torch.empty(1, 1, 1, 40)
-    selection(table)(one, 0.3, None, torch.eye(40)[None, None], place)
+    selection(stairs(table))(one, 0.3, None, torch.eye(40)[None, None], place)
     assert place[0, 0, 0, 0] == table(torch.ones(1))[0] and not place[..., 1:].any()
 
 
@@ -195,13 +195,13 @@ def test_a_key_that_takes_all_is_a_number(masked):
     scores[..., 5] = 500 + 9 * scores[..., 5]
     given = torch.zeros(1, 1, 4, 64) if masked else None
     for width in (64, 80, 96, 128):  # of heads: their scalings are powers of two, and are not
-        selection(table)(scores.clone(), width**-0.5, given, value, out)
+        selection(stairs(table))(scores.clone(), width**-0.5, given, value, out)
         one = table(torch.ones(1))[0]
         torch.testing.assert_close(out, (one * value[:, :, 5]).expand_as(out))
 
 
 def test_what_does_not_fit_is_left_to_the_kernels():
-    kernel = ShortKernel(GATED, P, False, Tables())
+    kernel = Tabulated(GATED, P, False, Tables())
     scores, value, out = drawn(1, 4, 2, 64, 100, 8)
     assert kernel.attend(scores.clone(), 0.3, None, value, out) is not None
     half, mask = scores.bfloat16(), torch.zeros(1, 1, 64, 50)
@@ -213,14 +213,14 @@ def test_what_does_not_fit_is_left_to_the_kernels():
         assert kernel.attend(scores, 0.3, None, other, out) is None
     assert kernel.attend(scores, 0.3, None, value.transpose(2, 3), out) is None
     use_compiler(False)
-    assert ShortKernel(GATED, P, False, Tables()).attend(scores, 0.3, None, value, out) is None
+    assert Tabulated(GATED, P, False, Tables()).attend(scores, 0.3, None, value, out) is None
 
 
 def test_a_code_with_a_value_for_zero_is_left_to_the_kernels():
     loud = Ttfs("ttfs", 64, None, False)
     (table,) = lookups(loud, [site(loud)[1]])
-    assert bool(table.spikes[table(torch.zeros(1))[1]]) and selection(table) is None
+    assert bool(table.spikes[table(torch.zeros(1))[1]]) and selection(stairs(table)) is None
     (table,) = lookups(GATED, [P])
-    assert selection(table) is not None
-    assert selection(replace(table, spikes=table.spikes + 1)) is None
-    assert selection(replace(table, value=table.value + 1)) is None
+    assert selection(stairs(table)) is not None
+    assert selection(stairs(replace(table, spikes=table.spikes + 1))) is None
+    assert selection(stairs(replace(table, value=table.value + 1))) is None

@@ -11,8 +11,8 @@ from stages.compiler import use_compiler
 from stages.model.sites import find_sites
 from stages.patching import Patching
 from stages.ports.counters import Counters
-from stages.ports.kernels import ShortKernel
 from stages.ports.patched import patched
+from stages.ports.tables import Tabulated
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
@@ -24,13 +24,13 @@ ROLES = ("attn.probs",)  # so that no other kernel is compiled
 @pytest.fixture
 def calls(monkeypatch):
     """How often the pass was asked, and how often it had an answer."""
-    original, answers = ShortKernel.attend, []
+    original, answers = Tabulated.attend, []
 
     def attend(self, *args):
         answers.append(original(self, *args))
         return answers[-1]
 
-    monkeypatch.setattr(ShortKernel, "attend", attend)
+    monkeypatch.setattr(Tabulated, "attend", attend)
     return answers
 
 

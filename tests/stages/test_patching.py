@@ -19,7 +19,7 @@ from stages.model.sites import ROLES, find_sites
 from stages.neurons.bank import bank_quantise
 from stages.neurons.spikes import decode
 from stages.patching import Patching
-from stages.ports import kernels
+from stages.ports import tables
 from stages.ports.hooks import attached
 from stages.ports.patched import patched
 
@@ -134,7 +134,7 @@ def test_generation_is_that_of_stepped_neurons(model, tokens, convert):
 @pytest.mark.slow
 def test_compiled_kernels_are_the_stepped_neurons(model, tokens, convert, monkeypatch):
     conversion = convert(model, CODINGS[3])
-    monkeypatch.setattr(kernels, "EAGER_BELOW", 0)
+    monkeypatch.setattr(tables, "EAGER_BELOW", 0)
     use_compiler(True)
     assert is_stepped(model, conversion, conversion, tokens)
     if not compiled():
