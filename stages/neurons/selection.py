@@ -1,4 +1,4 @@
-"""The sums of values that the spikes of probabilities select, compiled for a CPU.
+"""Softmax, and the sums of values that the spikes of probabilities select, compiled for a CPU.
 
 Most probabilities are too small for a spike, and the value of a key that none selects is not read. So one
 pass over a row of scores, while a cache holds it, is softmax, code, count and the product with the values.
@@ -151,12 +151,20 @@ static void attend(const Work& w, Size row) {
   }
   w.fired[row] = count;
 }
-extern "C" void selected(const Work* w, int threads) {
-  each((w->rows + ROWS - 1) / ROWS, threads, [&](Size part) {
-    const Size first = part * ROWS, end = first + ROWS < w->rows ? first + ROWS : w->rows;
-    for (Size row = first; row < end; ++row) attend(*w, row);
+static void normalise(const Work& w, Size row) {
+  float* x = w.scores + row * w.keys;
+  const Size query = row % w.queries, batch = row / w.queries / w.heads;
+  const float total = powers(x, w.bias + (batch * w.queries + query) * w.keys, w.keys, w.scaling);
+  for (Size i = 0; i < w.keys; ++i) x[i] /= total;
+}
+template <class F> static void rows(const Work& w, int threads, F of) {
+  each((w.rows + ROWS - 1) / ROWS, threads, [&](Size part) {
+    const Size first = part * ROWS, end = first + ROWS < w.rows ? first + ROWS : w.rows;
+    for (Size row = first; row < end; ++row) of(w, row);
   });
 }
+extern "C" void selected(const Work* w, int threads) { rows(*w, threads, attend); }
+extern "C" void normalised(const Work* w, int threads) { rows(*w, threads, normalise); }
 """
 _Work, _STRUCT = structure("Work", _FIELDS)
 
@@ -193,14 +201,36 @@ class Selection:
             share=heads // value.shape[1], width=value.shape[3], silent=self._stairs.silent,
             table=ctypes.addressof(self._stairs.table), **strides,
         )  # fmt: skip
-        self._selected(work, torch.get_num_threads() if scores.numel() >= ALONE else 1)
+        self._selected(work, _threads(scores))
         return fired
+
+
+def normalised(scores: Tensor, scaling: float, bias: Tensor) -> bool:
+    """Put softmax(scores * scaling + bias) in the place of scores [B, H, Q, K], bias [B, 1, Q, K], both
+    float32 in one piece on a CPU; say so, or that nothing is compiled."""
+    built = _library()
+    if built is not None and scores.numel():
+        batch, heads, queries, keys = scores.shape
+        work = _Work(
+            scores=scores.data_ptr(), scaling=scaling, bias=bias.data_ptr(),
+            rows=batch * heads * queries, heads=heads, queries=queries, keys=keys,
+        )  # fmt: skip
+        built.normalised(work, _threads(scores))
+    return built is not None
+
+
+def _threads(scores: Tensor) -> int:
+    return torch.get_num_threads() if scores.numel() >= ALONE else 1
+
+
+def _library() -> ctypes.CDLL | None:
+    arguments = (ctypes.POINTER(_Work), ctypes.c_int)
+    return native(TABLE + _STRUCT + _SOURCE, selected=arguments, normalised=arguments)
 
 
 def selection(stairs: Stairs) -> Selection | None:
     """The compiled code of probabilities; None where nothing is compiled, and of a code that has a value
     or a spike for zero."""
-    source = TABLE + _STRUCT + _SOURCE
-    built = native(source, selected=(ctypes.POINTER(_Work), ctypes.c_int))
+    built = _library()
     loud = stairs.zero or stairs.spikes_of_zero
     return None if built is None or loud else Selection(built, stairs)

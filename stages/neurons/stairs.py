@@ -200,6 +200,17 @@ def library() -> ctypes.CDLL | None:
     return native(TABLE + _WORK_STRUCT + _SOURCE, **_ARGUMENTS)
 
 
+def fits(x: Tensor) -> bool:
+    """Whether what is read and written at the address of x is float32 on a CPU, of no trace and of no
+    gradient."""
+    return (
+        x.dtype == torch.float32
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _buckets(edge: Tensor) -> tuple[int, int, int] | None:
     """How many bits a bucket leaves open so that none has two edges, and the first and the last one."""
     size = edge.abs().view(torch.int32).clamp(min=_SMALLEST)

@@ -14,7 +14,9 @@ from torch import Tensor
 from stages.codings.base import Coding
 from stages.compiler import fused
 from stages.neurons.channels import centre, unit, unscaled
+from stages.neurons.selection import normalised
 from stages.neurons.spikes import Params
+from stages.neurons.stairs import fits
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
 # shapes would be specialised one by one.
@@ -106,6 +108,9 @@ _dense_softmax = fused(_in_place)
 
 def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """Probabilities of scores [B, H, Q, K], as a rule in their place; bias as of `softmax_kernel`."""
+    given = all(fits(x) and x.is_contiguous() for x in (scores, bias))
+    if given and normalised(scores, scaling, bias):
+        return scores
     made = _in_place if scores.numel() < EAGER_BELOW else _dense_softmax
     probs: Tensor = made(scores, scaling, bias)
     return probs

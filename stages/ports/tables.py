@@ -19,7 +19,7 @@ from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.selection import Selection, selection
 from stages.neurons.spikes import Params
-from stages.neurons.stairs import ALONE, Stairs, library, stairs
+from stages.neurons.stairs import ALONE, Stairs, fits, library, stairs
 from stages.ports.kernels import EAGER_BELOW, coded_rows, dense_softmax, softmax
 
 TABLE_AFTER = 8  # calls on few values, a token each: after them a table of the code pays
@@ -113,7 +113,7 @@ class Tabulated:
         """What `stages.ports.kernels.row_kernel` gives; None where no table codes x. `into`: where codes
         are to stand if they can, x among others."""
         quick = self._quick
-        if quick is not None and x.numel() < ALONE and _fits(x) and x.is_contiguous():
+        if quick is not None and x.numel() < ALONE and fits(x) and x.is_contiguous():
             value = quick.values(x)
             return value, value
         made = self._ready(x)
@@ -124,8 +124,9 @@ class Tabulated:
         given = x.float()
         if x.dim() != 4 or given.stride(-1) != 1:
             given = given.contiguous()
-        same = into is not None and into.dtype == torch.float32 and into.stride(-1) == 1
-        out = into if same else torch.empty(x.shape)
+        out = into
+        if out is None or out.dtype != torch.float32 or out.stride(-1) != 1:
+            out = torch.empty(x.shape)
         scale, mean = (self._channel(name, x) for name in REST)
         spikes = made.stairs.rows(given, out, scale, mean, self._counted)
         return out.to(x.dtype), out if spikes is None else spikes
@@ -135,7 +136,7 @@ class Tabulated:
     ) -> tuple[Tensor, Tensor | None] | None:
         """What `stages.ports.kernels.softmax_kernel` gives, likewise."""
         made = None if self.coding.replaces_softmax else self._ready(scores)
-        if made is None or not (_fits(scores) or scores.numel() < EAGER_BELOW):
+        if made is None or not (fits(scores) or scores.numel() < EAGER_BELOW):
             return None
         if made.stairs is None:
             value, spikes = self._read(softmax(scores, scaling, bias), {})
@@ -160,11 +161,11 @@ class Tabulated:
         the spikes of every row; None else."""
         batch, _, queries, keys = scores.shape
         biased = bias is None or (
-            _fits(bias) and bias.is_contiguous() and bias.shape == (batch, 1, queries, keys)
+            fits(bias) and bias.is_contiguous() and bias.shape == (batch, 1, queries, keys)
         )
-        given = _fits(value) and value.stride(-1) == 1 and value.shape[2:] == (keys, out.shape[-1])
+        given = fits(value) and value.stride(-1) == 1 and value.shape[2:] == (keys, out.shape[-1])
         later = self._made is None and scores.numel() < EAGER_BELOW  # `softmax` will make a table
-        asked = _fits(scores) and scores.is_contiguous()
+        asked = fits(scores) and scores.is_contiguous()
         if self.coding.replaces_softmax or later or not (biased and given and asked):
             return None
         made = self._ready(scores)
@@ -203,14 +204,3 @@ class Tabulated:
         assert self._made is not None and self._made.table is not None
         value, stair = self._made.table(u)
         return value, self._made.table.spikes.take(stair) if self._counted else value
-
-
-def _fits(x: Tensor) -> bool:
-    """Whether what is read and written at the address of x is float32 on a CPU, of no trace and of no
-    gradient."""
-    return (
-        x.dtype == torch.float32
-        and x.is_cpu
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.compiler.is_compiling()
-    )

@@ -14,7 +14,7 @@ from stages.codings.ttfs import Ttfs
 from stages.compiler import use_compiler
 from stages.neurons.channels import unscaled
 from stages.neurons.lookup import Lookup, lookups
-from stages.neurons.selection import selection
+from stages.neurons.selection import normalised, selection
 from stages.neurons.stairs import stairs
 from stages.ports.tables import Tables, Tabulated
 from tests.codings.reference import fitted, shipped
@@ -224,3 +224,21 @@ def test_a_code_with_a_value_for_zero_is_left_to_the_kernels():
     assert selection(stairs(table)) is not None
     assert selection(stairs(replace(table, spikes=table.spikes + 1))) is None
     assert selection(stairs(replace(table, value=table.value + 1))) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_softmax_alone_is_that_of_float64(shape):
+    scores, _, _ = drawn(*shape)
+    batch, _, _, queries, keys = shape
+    mask = triangle(batch, queries, keys)
+    exact = probabilities(scores, mask)
+    assert normalised(scores, 0.3, bias(mask))
+    torch.testing.assert_close(scores.double(), exact, rtol=MARGIN, atol=1e-37)
+    assert not scores.masked_select(~mask).any()
+    nothing = torch.ones(1, 2, 1, 20)
+    assert normalised(nothing, 0.3, bias(torch.zeros(1, 1, 1, 20).bool()))
+    torch.testing.assert_close(
+        nothing, torch.full_like(nothing, 1 / 20)
+    )  # as of what is masked whole
+    use_compiler(False)
+    assert not normalised(nothing, 0.3, torch.zeros(1, 1, 1, 20))
