@@ -71,24 +71,24 @@ def fused(kernel: Callable[..., Any], one_pass: bool = False) -> Callable[..., A
     broken = False
     options: Any = GUARDS | (ONE_PASS if one_pass else {})
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
         nonlocal broken, fast
         if broken or not _Compiler.enabled:
-            return kernel(*args)
+            return kernel(*args, **named)
         fast = fast or torch.compile(copy, dynamic=True, options=options)
         try:
-            return _specialised(fast, args)
+            return _specialised(fast, args, named)
         except torch._dynamo.exc.TorchDynamoException as error:
             broken = True
             if _Compiler.failure is None:
                 _Compiler.failure = str(error).splitlines()[0]
                 log.warning("not every kernel is compiled, some run eagerly: %s", _Compiler.failure)
-            return kernel(*args)
+            return kernel(*args, **named)
 
     return call
 
 
-def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _specialised(fast: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Call what torch.compile has made for all shapes, with the whole numbers of a coding as constants.
 
     As symbols, the power of two of its steps was computed anew for every vector of values.
@@ -96,7 +96,7 @@ def _specialised(fast: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     config: Any = torch._dynamo.config
     before, config.specialize_int = config.specialize_int, True
     try:
-        return fast(*args)
+        return fast(*args, **named)
     finally:
         config.specialize_int = before
 

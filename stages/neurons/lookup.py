@@ -20,7 +20,6 @@ from stages.neurons.spikes import Params
 MOST_CODES = 1 << 12  # of a table: with more the search for its steps is long
 ROUNDS = 3
 SAMPLES = 1024
-_BITS = 31
 
 
 class Quantiser(Protocol):
@@ -105,11 +104,13 @@ def _tabulated(coding: Quantiser, p: Params, keys: Tensor) -> list[Lookup]:
     stairs = stairs[:, : int(begins.sum(1).max())]  # of every site those that begin, and some more
     low, below, silent = (each.gather(1, stairs) for each in (keys, value, spikes))
     high, above, fired = (each.gather(1, stairs + 1) for each in (keys, value, spikes))
-    for _ in range(_BITS + 1):
-        middle = (low + high) >> 1
+    # Most begin close to a level: columns that are searched to the end are left out one by one.
+    while len(some := (high - low > 1).any(0).nonzero()[:, 0]):
+        middle = (low[:, some] + high[:, some]) >> 1
         inside, now = _coded(coding, middle, p)
-        same = (inside == below) & (now == silent)
-        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        same = (inside == below[:, some]) & (now == silent[:, some])
+        low[:, some] = torch.where(same, middle, low[:, some])
+        high[:, some] = torch.where(same, high[:, some], middle)
     edge, infinite = _number(low), value.new_tensor([torch.inf])
     return [
         Lookup(

@@ -17,12 +17,12 @@ from stages.neurons.lookup import Lookup
 
 ALONE = 1 << 15  # values that one thread codes sooner than a second has begun
 LEAST_OPEN, MOST_OPEN = 2, 18  # bits of a float32 that a bucket leaves open
-MOST_BUCKETS = 1 << 16
+FEW_BUCKETS, MOST_BUCKETS = 1 << 14, 1 << 16  # with more than the former two edges may share one
 _INFINITE, _SMALLEST = 0x7F800000, 0x00800000  # as bits, the latter of the numbers that are normal
 _TABLE = {
     "const float*": ("edge", "value", "spikes"),
     "const short*": ("begin",),
-    "int": ("low", "high", "shift"),
+    "int": ("low", "high", "shift", "twice"),
 }
 _WORK = {
     "const float*": ("x", "scale", "mean"),
@@ -58,8 +58,9 @@ static inline int bucket(const Table& t, float u) {
   return k - t.low + (bits < 0 ? t.high - t.low + 2 : 0);
 }
 static inline int stair(const Table& t, int bucket, float u) {
-  const int s = t.begin[bucket];
-  return s + (u > t.edge[s]);  // a branch would be guessed wrongly half of the time
+  int s = t.begin[bucket];
+  s += u > t.edge[s];  // a branch would be guessed wrongly half of the time
+  return t.twice ? s + (u > t.edge[s]) : s;
 }
 """
 )
@@ -136,17 +137,17 @@ class Stairs:
     """The compiled table of one site."""
 
     def __init__(
-        self, library: ctypes.CDLL, table: Lookup, shift: int, low: int, high: int
+        self, library: ctypes.CDLL, table: Lookup, shift: int, low: int, high: int, twice: bool
     ) -> None:
         self._coded, self._plain = library.coded, library.plain
-        edge = torch.cat([table.edge, table.edge[-1:]])  # no number stands below the last
+        edge = torch.cat([table.edge, table.edge[-1:]])  # the stair of what is no number has one
         begin = torch.searchsorted(table.edge, _lowest(shift, low, high), side="left").short()
         begin[[high - low + 1, -1]] = len(table.edge)
         self._kept = (edge, table.value, table.spikes.float(), begin)
         self.silent = float(edge[begin[0]])  # the largest number with the code of zero
         self.zero = float(table.value[begin[0]])
         self.spikes_of_zero = float(table.spikes[begin[0]])
-        self.table = Table(*(each.data_ptr() for each in self._kept), low, high, shift)
+        self.table = Table(*(each.data_ptr() for each in self._kept), low, high, shift, twice)
         self._place = ctypes.byref(self.table)
 
     def __deepcopy__(self, memo: object) -> Stairs:
@@ -211,17 +212,20 @@ def fits(x: Tensor) -> bool:
     )
 
 
-def _buckets(edge: Tensor) -> tuple[int, int, int] | None:
-    """How many bits a bucket leaves open so that none has two edges, and the first and the last one."""
+def _buckets(edge: Tensor) -> tuple[int, int, int, bool] | None:
+    """How many bits a bucket leaves open, the first and the last bucket, and whether one has two edges."""
     size = edge.abs().view(torch.int32).clamp(min=_SMALLEST)
-    negative = edge < 0
-    apart = (size[1:] ^ size[:-1])[negative[1:] == negative[:-1]]
-    shift = min(MOST_OPEN, int(apart.min()).bit_length() - 1) if len(apart) else MOST_OPEN
-    if shift < LEAST_OPEN:
-        return None
     normal = size[size > _SMALLEST] if bool((size > _SMALLEST).any()) else torch.tensor([_SMALLEST])
-    low, high = (int(normal.min()) >> shift) - 1, (int(normal.max()) >> shift) + 1
-    return None if 2 * (high - low + 2) > MOST_BUCKETS else (shift, low, high)
+    ends = int(normal.min()), int(normal.max())
+    for most, limit in ((1, FEW_BUCKETS), (2, MOST_BUCKETS)):
+        same = (edge < 0)[most:] == (edge < 0)[:-most]
+        apart = (size[most:] ^ size[:-most])[same]  # the first bit says which bucket is too wide
+        open_bits = min(MOST_OPEN, int(apart.min()).bit_length() - 1) if len(apart) else MOST_OPEN
+        if open_bits >= LEAST_OPEN:
+            low, high = (ends[0] >> open_bits) - 1, (ends[1] >> open_bits) + 1
+            if 2 * (high - low + 2) <= limit:
+                return open_bits, low, high, most > 1
+    return None
 
 
 def _lowest(shift: int, low: int, high: int) -> Tensor:

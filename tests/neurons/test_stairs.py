@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 GATED = Gated("gated", 6, 2)
 CODINGS = shipped() | {
     "gated_offset": Gated("gated", 4, 3, offset=True),
-    "gated_of_many": Gated("gated", 10, 2),
+    "gated_of_many": Gated("gated", 10, 2),  # of which two lie in a bucket
     "lloyd_max": LloydMax(timesteps=4),
 }
 
@@ -79,6 +79,7 @@ def test_compiled_stairs_give_the_bits_and_the_spikes_of_the_table(name):
         assert fired == table.spikes[stair].sum()
         assert torch.equal(bits(given), bits(x[-size:]))  # what is coded stays
     assert len(value.unique()) > 4
+    assert compiled.table.twice == (name == "gated_of_many")
     assert compiled.zero == table(torch.zeros(1))[0]
     assert compiled.spikes_of_zero == table.spikes[table(torch.zeros(1))[1]]
 
@@ -142,11 +143,13 @@ def narrow(edges):
 
 
 def test_stairs_that_are_too_narrow_for_buckets_are_left_to_the_table():
-    one, up = torch.tensor(1.0), torch.tensor(torch.inf)
-    assert stairs(narrow([1.0, float(one.nextafter(up))])) is None
-    assert stairs(narrow([-1e-44, -1e-45])) is None  # numbers below all buckets
-    assert stairs(narrow([1e-30, 1.0, 1.0 + 2.0**-19])) is None  # too many buckets
-    for edges in ([], [0.0], [-1e-45, 0.0], [-1.0, 1.0], [1.0, 1.0 + 2.0 ** (LEAST_OPEN - 22)]):
+    up = 2.0**-23
+    assert stairs(narrow([1.0, 1 + up, 1 + 2 * up])) is None
+    assert stairs(narrow([-3e-45, -1e-45, 0.0, 1e-45])) is not None  # two of a sign in one
+    assert stairs(narrow([-4e-45, -3e-45, -1e-45])) is None
+    assert stairs(narrow([1e-30, 1.0, 1 + 2.0**-19, 1 + 2.0**-18])) is None  # too many buckets
+    few = [[], [0.0], [-1e-45, 0.0], [-1.0, 1.0], [1.0, 1 + up], [-1 - up, -1.0, 1.0, 1 + 9 * up]]
+    for edges in [*few, [1.0, 1 + up, 1 + 2.0 ** (LEAST_OPEN - 21)], [-3e-45, -1e-45, 1e-45]]:
         table = narrow(edges)
         x = values(table)
         assert torch.equal(bits(stairs(table).values(x)), bits(table(x)[0]))
