@@ -85,7 +85,18 @@ class Marks:
 
 JOULES = "datum.value && datum.value < 1e-3 ? format(datum.value, '~e') : format(datum.value, '~g')"
 LOG = alt.Scale(type="log", nice=False, padding=14)
-HEIGHT = alt.Y("height:Q", title=None, scale=LOG, axis=alt.Axis(format="~g"))
+
+
+def _labels(digits: str, number: str) -> str:
+    """Labels of a logarithmic axis at these digits of every decade, and at all ticks between digits."""
+    power = "pow(10, floor(log(datum.value) / LN10 + 1e-9))"
+    digit = f"round(1e6 * datum.value / {power}) / 1e6"
+    return f"{digit} % 1 > 0 || indexof([{digits}], {digit}) >= 0 ? {number} : ''"
+
+
+POWERS = _labels("1, 2, 5", "format(datum.value, '~g')")
+HEIGHT = alt.Y("height:Q", title=None, scale=LOG, axis=alt.Axis(labelExpr=POWERS))
+NUMBER = alt.value("#3d4650")  # of T beside a point, which its colour would be too light for
 
 
 def choices(data: Mapping[str, Records]) -> dict[str, list[Any]]:
@@ -169,11 +180,12 @@ def _rows(*fields: str) -> alt.Chart:
 
 def _fronts(rows: Records, marks: Marks) -> alt.HConcatChart:
     """Perplexity against energy, with T beside the points, and against steps."""
-    joules = alt.X("J:Q", title="energy [J]", axis=alt.Axis(labelExpr=JOULES), scale=LOG)
+    joules = alt.X("J:Q", title="energy [J]", scale=LOG)
+    joules = joules.axis(labelExpr=_labels("1, 2, 3, 5, 7", f"({JOULES})"))
     energy = _perplexity("J", joules, "energy", marks)
     text = _rows("height", "J").transform_filter("datum.T != null")
     text = text.mark_text(dx=8, dy=-7, fontSize=10).encode(x=joules, y=HEIGHT, text="T_shown:N")
-    text = text.encode(color=marks.colour, opacity=marks.opacity)
+    text = text.encode(color=NUMBER, opacity=marks.opacity)
     every = sorted({row["steps"] for row in rows} - {None})
     ticks = alt.Axis(format="d", values=every[:: -(-len(every) // TICKS) or 1])
     count = alt.X("steps:Q", title="steps", axis=ticks).scale(zero=False, padding=14)
@@ -232,7 +244,7 @@ def _layers(data: Records, marks: Marks) -> alt.HConcatChart:
     x = alt.X("layer:Q", title="layer (the head last)", axis=ticks)
     x = x.scale(nice=False, padding=14)
     powers = alt.Axis(format="~e", tickCount=5)
-    error = alt.Y("NMSE:Q", axis=powers).scale(type="log", nice=False)
+    error = alt.Y("NMSE:Q", axis=powers).scale(type="log", nice=False, padding=8)
     errors = _by_layer("NMSE", "NMSE, held-out activations", ".2e", x, error, marks)
     spikes = _by_layer("rate", "spikes a value", ".3f", x, alt.Y("rate:Q"), marks)
     return alt.hconcat(errors, spikes, spacing=30)
@@ -274,7 +286,7 @@ def _by_layer(field: str, title: str, digits: str, x: alt.X, y: alt.Y, marks: Ma
 
 def _parts(data: Records, marks: Marks) -> alt.Chart:
     """Joules of every row by part under the chosen profile."""
-    names = ["coding", "transform", "model", "T", "place", "command"]
+    names = ["coding", "transform", "model", "T", "place", "command", "energy"]
     rows = alt.LookupData(alt.NamedData("rows"), "row", names)
     colours = dict(zip(PARTS, COLOURS, strict=True))
     present = [part for part in PARTS if part in {each["part"] for each in data}]
@@ -284,13 +296,13 @@ def _parts(data: Records, marks: Marks) -> alt.Chart:
         alt.Chart(alt.NamedData("parts"), name="bars")
         .transform_filter("datum.profile == profile && datum.phase == phase")
         .transform_lookup("row", rows)
-        .transform_filter(SHOWN)
+        .transform_filter(f"{SHOWN} && isValid(datum.energy[phase][profile])")
         .transform_calculate(order=f"indexof({present}, datum.part)")
         .mark_bar(cursor="pointer")
         .encode(
             x=joules,
             y=alt.Y(
-                "row:N", title=None, sort=alt.SortField("place"), axis=alt.Axis(labelLimit=150)
+                "row:N", title=None, sort=alt.SortField("place"), axis=alt.Axis(labelLimit=200)
             ),
             color=alt.Color("part:N", scale=scale, legend=alt.Legend(title=None, orient="top")),
             order="order:Q",
@@ -303,7 +315,7 @@ def _parts(data: Records, marks: Marks) -> alt.Chart:
             ],
         )
         .properties(
-            width=800,
+            width=740,
             height=alt.Step(17),
             title=alt.TitleParams(alt.expr("'Energy by part: ' + profile + ', ' + phase")),
         )

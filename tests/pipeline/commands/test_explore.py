@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -236,7 +237,8 @@ def test_a_reader_filters_chooses_and_reads(browser, page, data):
     settled(browser, lambda: points(browser) == left and lines(browser) == left - {"dense"})
 
     browser.find_element(By.CSS_SELECTOR, "select[name=profile] option[value=loihi]").click()
-    settled(browser, lambda: points(browser) == left - {"dense"})  # which is not priced there
+    priced = left - {"dense"}  # which has no price there
+    settled(browser, lambda: points(browser) == priced == bars(browser))
 
     (mark,) = [m for m in marks(browser, "points_energy") if EVIL in label(m)]
     ActionChains(browser).move_to_element(mark).perform()
@@ -255,6 +257,28 @@ def test_a_reader_filters_chooses_and_reads(browser, page, data):
     assert requested(browser) == {page.resolve().as_uri()}
 
 
+@needs_browser
+@pytest.mark.parametrize("width", (900, 1400))
+def test_figures_fit_their_page_and_labels_of_an_axis_do_not_touch(width, browser, page):
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    opened(browser, page)
+    figure = browser.find_element(By.CSS_SELECTOR, "#figures svg.marks")
+    assert figure.rect["x"] + figure.rect["width"] <= width
+    boxes = "[...axis.querySelectorAll('.role-axis-label text')].filter(t => t.textContent)"
+    boxes += ".map(t => t.getBoundingClientRect()).filter(b => b.width)"
+    axes = f"[...document.querySelectorAll('#figures .role-axis')].map(axis => {boxes})"
+    for labels in filter(None, browser.execute_script(f"return {axes}")):
+        assert not any(touch(*pair) for pair in itertools.combinations(labels, 2))
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def touch(one: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two rectangles of a browser have a point in common."""
+    pairs = (("left", "right"), ("top", "bottom"))
+    return all(max(one[a], other[a]) < min(one[b], other[b]) for a, b in pairs)
+
+
 def opened(browser: webdriver.Chrome, page: Path) -> Callable[[webdriver.Chrome], set[str]]:
     """Open a page and wait for its figures; returns what tells all that was requested."""
     browser.get_log("performance")
@@ -265,7 +289,9 @@ def opened(browser: webdriver.Chrome, page: Path) -> Callable[[webdriver.Chrome]
         events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
         sent = [e for e in events if e["method"] == "Network.requestWillBeSent"]
         urls = {event["params"]["request"]["url"] for event in sent}
-        return {url for url in urls if not url.startswith(("data:", "chrome:"))}
+        return {
+            url for url in urls if not url.startswith(("data:", "chrome:", "chrome-untrusted:"))
+        }
 
     return requested
 
