@@ -18,6 +18,7 @@ import torch
 from pipeline.run.devices import resolve
 from pipeline.store import provenance, whole
 from stages.errors import InputError
+from stages.model.products import products
 
 if TYPE_CHECKING:
     from pipeline.run.settings import Settings
@@ -117,8 +118,10 @@ def _measured(device: torch.device, settings: Settings, config: Any) -> dict[str
     them; and of a file that the system does not hold."""
     dtype, (width, inner) = getattr(torch, settings.model.dtype), _shape(config)
     with torch.inference_mode():
-        x, w = (torch.randn(n, width, device=device).to(dtype) for n in (ROWS, inner))
-        product = _seconds(device, lambda: torch.nn.functional.linear(x, w))
+        x = torch.randn(ROWS, width, device=device, dtype=dtype)
+        layer = torch.nn.Linear(width, inner, bias=False, device=device, dtype=dtype)
+        with products(layer):
+            product = _seconds(device, lambda: layer(x))
         source = torch.ones(COPIED // 4, device=device)
         copy = torch.empty_like(source)
         copied = _seconds(device, lambda: copy.copy_(source))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.model.offload import OUTSIDE, Weights, device_of, offloaded
+from stages.model.products import products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,12 +46,14 @@ def windows(
     parts = ids.split(batch) if isinstance(ids, Tensor) else ids
     if weights is not None:
         batches = [part.to(device, torch.int64) for part in parts]
-        _layered(model, weights, batches, name, consume, after, through, logits)
+        with products(model):
+            _layered(model, weights, batches, name, consume, after, through, logits)
         return
-    for part in tqdm(parts, desc=name, unit="batch", disable=None):
-        tokens = part.to(device, torch.int64)  # here, as a long text lies on disk
-        consume(tokens, model(tokens, use_cache=False, logits_to_keep=logits).logits)
-        after()
+    with products(model):
+        for part in tqdm(parts, desc=name, unit="batch", disable=None):
+            tokens = part.to(device, torch.int64)  # here, as a long text lies on disk
+            consume(tokens, model(tokens, use_cache=False, logits_to_keep=logits).logits)
+            after()
     for layer in (*range(model.config.num_hidden_layers), OUTSIDE):
         through(layer)
 

@@ -18,6 +18,7 @@ import numpy as np
 from stages.errors import InputError
 from stages.model.limits import check_tokens
 from stages.model.prefix import prefix_length
+from stages.model.products import products
 from stages.model.sources import PackageFile
 from stages.text.answers import AT_ONCE, Answers, Portion, portions
 from stages.text.tasks import check_commit, pinned, yaml_of
@@ -248,7 +249,8 @@ def _in_memory(
         lm.loglikelihood = quiet
     _check_requests(lm, model, tokenizer)
     try:
-        yield lm
+        with products(model):
+            yield lm
     finally:
         del model.tie_weights
 
