@@ -150,9 +150,6 @@ class Stairs:
         self.table = Table(*(each.data_ptr() for each in self._kept), low, high, shift, twice)
         self._place = ctypes.byref(self.table)
 
-    def __deepcopy__(self, memo: object) -> Stairs:
-        return self  # never changed, and at an address
-
     def values(self, x: Tensor) -> Tensor:
         """The value of every x in one piece, of few."""
         out = torch.empty_like(x, requires_grad=False)
@@ -192,7 +189,7 @@ def stairs(table: Lookup) -> Stairs | None:
     """The compiled table; None where it is on another device, where nothing is compiled, and of stairs
     too narrow for buckets."""
     built = library() if table.edge.is_cpu else None
-    place = _buckets(table.edge[:-1])
+    place = None if built is None else _buckets(table.edge[:-1])
     return None if built is None or place is None else Stairs(built, table, *place)
 
 

@@ -6,6 +6,7 @@ on a GPU, and where there is no compiler, it codes few values in fewer operation
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,9 @@ class Made:
 
     table: Lookup | None
 
+    def __deepcopy__(self, memo: object) -> Made:
+        return self  # never changed, and partly at addresses
+
     @cached_property
     def stairs(self) -> Stairs | None:
         return None if self.table is None else stairs(self.table)
@@ -50,6 +54,7 @@ class Made:
 
 # Of codings with parameters, which one process binds to models again and again.
 _MADE: dict[Any, Made] = {}
+_MAKING = threading.Lock()  # of one thread, for which others wait that pass the same model
 
 
 class Tables:
@@ -64,9 +69,13 @@ class Tables:
 
     def make(self) -> None:
         """Give all sites that wait their tables."""
+        with _MAKING:
+            self._make()
+
+    def _make(self) -> None:
         waiting, self._waiting = self._waiting, []
         keys = [site.key() for site in waiting]
-        found = {key: _MADE[key] for key in {*keys} & {*_MADE}}
+        found = {key: _MADE[key] for key in keys if key in _MADE}
         groups: dict[Any, dict[Any, Params]] = {}
         for site, key in zip(waiting, keys, strict=True):
             if key not in found:
@@ -78,7 +87,7 @@ class Tables:
                 some = every[start : start + TABLES_AT_ONCE]
                 tables = lookups(coding, [sites[key] for key in some])
                 found.update(zip(some, map(Made, tables), strict=True))
-        if len(_MADE) + len(groups) > MOST_MADE:
+        if len(_MADE) + len(found) > MOST_MADE:
             _MADE.clear()
         _MADE.update(found)
         for site, key in zip(waiting, keys, strict=True):

@@ -1,6 +1,5 @@
 """The compiled table against the one in NumPy, bit for bit."""
 
-import copy
 import logging
 import shutil
 
@@ -153,10 +152,6 @@ def test_stairs_that_are_too_narrow_for_buckets_are_left_to_the_table():
         table = narrow(edges)
         x = values(table)
         assert torch.equal(bits(stairs(table).values(x)), bits(table(x)[0]))
-
-
-def test_a_copy_of_what_is_compiled_is_the_same(gated):
-    assert copy.deepcopy(gated[1]) is gated[1]
 
 
 def test_without_a_compiler_there_are_no_stairs(monkeypatch, caplog, gated):
