@@ -36,7 +36,7 @@ class Made:
     table: Lookup | None
 
     def __deepcopy__(self, memo: object) -> Made:
-        return self  # never changed, and partly at addresses
+        return self  # never changed, and partly at an address
 
     @cached_property
     def stairs(self) -> Stairs | None:
@@ -45,11 +45,6 @@ class Made:
     @cached_property
     def selection(self) -> Selection | None:
         return None if self.stairs is None else selection(self.stairs)
-
-    def to(self, device: torch.device) -> Made:
-        if self.table is None or self.table.edge.device == device:
-            return self
-        return Made(self.table.to(device))
 
 
 # Of codings with parameters, which one process binds to models again and again.
