@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +51,7 @@ for verb in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status, 2 where it cannot be read, which is one line."""
+    atexit.register(gc.freeze)  # a process that ends looks for garbage in all that was imported: a fifth
     try:
         return cli.main(arguments, standalone_mode=False) or 0
     except click.Abort:

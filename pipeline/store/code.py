@@ -9,9 +9,11 @@ import importlib.util
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.store import whole
 
@@ -64,7 +66,7 @@ class Outline:
         tree = _Effective().visit(ast.parse(source, filename=str(file)))
         imports: set[str] = set()
         members: set[str] = set()
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if isinstance(node, ast.Import):
                 imports.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -97,8 +99,19 @@ def _own() -> bytes:
     return Path(__file__).read_bytes()
 
 
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All below a node but expressions, in which nothing is imported and which are most of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield child
+            yield from _statements(child)
+
+
 class _Effective(ast.NodeTransformer):
     """Drops what never runs: statements that are only a string, and imports for type checkers."""
+
+    def visit(self, node: ast.AST) -> Any:
+        return node if isinstance(node, ast.expr) else super().visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -106,7 +119,8 @@ class _Effective(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         self.generic_visit(node)
-        return node.orelse if ast.unparse(node.test) in _UNTRUE else node
+        name = isinstance(node.test, ast.Name | ast.Attribute)
+        return node.orelse if name and ast.unparse(node.test) in _UNTRUE else node
 
 
 @functools.cache

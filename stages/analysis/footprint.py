@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from stages.analysis.operations import operations
@@ -21,6 +20,7 @@ from stages.model.sites import Site, find_sites
 from stages.sketch import Accumulator, Grid
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
 
@@ -59,6 +59,8 @@ def site_plan(
     An expert has its even part of a layer's values. Its histogram keeps filled bins alone, as many as
     normal values would fill.
     """
+    import pandas as pd  # a plan of what is stored does without
+
     grid = Grid(mantissa_bits)
     exact = dtype == torch.bfloat16 and mantissa_bits >= 7
     plan = operations(model, find_sites(model))
