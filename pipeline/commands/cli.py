@@ -51,7 +51,7 @@ for verb in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status, 2 where it cannot be read, which is one line."""
-    atexit.register(gc.freeze)  # a process that ends looks for garbage in all that was imported: a fifth
+    atexit.register(gc.freeze)  # or its end looks for garbage in all imports: half a second
     try:
         return cli.main(arguments, standalone_mode=False) or 0
     except click.Abort:

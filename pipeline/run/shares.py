@@ -7,7 +7,6 @@ when its builder dies, so that whoever asks next builds it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 from torch import Tensor
@@ -68,8 +66,7 @@ class Cut(Stage):
     @property
     def made_by(self) -> str:
         kind = type(self)
-        functions = (kind.make, kind.units, kind.share, kind.merge)
-        return source_hash("".join(dedent(inspect.getsource(each)) for each in functions))
+        return source_hash(kind.make, kind.units, kind.share, kind.merge)
 
 
 def batches(windows: int, batch: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -103,7 +102,7 @@ class Stage:
     @property
     def made_by(self) -> str:
         """The hash of the functions that call the modules."""
-        return source_hash(inspect.getsource(type(self).make))
+        return source_hash(type(self).make)
 
     @cached_property
     def step(self) -> Step:

@@ -6,10 +6,11 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,9 +43,10 @@ def code_hash(
 
 
 @functools.cache
-def source_hash(source: str) -> str:
-    """sha256 over the syntax tree of a function's source; docstrings and formatting do not count."""
-    return _tree_hash(_Effective().visit(ast.parse(textwrap.dedent(source))))
+def source_hash(*functions: Callable[..., Any]) -> str:
+    """sha256 over the syntax trees of functions; docstrings and formatting do not count."""
+    source = "".join(textwrap.dedent(inspect.getsource(each)) for each in functions)
+    return _tree_hash(_Effective().visit(ast.parse(source)))
 
 
 def _tree_hash(tree: ast.AST) -> str:
