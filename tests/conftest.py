@@ -97,8 +97,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.relative_to(TESTS).as_posix(), len(ranks)))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now is no garbage: collections look at what tests make."""
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage() -> None:
+    """What is imported by now is none: collections look at what the tests of a file make."""
+    gc.collect()
     gc.freeze()
 
 

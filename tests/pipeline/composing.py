@@ -1,4 +1,4 @@
-"""The shipped configuration files, parsed once for all that tests compose of them."""
+"""The shipped configuration files and Hydra's, parsed once for all that tests compose of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
+import hydra
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pipeline.run.composer import Composer
 from tests.pipeline.conftest import CONF, GROUPS
 
+SHIPPED = {CONF, Path(hydra.__file__).parent}
 _load = OmegaConf.load
 
 
@@ -27,14 +29,14 @@ def _parsed(file: str, changed: int) -> Any:
 
 def _copied(file: IO[str] | str | Path) -> Any:
     name = str(getattr(file, "name", file))
-    if CONF not in Path(name).parents:
+    if SHIPPED.isdisjoint(Path(name).parents):
         return _load(file)
     return copy.deepcopy(_parsed(name, os.stat(name).st_mtime_ns))
 
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
-    """Each file of `conf/` is parsed once, which is most of what composing takes."""
+    """Each of these files is parsed once, which is most of what composing takes."""
     with mock.patch.object(OmegaConf, "load", _copied):
         yield
 
