@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -175,6 +176,8 @@ def main_in(cwd: Path, arguments: Sequence[str]) -> Finished:
     from pipeline.commands.launch import RUN_ID
     from stages.compiler import compiled, use_compiler
 
+    gc.collect()
+    gc.freeze()  # a command that fails looks for garbage: among what it has made alone
     compiles, root = compiled(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     out, err = io.StringIO(), io.StringIO()
