@@ -19,7 +19,7 @@ def products(model: nn.Module) -> Iterator[None]:
     """Let oneDNN multiply in the linear layers of `model` while the context is open, where MKL is slower.
 
     Products are those of MKL to float tolerance, with the same bits for any number of threads. What needs
-    gradients, is not float32 on a CPU or has a forward pass other than its class's is left to torch.
+    gradients, is no plain float32 on a CPU or has a forward pass other than its class's is left to torch.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
     layers = layers if _mkl_is_slow() else []
@@ -34,9 +34,12 @@ def products(model: nn.Module) -> Iterator[None]:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    float32 = x.dtype == weight.dtype == torch.float32
-    if not float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+    plain = type(x) is Tensor and type(weight) is nn.Parameter  # no spikes, nothing quantised
+    float32 = plain and x.dtype == weight.dtype == torch.float32
+    other = x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    if not float32 or other or not weight.shape[1]:
         return linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # or oneDNN reads what lies between
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 

@@ -109,7 +109,8 @@ _dense_softmax = fused(_in_place)
 def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """Probabilities of scores [B, H, Q, K], as a rule in their place; bias as of `softmax_kernel`."""
     given = all(fits(x) and x.is_contiguous() for x in (scores, bias))
-    if given and normalised(scores, scaling, bias):
+    whole = bias.shape == (len(scores), 1, *scores.shape[2:])  # or all rows of a batch share one
+    if given and whole and normalised(scores, scaling, bias):
         return scores
     made = _in_place if scores.numel() < EAGER_BELOW else _dense_softmax
     probs: Tensor = made(scores, scaling, bias)

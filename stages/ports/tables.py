@@ -130,7 +130,7 @@ class Tabulated:
             given = given.contiguous()
         out = into
         if out is None or out.dtype != torch.float32 or out.stride(-1) != 1:
-            out = torch.empty(x.shape)
+            out = given.new_empty(x.shape)
         scale, mean = (self._channel(name, x) for name in REST)
         spikes = made.stairs.rows(given, out, scale, mean, self._counted)
         return out.to(x.dtype), out if spikes is None else spikes
@@ -202,6 +202,8 @@ class Tabulated:
         if len(own) < width or own.dtype != torch.float32 or not own.is_cpu:
             own = functional.pad(own.float().cpu(), (0, max(0, width - len(own))), value=REST[name])
             self._channels[name] = own
+        if not own.is_contiguous():
+            own = self._channels[name] = own.contiguous()
         return own
 
     def _read(self, u: Tensor, p: Params) -> tuple[Tensor, Tensor]:

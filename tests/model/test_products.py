@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.codings.gated import Gated
 from stages.model import products
 from stages.model.forward import windows
+from stages.ports.patched import patched
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +71,33 @@ def test_gradients_other_dtypes_and_other_forward_passes_are_left_alone():
         x = torch.randn(2, 4)
         assert half(x.bfloat16()).dtype == torch.bfloat16 and other(x) is x
     assert layer.weight.grad is not None and "forward" in other.__dict__
+
+
+def test_spikes_are_added_by_their_own_products(tiny, convert):
+    model, ids, seen = tiny("llama"), torch.randint(0, 32, (2, 16)), []
+    conversion = convert(model, Gated("gated", 3, 2))
+    with torch.inference_mode(), patched(model, conversion, execution="stepped"):
+        windows(model, ids, 2, "test", consume=lambda tokens, logits: seen.append(logits))
+        assert torch.equal(seen[0], model(ids).logits)
+
+
+class Doubled(Tensor):
+    """A weight whose products are its own, as those of a quantised one are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result.as_subclass(Tensor) if func is nn.functional.linear else result
+
+
+def test_operands_that_onednn_reads_wrongly_are_those_of_torch():
+    x, whole, nothing = torch.randn(3, 24), nn.Linear(24, 7), nn.Linear(1, 7)
+    apart, doubled = nn.Linear(24, 7), nn.Linear(24, 7)
+    apart.bias = nn.Parameter(torch.randn(7, 2)[:, 0])
+    doubled.weight = nn.Parameter(whole.weight.detach().as_subclass(Doubled))
+    nothing.weight = nn.Parameter(torch.empty(7, 0))
+    torch.testing.assert_close(by_onednn(apart, x), apart(x).detach())
+    torch.testing.assert_close(by_onednn(doubled, x), doubled(x).detach())
+    torch.testing.assert_close(by_onednn(nothing, x[:, :0]), nothing(x[:, :0]).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert by_onednn(whole, x).dtype == torch.bfloat16

@@ -12,6 +12,7 @@ from stages.codings.gated import Gated
 from stages.codings.integer import Integer
 from stages.codings.ttfs import Ttfs
 from stages.compiler import use_compiler
+from stages.neurons.stairs import ALONE
 from stages.ports import tables
 from stages.ports.kernels import EAGER_BELOW, row_kernel, softmax_kernel
 from stages.ports.tables import TABLE_AFTER, Tables, Tabulated
@@ -80,6 +81,21 @@ def test_spikes_of_probabilities_are_those_of_keys_that_a_query_sees(coding):
     assert not spikes[1, :, 7].any() and sure.float().mean() > 0.9
 
 
+@compiles
+def test_a_bias_may_be_one_of_all_rows_of_a_batch():
+    p, generator = params(GATED), torch.Generator().manual_seed(0)
+    scores = 4 * torch.randn(3, 2, 60, 60, generator=generator)
+    one = bias(torch.ones(60, 60).tril().bool()[None, None])
+    use_compiler(True)
+    site = Tabulated(GATED, p, True, Tables())
+    expected, count = site.softmax(scores.clone(), 0.3, one.expand(3, 1, 60, 60).contiguous())
+    found, spikes = site.softmax(scores.clone(), 0.3, one)
+    near = ~torch.isclose(found, expected, rtol=1e-5)  # next to a breakpoint
+    assert near.float().mean() < 1e-3
+    sure = ~near.any(-1)
+    assert torch.equal(spikes[sure], count[sure])
+
+
 @pytest.mark.parametrize(
     "compiler", [False, pytest.param(True, marks=compiles)], ids=["NumPy", "C++"]
 )
@@ -136,3 +152,29 @@ def test_tables_of_many_models_are_forgotten_and_a_copy_codes_as_the_first(monke
         assert site.attend(scores, 1.0, None, value, torch.empty(1, 128, 2, 8)) is not None
         assert torch.equal(copy.deepcopy(site).rows(x, p)[0], first)
         assert len(kept) <= 2
+
+
+@compiles
+@pytest.mark.parametrize("name", ["channel", "centre"])
+def test_channels_need_not_lie_side_by_side(name):
+    p, x = params(GATED, (name,)), values(1, torch.float32, 200)[..., :90]
+    expected, _ = row_kernel(GATED, False)(x, p)
+    use_compiler(True)
+    apart = p | {name: torch.stack([p[name], -p[name]], 1)[:, 0]}
+    assert torch.equal(Tabulated(GATED, apart, False, Tables()).rows(x, apart)[0], expected)
+
+
+@compiles
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_no_default_dtype_changes_a_code(default):
+    p, x = params(GATED), values(1, torch.float32, ALONE // WIDTH + 1)
+    expected, _ = row_kernel(GATED, False)(x, p)
+    use_compiler(True)
+    site = Tabulated(GATED, p, False, Tables())
+    site._tables.make()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(site.rows(x, p)[0], expected)
+    finally:
+        torch.set_default_dtype(before)
