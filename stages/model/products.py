@@ -28,19 +28,20 @@ def products(model: nn.Module) -> Iterator[None]:
             layer.__dict__["forward"] = MethodType(_forward, layer)
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+        for layer in layers:  # of which another thread, or a hook, may have taken it
+            if getattr(layer.__dict__.get("forward"), "__func__", None) is _forward:
+                layer.__dict__.pop("forward", None)
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    plain = type(x) is Tensor and type(weight) is nn.Parameter  # no spikes, nothing quantised
-    float32 = plain and x.dtype == weight.dtype == torch.float32
-    other = x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if not float32 or other or not weight.shape[1]:
-        return linear(x, weight, bias)
+    plain = type(input) is Tensor and type(weight) is nn.Parameter  # no spikes, nothing quantised
+    float32 = plain and input.dtype == weight.dtype == torch.float32
+    other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.shape[1]
+    if not float32 or other or not (input.is_cpu and weight.is_cpu):
+        return linear(input, weight, bias)
     bias = None if bias is None else bias.contiguous()  # or oneDNN reads what lies between
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
 

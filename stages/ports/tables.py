@@ -96,9 +96,14 @@ class Tabulated:
         self.coding, self.params = coding, unscaled(params)
         self._channels = {name: params[name] for name in REST if name in params}
         self._counted, self._tables, self._calls = counted, tables, 0
-        self._made: Made | None = Made(None) if coding.tokenwise else None
+        # Tables are of float32, and of parameters that stay.
+        other = any(
+            x.requires_grad or x.is_floating_point() and x.dtype != torch.float32
+            for x in self.params.values()
+        )
+        self._made: Made | None = Made(None) if coding.tokenwise or other else None
         self._quick: Stairs | None = None  # of values that are not counted, as they are
-        if not coding.tokenwise:
+        if self._made is None:
             tables.expect(self)
 
     def key(self) -> Any:

@@ -101,3 +101,24 @@ def test_operands_that_onednn_reads_wrongly_are_those_of_torch():
     torch.testing.assert_close(by_onednn(nothing, x[:, :0]), nothing(x[:, :0]).detach())
     with torch.autocast("cpu", torch.bfloat16):
         assert by_onednn(whole, x).dtype == torch.bfloat16
+
+
+def test_a_layer_is_called_by_name_and_what_is_not_loaded_is_said():
+    layer, x = nn.Linear(24, 7), torch.randn(3, 24)
+    with torch.inference_mode(), products.products(layer):
+        assert torch.equal(layer(input=x), layer(x))
+    with pytest.raises(RuntimeError, match="meta"):
+        by_onednn(nn.Linear(24, 7, device="meta"), x)
+
+
+def test_two_may_open_it_and_what_takes_its_place_stays():
+    layer = nn.Linear(4, 3)
+    first, second = products.products(layer), products.products(layer)
+    with first:
+        del layer.__dict__["forward"]  # as another thread that has found it
+        with second:
+            pass
+    assert "forward" not in layer.__dict__
+    with products.products(layer):
+        layer.forward = other = lambda x: x  # type: ignore[method-assign]
+    assert layer.forward is other

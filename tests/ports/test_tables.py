@@ -15,6 +15,7 @@ from stages.compiler import use_compiler
 from stages.neurons.stairs import ALONE
 from stages.ports import tables
 from stages.ports.kernels import EAGER_BELOW, row_kernel, softmax_kernel
+from stages.ports.port import SpikingPort
 from stages.ports.tables import TABLE_AFTER, Tables, Tabulated
 from tests.codings.reference import fitted
 from tests.ports.biases import bias
@@ -178,3 +179,19 @@ def test_no_default_dtype_changes_a_code(default):
         assert torch.equal(site.rows(x, p)[0], expected)
     finally:
         torch.set_default_dtype(before)
+
+
+@compiles
+@pytest.mark.parametrize(
+    "made",
+    [torch.Tensor.double, torch.Tensor.bfloat16, torch.nn.Parameter],
+    ids=lambda m: m.__name__,
+)
+def test_parameters_that_no_table_is_of_are_left_to_the_expression(made):
+    use_compiler(True)
+    p, x = params(GATED), values(1, torch.float32, 4)
+    whole = [name for name, value in p.items() if not value.is_floating_point()]
+    p = {name: value if name in whole else made(value) for name, value in p.items()}
+    port = SpikingPort(GATED, p)
+    for _ in range(TABLE_AFTER + 1):
+        assert torch.equal(port(x, None, 1), GATED.quantise(x, p)[0].float())
