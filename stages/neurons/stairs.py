@@ -202,13 +202,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether what is read and written at the address of x is float32 on a CPU, of no trace and of no
-    gradient."""
+    """Whether what is read and written at the address of x is float32 on a CPU."""
+    return x.dtype == torch.float32 and x.is_cpu and addressed(x)
+
+
+def addressed(x: Tensor) -> bool:
+    """Whether x has an address, of no gradient and of no trace, which does not see what is read there."""
     return (
-        x.dtype == torch.float32
-        and x.is_cpu
+        type(x) is Tensor
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
     )
 
 

@@ -20,7 +20,7 @@ from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
 from stages.neurons.selection import Selection, selection
 from stages.neurons.spikes import Params
-from stages.neurons.stairs import ALONE, Stairs, fits, library, stairs
+from stages.neurons.stairs import ALONE, Stairs, addressed, fits, library, stairs
 from stages.ports.kernels import EAGER_BELOW, coded_rows, dense_softmax, softmax
 
 TABLE_AFTER = 8  # calls on few values, a token each: after them a table of the code pays
@@ -183,8 +183,8 @@ class Tabulated:
 
     def _ready(self, x: Tensor) -> Made | None:
         """The table, if there is one and x is to be coded by it."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            return None  # a trace of torch.compile does not see what is read at an address
+        if not addressed(x):
+            return None
         few = x.numel() < EAGER_BELOW
         if self._made is None:
             self._calls += 1

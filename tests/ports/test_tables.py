@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from stages.codings.base import site_params
 from stages.codings.gated import Gated
@@ -195,3 +196,17 @@ def test_parameters_that_no_table_is_of_are_left_to_the_expression(made):
     port = SpikingPort(GATED, p)
     for _ in range(TABLE_AFTER + 1):
         assert torch.equal(port(x, None, 1), GATED.quantise(x, p)[0].float())
+
+
+@compiles
+@pytest.mark.parametrize("rows", [8, EAGER_BELOW // WIDTH + 1], ids=["few", "many"])
+def test_a_trace_and_a_tensor_without_memory_go_by_the_expression(rows):
+    use_compiler(True)
+    p, x = params(GATED), values(1, torch.float32, rows)
+    site = Tabulated(GATED, p, False, Tables())
+    site._tables.make()
+    answers = []
+    torch.jit.trace(lambda x: answers.append(site.rows(x, p)) or x, x, check_trace=False)
+    with FakeTensorMode() as mode:
+        answers.append(site.rows(mode.from_tensor(x), p))
+    assert answers == [None, None] and site.rows(x, p) is not None
