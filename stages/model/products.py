@@ -40,8 +40,8 @@ def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.shape[1]
     if not float32 or other or not (input.is_cpu and weight.is_cpu):
         return linear(input, weight, bias)
-    bias = None if bias is None else bias.contiguous()  # or oneDNN reads what lies between
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    whole = None if bias is None else bias.contiguous()  # or oneDNN reads what lies between
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, whole, "none", [], "")
     return product
 
 
