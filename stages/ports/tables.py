@@ -153,9 +153,10 @@ class Tabulated:
             return value.to(scores.dtype), fired
         probs = dense_softmax(scores.float(), scaling, bias)
         fired = made.stairs.rows(probs, probs, counted=self._counted)
-        if fired is not None:  # but for those of keys that a query does not see
+        if fired is not None:  # but for those of keys that a query does not see; of no number none
             unseen = (bias != 0).sum(-1)
-            fired = (fired - made.stairs.spikes_of_zero * unseen) * (unseen < bias.shape[-1])
+            fired = (fired - made.stairs.spikes_of_zero * unseen).clamp_(min=0)
+            fired = fired * (unseen < bias.shape[-1])
         return probs.to(scores.dtype), fired
 
     def attend(

@@ -81,6 +81,9 @@ def test_spikes_of_probabilities_are_those_of_keys_that_a_query_sees(coding):
     sure = ~near.any(-1)
     assert torch.equal(spikes[sure], count[sure].float()) and spikes[sure].max() > 3
     assert not spikes[1, :, 7].any() and sure.float().mean() > 0.9
+    scores[0, 0, 5, 2] = torch.nan
+    _, spikes = Tabulated(coding, p, True, Tables()).softmax(scores, 0.3, bias(mask))
+    assert spikes.min() == spikes[0, 0, 5] == 0
 
 
 @compiles
