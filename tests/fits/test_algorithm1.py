@@ -12,7 +12,6 @@ from stages.atoms import Atoms
 from stages.codings.base import site_params, squared_error
 from stages.codings.multigrain import Multigrain
 from stages.codings.phase import Phase
-from stages.compiler import compiled, use_compiler
 from stages.errors import InputError
 from stages.fits import algorithm1
 from stages.fits.algorithm1 import Algorithm1, Bases, allocations, fit_bases, loss_and_slopes
@@ -243,22 +242,6 @@ def test_the_slopes_are_those_of_autograd(half_step: bool) -> None:
     by_bases = torch.autograd.grad(expected.sum(), [d, h, theta])
     chained = torch.autograd.grad(leaves, [d, h, theta], slopes[: len(leaves)])
     torch.testing.assert_close(chained, by_bases)
-
-
-def test_a_long_fit_is_compiled_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    atoms = atoms_of(heavy_tailed(2, 300))
-    coding = Multigrain("multigrain", 4, 2, algorithm1=SHORT)
-    expected = coding.fit(atoms)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    monkeypatch.setattr(algorithm1, "COMPILED_FROM", 0)
-    use_compiler(True)
-    found = coding.fit(atoms)
-    if not compiled():
-        pytest.skip("torch.compile does not work here")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
-    assert found.curve is not None and expected.curve is not None
-    torch.testing.assert_close(found.curve, expected.curve, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(found.params, expected.params, rtol=1e-3, atol=1e-4)
 
 
 def test_the_surrogate_is_the_derivative_of_the_sigmoid() -> None:
