@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from stages.compiler import native
-from stages.neurons.stairs import ALONE, TABLE, Stairs, structure
+from stages.neurons.stairs import TABLE, Stairs, fits, structure, threads
 
 _FIELDS = {
     "const Table*": ("table",),
@@ -24,9 +23,13 @@ _FIELDS = {
         *("value_batch", "value_group", "value_key", "out_batch", "out_query", "out_head"),
     ),
 }
+_Work, _STRUCT = structure("Work", _FIELDS)
 # A vector is as wide as those of the processor. The exponential is that of Cephes, 2^n e^r, with an error
 # of two units in the last place.
-_SOURCE = """
+_SOURCE = (
+    TABLE
+    + _STRUCT
+    + """
 #ifdef __AVX512F__
 #include <immintrin.h>
 #define BYTES 64
@@ -166,7 +169,7 @@ template <class F> static void rows(const Work& w, int threads, F of) {
 extern "C" void selected(const Work* w, int threads) { rows(*w, threads, attend); }
 extern "C" void normalised(const Work* w, int threads) { rows(*w, threads, normalise); }
 """
-_Work, _STRUCT = structure("Work", _FIELDS)
+)
 
 
 class Selection:
@@ -201,7 +204,7 @@ class Selection:
             share=heads // value.shape[1], width=value.shape[3], silent=self._stairs.silent,
             table=ctypes.addressof(self._stairs.table), **strides,
         )  # fmt: skip
-        self._selected(work, _threads(scores))
+        self._selected(work, threads(scores))
         return fired
 
 
@@ -215,17 +218,21 @@ def normalised(scores: Tensor, scaling: float, bias: Tensor) -> bool:
             scores=scores.data_ptr(), scaling=scaling, bias=bias.data_ptr(),
             rows=batch * heads * queries, heads=heads, queries=queries, keys=keys,
         )  # fmt: skip
-        built.normalised(work, _threads(scores))
+        built.normalised(work, threads(scores))
     return built is not None
 
 
-def _threads(scores: Tensor) -> int:
-    return torch.get_num_threads() if scores.numel() >= ALONE else 1
+def readable(scores: Tensor, bias: Tensor | None) -> bool:
+    """Whether scores [B, H, Q, K] and their bias [B, 1, Q, K], if there is one, are float32 in one piece
+    on a CPU: a bias may else be one of all rows of a batch."""
+    batch, _, queries, keys = scores.shape
+    shaped = bias is None or bias.shape == (batch, 1, queries, keys)
+    return shaped and all(fits(x) and x.is_contiguous() for x in (scores, bias) if x is not None)
 
 
 def _library() -> ctypes.CDLL | None:
     arguments = (ctypes.POINTER(_Work), ctypes.c_int)
-    return native(TABLE + _STRUCT + _SOURCE, selected=arguments, normalised=arguments)
+    return native(_SOURCE, selected=arguments, normalised=arguments)
 
 
 def selection(stairs: Stairs) -> Selection | None:

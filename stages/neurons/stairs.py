@@ -67,7 +67,10 @@ static inline int stair(const Table& t, int bucket, float u) {
 # Values about their means and in units of their scales, both [heads, width]; `whole`: what is given has
 # the means in it. Blocks are copied, so that a code may stand where its value stood; so is the table, as
 # a compiler would else read its fields again after every place that is written.
-_SOURCE = """
+_SOURCE = (
+    TABLE
+    + _WORK_STRUCT
+    + """
 const int BLOCK = 64, VALUES = 1 << 14;
 static inline __attribute__((always_inline)) float code(const Table t, const float* u, float* y,
                                                         const int some, const bool counted) {
@@ -126,6 +129,7 @@ extern "C" void plain(const Table* t, const float* x, float* out, Size number) {
     part(*t, x + i, out + i, nullptr, nullptr, false, number - i < BLOCK ? number - i : BLOCK, false);
 }
 """
+)
 _POINTER = ctypes.c_void_p
 _ARGUMENTS = {
     "coded": (_POINTER, _POINTER, ctypes.c_int),
@@ -183,8 +187,7 @@ class Stairs:
                 gap for each in (x, out) for gap in (each.stride()[:3] if heads else (0, 0, width))
             ]
             work = Work(*places, number // width, *shape, width, whole, *gaps)
-            threads = torch.get_num_threads() if number >= ALONE else 1
-            self._coded(self._place, ctypes.byref(work), threads)
+            self._coded(self._place, ctypes.byref(work), threads(x))
         return fired
 
 
@@ -198,7 +201,12 @@ def stairs(table: Lookup) -> Stairs | None:
 
 def library() -> ctypes.CDLL | None:
     """What is compiled once for all tables; None where nothing is compiled."""
-    return native(TABLE + _WORK_STRUCT + _SOURCE, **_ARGUMENTS)
+    return native(_SOURCE, **_ARGUMENTS)
+
+
+def threads(x: Tensor) -> int:
+    """How many share out the values of x."""
+    return torch.get_num_threads() if x.numel() >= ALONE else 1
 
 
 def fits(x: Tensor) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor
 from stages.codings.base import Coding
 from stages.compiler import fused
 from stages.neurons.channels import centre, unit, unscaled
-from stages.neurons.selection import normalised
+from stages.neurons.selection import normalised, readable
 from stages.neurons.spikes import Params
-from stages.neurons.stairs import fits
 
 # Below this many values a call is too short to repay a compiled kernel's guards, and single-token
 # shapes would be specialised one by one.
@@ -108,9 +107,7 @@ _dense_softmax = fused(_in_place)
 
 def dense_softmax(scores: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """Probabilities of scores [B, H, Q, K], as a rule in their place; bias as of `softmax_kernel`."""
-    given = all(fits(x) and x.is_contiguous() for x in (scores, bias))
-    whole = bias.shape == (len(scores), 1, *scores.shape[2:])  # or all rows of a batch share one
-    if given and whole and normalised(scores, scaling, bias):
+    if readable(scores, bias) and normalised(scores, scaling, bias):
         return scores
     made = _in_place if scores.numel() < EAGER_BELOW else _dense_softmax
     probs: Tensor = made(scores, scaling, bias)

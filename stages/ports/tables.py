@@ -18,7 +18,7 @@ from torch.nn import functional
 from stages.codings.base import Coding
 from stages.neurons.channels import CENTRE, CHANNEL, centre, unit, unscaled
 from stages.neurons.lookup import Lookup, lookups
-from stages.neurons.selection import Selection, selection
+from stages.neurons.selection import Selection, readable, selection
 from stages.neurons.spikes import Params
 from stages.neurons.stairs import ALONE, Stairs, addressed, fits, library, stairs
 from stages.ports.kernels import EAGER_BELOW, coded_rows, dense_softmax, softmax
@@ -169,14 +169,10 @@ class Tabulated:
     ) -> Tensor | None:
         """Put what attention gives into `out` by a compiled `Selection`, where there is one, and return
         the spikes of every row; None else."""
-        batch, _, queries, keys = scores.shape
-        biased = bias is None or (
-            fits(bias) and bias.is_contiguous() and bias.shape == (batch, 1, queries, keys)
-        )
-        given = fits(value) and value.stride(-1) == 1 and value.shape[2:] == (keys, out.shape[-1])
+        given = fits(value) and value.stride(-1) == 1
+        given = given and value.shape[2:] == (scores.shape[-1], out.shape[-1])
         later = self._made is None and scores.numel() < EAGER_BELOW  # `softmax` will make a table
-        asked = fits(scores) and scores.is_contiguous()
-        if self.coding.replaces_softmax or later or not (biased and given and asked):
+        if self.coding.replaces_softmax or later or not (given and readable(scores, bias)):
             return None
         made = self._ready(scores)
         found = None if made is None else made.selection
@@ -205,10 +201,9 @@ class Tabulated:
             return None
         width = x.shape[-1] * (x.shape[1] if x.dim() == 4 else 1)
         own = self._channels[name]
-        if len(own) < width or own.dtype != torch.float32 or not own.is_cpu:
+        plain = own.dtype == torch.float32 and own.is_cpu and own.is_contiguous()
+        if len(own) < width or not plain:
             own = functional.pad(own.float().cpu(), (0, max(0, width - len(own))), value=REST[name])
-            self._channels[name] = own
-        if not own.is_contiguous():
             own = self._channels[name] = own.contiguous()
         return own
 
