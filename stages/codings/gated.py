@@ -220,16 +220,20 @@ class Gated(Sensitive):
         inside = x.shape[1] // weight.shape[1]
         heavy = (weight / inside).repeat_interleave(inside, -1).float()[:, None]
         given = (x.float()[:, None], heavy, mass.float()[:, None], price[:, None])
-        kernel = _objective(self)
+        kernel = _objective(self.signed, self.digit_bits)
+        number = 2.0 ** torch.tensor(steps)
+
+        def bank(scale: Tensor) -> Params:
+            return {"steps": number.to(scale).expand_as(scale), **self._bank(scale, steps)}
 
         def cost(scale: Tensor, p: Params) -> Tensor:
             return kernel(*given, {name: t.float() for name, t in p.items()})
 
-        ends = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
+        ends = [coordinate_search(start, cost, bank) for start in starts]
         if len(ends) == 1:
             return ends[0]
         scales = torch.stack(ends, 1)
-        costs = cost(scales, self._bank(scales, steps))
+        costs = cost(scales, bank(scales))
         pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
         return scales.gather(1, pick).squeeze(1)
 
@@ -253,12 +257,15 @@ class Gated(Sensitive):
 
 
 @functools.lru_cache(maxsize=16)
-def _objective(coding: Gated) -> Callable[..., Tensor]:
+def _objective(signed: bool, bits: int) -> Callable[..., Tensor]:
     """What banks with parameters p [S, C, n] cost, [S, C]: squared errors on x [S, 1, K] that weigh
-    `heavy`, and spikes of values as frequent as `mass` at a `price` [S, 1]."""
+    `heavy`, and spikes of values as frequent as `mass` at a `price` [S, 1].
+
+    T is among the parameters, `steps`: one kernel serves a sweep over it.
+    """
 
     def kernel(x: Tensor, heavy: Tensor, mass: Tensor, price: Tensor, p: Params) -> Tensor:
-        value, count = coding.quantise(x, p)
+        value, count = ranges.quantise(x, p, 1, signed, bits)
         return ((value - x).square() * heavy).sum(-1) + price * (count * mass).sum(-1)
 
     return fused(kernel)
