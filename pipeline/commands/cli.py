@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 from pipeline.commands import database, import_paper, models, papers, run, stores
 from pipeline.commands.verbs import Verbs
+
+FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
 @click.group(
@@ -49,9 +53,19 @@ for verb in (
     cli.add_command(verb)
 
 
+def _end() -> None:
+    """Leave the garbage of this process to the system: to look for it in all imports takes half a second.
+    What a file that nobody has closed still holds is written."""
+    for each in gc.get_objects():
+        if type(each) in FILES and not each.closed:
+            with suppress(OSError, ValueError):
+                each.flush()
+    gc.freeze()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status, 2 where it cannot be read, which is one line."""
-    atexit.register(gc.freeze)  # or its end looks for garbage in all imports: half a second
+    atexit.register(_end)
     try:
         return cli.main(arguments, standalone_mode=False) or 0
     except click.Abort:

@@ -95,7 +95,7 @@ def ported_attention(
     groups = heads // key.shape[1]
     query = ports.q(query, *seen.asked)
     held = ports.state.holds(module, key)
-    old = key.shape[2] - queries if held and ports.state.kept else 0
+    old = key.shape[2] - queries if held and ports.state.now.kept else 0
     key = _cached(ports.k, key, seen, groups, held, old).transpose(2, 3)
     value = _cached(ports.v, value, seen, groups, held, old)
     lacking = ports.v.constant(value)

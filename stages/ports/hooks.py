@@ -144,9 +144,10 @@ def _hooks(
     modules: Mapping[str, nn.Module], site: Site, port: Port, state: Pass, fanout: int
 ) -> list[torch.utils.hooks.RemovableHandle]:
     def passed(x: Tensor) -> Tensor:
-        if state.real is None and x.dim() == 3:
+        now = state.now
+        if now.real is None and x.dim() == 3:
             return port(x, None, fanout)
-        rows = x if x.dim() > 2 else x.view(-1, state.length, x.shape[-1])  # OPT has them flat
+        rows = x if x.dim() > 2 else x.view(-1, now.length, x.shape[-1])  # OPT has them flat
         if rows.dim() > 3:  # latents [B, 1, S, C], those of a cache in front of the new ones
             return port(rows, _fresh(rows, state), fanout)
         real = state.real_at(x)
@@ -173,11 +174,11 @@ def _hooks(
 
 def _fresh(x: Tensor, state: Pass) -> Tensor | None:
     """The rows of latents [B, 1, S, C] that are new, real tokens, [B, 1, S]; None for all."""
-    old = x.shape[2] - state.length
-    real = state.real_at(x)
+    length, real = state.now.length, state.real_at(x)
+    old = x.shape[2] - length
     if real is None and not old:
         return None
-    new = torch.ones(len(x), state.length, dtype=torch.bool, device=x.device)
+    new = torch.ones(len(x), length, dtype=torch.bool, device=x.device)
     return nn.functional.pad(new if real is None else real, (old, 0))[:, None]
 
 
@@ -191,14 +192,13 @@ class _Shared:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
+        x, last = args[0], self._last  # another thread may come in between
         if len(self._readers) == 1:
             return (self._passed(x), *args[1:])
-        if self._last is None or self._last[0] is not x or reader not in self._waiting:
+        if last is None or last[0] is not x or reader not in self._waiting:
             self._waiting = set(self._readers)
-            self._last = (x, self._passed(x))
-        value = self._last[1]
+            self._last = last = (x, self._passed(x))
         self._waiting.discard(reader)
         if not self._waiting:
             self._last = None
-        return (value, *args[1:])
+        return (last[1], *args[1:])

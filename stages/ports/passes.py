@@ -111,9 +111,8 @@ def held(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[nn.Module, s
 
 
 class Pass(ForwardState):
-    """The state of a pass of `length` new tokens through a model whose ports are attached."""
+    """The state of the passes through a model whose ports are attached."""
 
-    length = 0
     renew: Callable[[], bool] | None = None  # whether the parameters of neurons have changed
 
     def __init__(
@@ -157,10 +156,6 @@ class Pass(ForwardState):
             return None
         return (), given | {"position_ids": positions(mask, length)}
 
-    def begin(self, attention_mask: Tensor | None, length: int) -> None:
-        super().begin(attention_mask, length)
-        self.length = length
-
     def _keep(self, given: Mapping[str, Any], length: int) -> None:
         """Find out whether the cache of the pass keeps codes, and whether all that it holds are codes.
 
@@ -169,17 +164,16 @@ class Pass(ForwardState):
         """
         cache, before = given.get("cache"), cached_tokens(given)
         number, count = getattr(cache, _MARK, (self._number, 0))
-        self.keeps = _grows(cache) and not (
-            self._counted or self._shares or torch.is_grad_enabled()
-        )
-        self.cache = cache
-        if count and (number != self._number or not self.keeps):
+        now = self.now
+        now.keeps = _grows(cache) and not (self._counted or self._shares or torch.is_grad_enabled())
+        now.cache = cache
+        if count and (number != self._number or not now.keeps):
             raise InputError(
                 "this cache holds keys and values coded by other neurons, or by these without counters or "
                 "gradients: begin with an empty one, past_key_values=None"
             )
-        self.kept = self.keeps and count >= before > 0
-        if self.keeps:
+        now.kept = now.keeps and count >= before > 0
+        if now.keeps:
             setattr(cache, _MARK, (self._number, before + length))
 
     def _check_implementations(self) -> None:

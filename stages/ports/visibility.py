@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,56 +150,89 @@ class Visibility:
         return view
 
 
-class ForwardState:
-    """What the current forward pass knows of its tokens: pads, who sees whom, whether its cache keeps
-    codes, and whether what was cached before it are codes."""
+@dataclass(eq=False)
+class Current:
+    """What a forward pass knows of its `length` new tokens: which are real, where some are pads, whether
+    its cache keeps codes, and whether what was cached before it are codes."""
 
-    keeps = kept = False
+    real: Tensor | None = None
+    length: int = 0
+    keeps: bool = False
+    kept: bool = False
     cache: Any = None
+    visibility: dict[int, tuple[Tensor, Visibility]] = field(default_factory=dict)
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+
+
+class ForwardState:
+    """The current forward pass of every thread, for several may pass through one model at once."""
 
     def __init__(self) -> None:
-        self.real: Tensor | None = None
-        self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._latest = Current()
+        self._threads: dict[int, Current] = {}
+
+    @property
+    def now(self) -> Current:
+        """The pass of this thread; of one that has begun none, as autograd's that computes a layer once
+        more, the one that began last."""
+        if torch.compiler.is_compiling():
+            return self._latest
+        return self._threads.get(threading.get_ident(), self._latest)
 
     def holds(self, module: nn.Module, key: Tensor) -> bool:
         """Whether the cache of this pass keeps codes, and the keys of an attention module are its own
         memory: those that are made anew of what is cached hold no codes."""
-        index = getattr(module, "layer_idx", None)
-        if not self.keeps or not isinstance(index, int) or index >= len(self.cache.layers):
+        now, index = self.now, getattr(module, "layer_idx", None)
+        if not now.keeps or not isinstance(index, int) or index >= len(now.cache.layers):
             return False
-        cached = self.cache.layers[index].keys
+        cached = now.cache.layers[index].keys
         if cached is None:  # this layer writes into no cache
             return False
         if cached is key:
             return True
-        return cached.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+        return bool(cached.untyped_storage().data_ptr() == key.untyped_storage().data_ptr())
 
     def begin(self, attention_mask: Tensor | None, length: int) -> None:
         """Start a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
-        self._visibility.clear()
-        self.real = None
+        now = self._own()
+        now.visibility.clear()
+        now.real, now.length = None, length
         if attention_mask is not None and attention_mask.dim() == 2:
             real = attention_mask[:, -length:].bool()
-            self.real = None if bool(real.all()) else real
+            now.real = None if bool(real.all()) else real
+
+    def _own(self) -> Current:
+        """That of this thread, which is the one that began last."""
+        if torch.compiler.is_compiling():
+            return self._latest
+        me = threading.get_ident()
+        if me not in self._threads:
+            self._threads[me] = Current()
+            alive = {thread.ident for thread in threading.enumerate()}
+            for ended in {*self._threads} - alive - {me}:
+                self._threads.pop(ended, None)
+        self._latest = self._threads[me]
+        return self._latest
 
     def real_at(self, x: Tensor) -> Tensor | None:
         """Return which new tokens are real, where x is: layers may be spread over devices."""
-        return None if self.real is None else self.real.to(x.device)
+        real = self.now.real
+        return None if real is None else real.to(x.device)
 
     def visibility(self, mask: Tensor) -> Visibility:
-        if id(mask) not in self._visibility:
-            self._visibility[id(mask)] = (mask, _visibility(mask, self.real_at(mask)))
-        return self._visibility[id(mask)][1]
+        kept = self.now.visibility
+        if id(mask) not in kept:
+            kept[id(mask)] = (mask, _visibility(mask, self.real_at(mask)))
+        return kept[id(mask)][1]
 
     def buffer(self, size: int, like: Tensor) -> Tensor:
         """Return memory of `size` values on the device and of the dtype of `like`, the same for every
         block: the pages of fresh memory cost more than the products that fill them."""
-        key = like.device, like.dtype
-        if key not in self._buffers or len(self._buffers[key]) < size:
+        key, kept = (like.device, like.dtype), self.now.buffers
+        if key not in kept or len(kept[key]) < size:
             with torch.inference_mode(False):  # a later pass may run outside of that mode
-                self._buffers[key] = torch.empty(size, device=like.device, dtype=like.dtype)
-        return self._buffers[key][:size]
+                kept[key] = torch.empty(size, device=like.device, dtype=like.dtype)
+        return kept[key][:size]
 
 
 def _visibility(mask: Tensor, real: Tensor | None) -> Visibility:

@@ -149,7 +149,7 @@ def test_the_loop_tells_wrong_experts_apart(
         ported = functions.ported_experts
 
         def unmasked(module, *args):
-            module.__dict__["expert_ports"].state.real = None
+            module.__dict__["expert_ports"].state.now.real = None
             return ported(module, *args)
 
         functions.ALL_EXPERTS_FUNCTIONS.register(functions.NAME, unmasked)

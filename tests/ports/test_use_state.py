@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -100,6 +101,24 @@ def test_thresholds_changed_in_place_change_the_codes_of_single_tokens(spiking, 
         each.spiking_neurons.scale.mul_(2.5)
     assert torch.equal(text(model, ids[:, :3]), text(twin, ids[:, :3]))
     assert torch.equal(logits(model, ids[:1, :1]), logits(twin, ids[:1, :1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_several_threads_do_not_meet(spiking, tokens, kind):
+    """Their lengths and pads are those of one pass each."""
+    model = spiking(kind)
+    texts = [tokens(rows, length, length) for rows, length in ((2, 11), (1, 7), (3, 16), (2, 5))]
+    masks = [torch.ones_like(text) for text in texts]
+    for mask in masks[::2]:
+        mask[0, :3] = 0
+    pairs = [*zip(texts, masks, strict=True)] * 12
+    alone = [logits(model, ids, attention_mask=mask) for ids, mask in pairs[: len(texts)]]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda pair: logits(model, pair[0], attention_mask=pair[1]), pairs)
+        for number, got in enumerate(found):
+            index = number % len(texts)
+            real = masks[index].bool()
+            assert torch.equal(got[real], alone[index][real])
 
 
 @pytest.mark.parametrize("kind", KINDS)

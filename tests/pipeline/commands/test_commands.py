@@ -98,6 +98,21 @@ def test_help_loads_only_the_parser():
     assert "click" in loaded and not HEAVY & loaded
 
 
+def test_a_file_that_nobody_has_closed_is_whole(tmp_path):
+    """Although the process does not look for garbage at its end."""
+    code = (
+        "import sys; from pipeline.commands.cli import main\n"
+        "class Ring: pass\n"
+        "ring = Ring(); ring.own, ring.file = ring, open(sys.argv[1], 'w'); ring.file.write('whole')\n"
+        "del ring; main(['--help'])"
+    )
+    file = tmp_path / "left.txt"
+    subprocess.run(
+        [sys.executable, "-c", code, file], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL
+    )
+    assert file.read_text() == "whole"
+
+
 @pytest.mark.slow
 def test_a_plan_does_without_what_reads_a_model():
     code = "import sys, pipeline.commands.plan; print('transformers' in sys.modules)"
