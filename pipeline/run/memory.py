@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, malloc.h
 LARGEST = 1 << 26  # bytes of a tensor whose memory is kept
+LARGEST_WEIGHT = 1 << 28  # where layers come from disk; head and embedding may be larger
 KEPT = 1 << 30  # bytes that are kept at most
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(offloaded: bool = False) -> None:
     """Let glibc keep freed memory for the next tensor instead of giving it back to the system.
 
     A pass of 2048 tokens makes hundreds of tensors of some 10 MB, whose pages the system else fills
-    with zeros each time. Nothing happens where the C library is another.
+    with zeros each time; where a model is `offloaded`, every layer has the memory of the one before the
+    last. Nothing happens where the C library is another.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -22,5 +24,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
         return
-    mallopt(_MMAP_THRESHOLD, LARGEST)
+    mallopt(_MMAP_THRESHOLD, LARGEST_WEIGHT if offloaded else LARGEST)
     mallopt(_TRIM_THRESHOLD, KEPT)
+    if offloaded:  # the thread that reads weights keeps no memory of its own, at most 64 MB at once
+        mallopt(_ARENA_MAX, 1)

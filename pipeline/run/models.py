@@ -103,7 +103,7 @@ class ModelSource:
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and tokenizer; one model at a time stays in memory."""
-        keep_freed_memory()
+        keep_freed_memory(self.offload is not None)
         spec, source = self.spec, self.source
         revision = self._revision(source)
         origin = _Origin(source, spec.dtype, self.device, revision, spec.device_map, self.offload)

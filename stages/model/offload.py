@@ -7,11 +7,12 @@ counters work on them as on any other model. `stages.model.forward` runs it laye
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,7 @@ class Weights:
             try:
                 yield
             finally:
+                _trim()
                 self._release(group)
 
         try:
@@ -248,6 +250,13 @@ class Weights:
         for name in self._empty:
             groups.setdefault(self._group(name), []).append(name)
         return groups
+
+
+def _trim() -> None:
+    """Give back what has been freed so far, where glibc keeps it: a layer that goes now leaves its memory
+    to the one behind the next, and there is no other free memory than that."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def skeleton(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

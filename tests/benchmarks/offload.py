@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from pipeline.run.memory import keep_freed_memory
 from stages.capture import Capture
 from stages.codings.gated import Gated
 from stages.distribution import Distribution
@@ -157,6 +158,7 @@ class Peak(threading.Thread):
 
 def convert(folder: Path, dtype: str, boundary: str) -> dict[str, Any]:
     """Seconds and peaks of every stage, printed as each ends."""
+    keep_freed_memory(offloaded=True)  # as the pipeline does
     peak, stages = Peak(), {}
     peak.start()
 
