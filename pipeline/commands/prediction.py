@@ -239,10 +239,13 @@ class Prediction:
         return Load(tuple(cost(*unit) for unit in every), self._compiled(what), written)
 
     def _compiled(self, what: str) -> dict[str, Cost]:
-        """The kernels that a process compiles once: those of capture, or those of the codings."""
+        """What a process compiles once: for capture, or for the codings, whose tables or whose graphs."""
         if what.startswith("dense") or not self.settings.runtime.compile:
             return {}
-        name = "compile" if what == "capture" else "compile_coded"
+        coding = self.settings.coding
+        graphs = coding.tokenwise or coding.replaces_softmax
+        name = "compile_graphs" if graphs else "compile_coded"
+        name = "compile" if what == "capture" else name
         times = 1 if self.settings.store.kernels.is_dir() else self._over["cold"]
         return {name: Cost(fixed=times * self._over[name])}
 

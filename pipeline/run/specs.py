@@ -20,6 +20,7 @@ OVERHEAD = (
         "finish",
         "compile",
         "compile_coded",
+        "compile_graphs",
         "cold",
         "process",
         "load",
