@@ -8,6 +8,7 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, malloc.h
 LARGEST = 1 << 26  # bytes of a tensor whose memory is kept
 LARGEST_WEIGHT = 1 << 28  # where layers come from disk; head and embedding may be larger
+ALLOWED = 1 << 25  # by a glibc that refuses more
 KEPT = 1 << 30  # bytes that are kept at most
 
 
@@ -24,7 +25,8 @@ def keep_freed_memory(offloaded: bool = False) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
         return
-    mallopt(_MMAP_THRESHOLD, LARGEST_WEIGHT if offloaded else LARGEST)
+    if not mallopt(_MMAP_THRESHOLD, LARGEST_WEIGHT if offloaded else LARGEST):
+        mallopt(_MMAP_THRESHOLD, ALLOWED)
     mallopt(_TRIM_THRESHOLD, KEPT)
     if offloaded:  # the thread that reads weights keeps no memory of its own, at most 64 MB at once
         mallopt(_ARENA_MAX, 1)

@@ -142,6 +142,7 @@ class Weights:
         finally:
             reader.shutdown(cancel_futures=True)
             self._release(*{*groups})
+            _trim()
 
     def _wait(self, reading: Future[None]) -> None:
         from safetensors import SafetensorError

@@ -158,7 +158,7 @@ def _hooks(
     if site.port == "in":
         around = site.path not in site.consumers  # a module with all consumers inside
         readers = [modules[name] for name in ((site.path,) if around else site.consumers)]
-        shared = _Shared(passed, readers)
+        shared = _Shared(passed, readers, state)
         return [reader.register_forward_pre_hook(shared.enter) for reader in readers]
     if site.port == "out":
         return [module.register_forward_hook(lambda _, args, x: passed(x))]
@@ -183,22 +183,24 @@ def _fresh(x: Tensor, state: Pass) -> Tensor | None:
 
 
 class _Shared:
-    """Gives all readers of one tensor the same coded value, which is coded and counted once and let
+    """Gives all readers of one tensor the same coded value, which is coded and counted once a pass and let
     go with the last of them."""
 
-    def __init__(self, passed: Callable[[Tensor], Tensor], readers: Sequence[nn.Module]) -> None:
-        self._passed, self._readers = passed, readers
-        self._waiting: set[nn.Module] = set()
-        self._last: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self, passed: Callable[[Tensor], Tensor], readers: Sequence[nn.Module], state: ForwardState
+    ) -> None:
+        self._passed, self._readers, self._state = passed, readers, state
 
     def enter(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, last = args[0], self._last  # another thread may come in between
+        x = args[0]
         if len(self._readers) == 1:
             return (self._passed(x), *args[1:])
-        if last is None or last[0] is not x or reader not in self._waiting:
-            self._waiting = set(self._readers)
-            self._last = last = (x, self._passed(x))
-        self._waiting.discard(reader)
-        if not self._waiting:
-            self._last = None
-        return (last[1], *args[1:])
+        shared = self._state.now.shared
+        last = shared.get(self)
+        if last is None or last[0] is not x or reader not in last[2]:
+            last = shared[self] = x, self._passed(x), {*self._readers}
+        _, value, waiting = last
+        waiting.discard(reader)
+        if not waiting:
+            shared.pop(self, None)
+        return (value, *args[1:])

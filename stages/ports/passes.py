@@ -166,7 +166,7 @@ class Pass(ForwardState):
         number, count = getattr(cache, _MARK, (self._number, 0))
         now = self.now
         now.keeps = _grows(cache) and not (self._counted or self._shares or torch.is_grad_enabled())
-        now.cache = cache
+        now.cache = cache if now.keeps else None
         if count and (number != self._number or not now.keeps):
             raise InputError(
                 "this cache holds keys and values coded by other neurons, or by these without counters or "

@@ -153,13 +153,15 @@ class Visibility:
 @dataclass(eq=False)
 class Current:
     """What a forward pass knows of its `length` new tokens: which are real, where some are pads, whether
-    its cache keeps codes, and whether what was cached before it are codes."""
+    its cache keeps codes, and whether what was cached before it are codes. `shared`: values that modules
+    read together, with what they were coded to and who has not read it yet."""
 
     real: Tensor | None = None
     length: int = 0
     keeps: bool = False
     kept: bool = False
     cache: Any = None
+    shared: dict[Any, tuple[Tensor, Tensor, set[nn.Module]]] = field(default_factory=dict)
     visibility: dict[int, tuple[Tensor, Visibility]] = field(default_factory=dict)
     buffers: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -169,7 +171,7 @@ class ForwardState:
 
     def __init__(self) -> None:
         self._latest = Current()
-        self._threads: dict[int, Current] = {}
+        self._threads = threading.local()
 
     @property
     def now(self) -> Current:
@@ -177,7 +179,8 @@ class ForwardState:
         more, the one that began last."""
         if torch.compiler.is_compiling():
             return self._latest
-        return self._threads.get(threading.get_ident(), self._latest)
+        own: Current = getattr(self._threads, "now", self._latest)
+        return own
 
     def holds(self, module: nn.Module, key: Tensor) -> bool:
         """Whether the cache of this pass keeps codes, and the keys of an attention module are its own
@@ -196,6 +199,7 @@ class ForwardState:
         """Start a pass of `length` new tokens; `attention_mask` [B, past + length] marks pads."""
         now = self._own()
         now.visibility.clear()
+        now.shared.clear()
         now.real, now.length = None, length
         if attention_mask is not None and attention_mask.dim() == 2:
             real = attention_mask[:, -length:].bool()
@@ -205,13 +209,9 @@ class ForwardState:
         """That of this thread, which is the one that began last."""
         if torch.compiler.is_compiling():
             return self._latest
-        me = threading.get_ident()
-        if me not in self._threads:
-            self._threads[me] = Current()
-            alive = {thread.ident for thread in threading.enumerate()}
-            for ended in {*self._threads} - alive - {me}:
-                self._threads.pop(ended, None)
-        self._latest = self._threads[me]
+        if not hasattr(self._threads, "now"):
+            self._threads.now = Current()
+        self._latest = self._threads.now
         return self._latest
 
     def real_at(self, x: Tensor) -> Tensor | None:
