@@ -242,10 +242,11 @@ class Prediction:
         """What a process compiles once: for capture, or for the codings, whose tables or whose graphs."""
         if what.startswith("dense") or not self.settings.runtime.compile:
             return {}
-        coding = self.settings.coding
-        graphs = coding.tokenwise or coding.replaces_softmax
-        name = "compile_graphs" if graphs else "compile_coded"
-        name = "compile" if what == "capture" else name
+        coding, name = self.settings.coding, "compile_coded"
+        if what == "capture":
+            name = "compile"
+        elif coding.tokenwise or coding.replaces_softmax:
+            name = "compile_graphs"
         times = 1 if self.settings.store.kernels.is_dir() else self._over["cold"]
         return {name: Cost(fixed=times * self._over[name])}
 

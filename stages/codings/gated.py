@@ -196,13 +196,14 @@ class Gated(Sensitive):
             if self.offset:
                 starts.append(adjacent_ranges(atoms.value, weight, steps))
             scale = self._refine(atoms, weight, price, starts, steps)
-        return dict(self._bank(scale, steps))
+        p = self._bank(scale, steps)
+        if set(steps) == {self.timesteps} and self.allocation == "uniform":
+            del p["steps"]  # they are those of the coding
+        return p
 
-    def _bank(self, scale: Tensor, steps: tuple[int, ...]) -> Params:
+    def _bank(self, scale: Tensor, steps: tuple[int, ...]) -> dict[str, Tensor]:
         """Parameters of neurons with these scales [..., n]."""
-        p = {"scale": scale}
-        if set(steps) != {self.timesteps} or self.allocation != "uniform":
-            p["steps"] = (2.0 ** torch.tensor(steps)).to(scale).expand_as(scale)
+        p = {"scale": scale, "steps": (2.0 ** torch.tensor(steps)).to(scale).expand_as(scale)}
         if self.offset:
             p["floor"] = torch.nn.functional.pad(scale[..., :-1], (1, 0))
         return p
@@ -221,19 +222,15 @@ class Gated(Sensitive):
         heavy = (weight / inside).repeat_interleave(inside, -1).float()[:, None]
         given = (x.float()[:, None], heavy, mass.float()[:, None], price[:, None])
         kernel = _objective(self.signed, self.digit_bits)
-        number = 2.0 ** torch.tensor(steps)
-
-        def bank(scale: Tensor) -> Params:
-            return {"steps": number.to(scale).expand_as(scale), **self._bank(scale, steps)}
 
         def cost(scale: Tensor, p: Params) -> Tensor:
             return kernel(*given, {name: t.float() for name, t in p.items()})
 
-        ends = [coordinate_search(start, cost, bank) for start in starts]
+        ends = [coordinate_search(s, cost, lambda scale: self._bank(scale, steps)) for s in starts]
         if len(ends) == 1:
             return ends[0]
         scales = torch.stack(ends, 1)
-        costs = cost(scales, bank(scales))
+        costs = cost(scales, self._bank(scales, steps))
         pick = costs.argmin(-1)[:, None, None].expand(-1, 1, self.grains)
         return scales.gather(1, pick).squeeze(1)
 
